@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public ops: docstring, checks, dispatch and ``torch.library`` registration, so that ``torch.compile(fullgraph=True)`` works."""
+
+from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
+from obs_kernels.ops.matmul import sparse_linear
+from obs_kernels.ops.packing import pack, unpack
+from obs_kernels.ops.search import Selection, search_nm, search_vnm
+from obs_kernels.ops.sparse_weight import SparseWeight
+from obs_kernels.ops.update import block_saliency, loss_increase, obs_update
+
+__all__ = [
+    "Selection",
+    "SparseWeight",
+    "accumulate_fisher_",
+    "block_saliency",
+    "invert_spd",
+    "loss_increase",
+    "obs_update",
+    "pack",
+    "search_nm",
+    "search_vnm",
+    "sparse_linear",
+    "unpack",
+]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block Fisher accumulation and batched inverse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from obs_kernels import checks
+from obs_kernels.errors import ShapeNotSupportedError
+from obs_kernels.ops.dispatch import kernel, resolve
+
+
+def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float, backend: str | None = None) -> Tensor:
+    """Add ``scale * sum_s g_s g_s^T`` to every diagonal block of the empirical Fisher, in place.
+
+    Equivalent to::
+
+        g = grads.float().unflatten(1, fisher.shape[:2])
+        fisher += scale * torch.einsum("sbi,sbj->bij", g, g)
+
+    Args:
+        fisher: [B, D, D] float32 (or float64), symmetric; one block a run of D consecutive weights.
+        grads: [S, B * D] float16, bfloat16, float32 or float64; S gradients, the last block padded with zeros.
+        scale: usually 1, or 1 / total samples; the caller owns the damping.
+        backend: None, or a name of ``dispatch.BACKENDS``.
+
+    Returns:
+        ``fisher``.
+
+    Raises:
+        ShapeNotSupportedError, DTypeNotSupportedError, DeviceMismatchError: arguments that do not fit each other.
+
+    Source: oBERT (Kurtic et al. 2022), eq. 5, accumulated instead of inverted rank by rank.
+    """
+    checks.check_fisher(fisher, grads)
+    torch.ops.obs_kernels.accumulate_fisher_(fisher, grads, scale=float(scale), backend=resolve("accumulate_fisher_", backend, fisher))
+    return fisher
+
+
+def invert_spd(
+    matrices: Tensor, *, damp: float | Tensor = 0.0, out: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Inverse of ``matrices + damp * I`` for symmetric positive definite blocks.
+
+    Args:
+        matrices: [B, D, D] float32 or float64.
+        damp: added to the diagonal; a number or one value a block, [B].
+        out: optional result of the same shape and dtype; may be ``matrices`` itself.
+        backend: None, or a name of ``dispatch.BACKENDS``.
+
+    Returns:
+        (inverse [B, D, D], info [B] int32). ``info`` is 0, or the failing pivot (1-based) of a block that is not positive
+        definite; that block of the inverse is zeros, the others are right.
+    """
+    checks.check_square_blocks("matrices", matrices)
+    checks.check_damp(damp, matrices.shape[0])
+    if out is not None:
+        checks.check_dtype("out", out, (matrices.dtype,))
+        checks.check_same_device(matrices=matrices, out=out)
+        if out.shape != matrices.shape:
+            raise ShapeNotSupportedError(f"out must have the shape of matrices {list(matrices.shape)}, got {list(out.shape)}")
+    inverse, info = torch.ops.obs_kernels.invert_spd(
+        matrices, damp_tensor(damp, matrices), backend=resolve("invert_spd", backend, matrices)
+    )
+    return (inverse if out is None else out.copy_(inverse)), info
+
+
+def damp_tensor(damp: float | Tensor, like: Tensor) -> Tensor:
+    """``damp`` as a tensor of one value or [B] on the device of ``like``, in f32 or f64."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(damp, Tensor):
+        return damp.to(device=like.device, dtype=dtype).reshape(-1)
+    return torch.full((1,), float(damp), dtype=dtype, device=like.device)
+
+
+@torch.library.custom_op("obs_kernels::accumulate_fisher_", mutates_args=("fisher",))
+def _accumulate_fisher(fisher: Tensor, grads: Tensor, *, scale: float, backend: str) -> None:
+    kernel("accumulate_fisher_", backend)(fisher, grads, scale=scale)
+
+
+@_accumulate_fisher.register_fake
+def _(fisher: Tensor, grads: Tensor, *, scale: float, backend: str) -> None:
+    checks.check_fisher(fisher, grads)
+
+
+@torch.library.custom_op("obs_kernels::invert_spd", mutates_args=())
+def _invert_spd(matrices: Tensor, damp: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    checks.check_damp_values(damp)
+    return kernel("invert_spd", backend)(matrices, damp=damp)
+
+
+@_invert_spd.register_fake
+def _(matrices: Tensor, damp: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    checks.check_square_blocks("matrices", matrices)
+    inverse = torch.empty_like(matrices, memory_format=torch.contiguous_format)
+    return inverse, matrices.new_empty(matrices.shape[0], dtype=torch.int32)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse product Y = activation(X W^T + bias)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obs_kernels import checks
+from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
+from obs_kernels.ops.dispatch import kernel, resolve
+from obs_kernels.ops.sparse_weight import SparseWeight
+from obs_kernels.reference.matmul import activation_gradient
+
+
+def sparse_linear(
+    x: Tensor,
+    sparse: SparseWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    x_layout: str = "token",
+    y_layout: str = "token",
+    backend: str | None = None,
+) -> Tensor:
+    """``activation(x W^T + bias)`` with a packed W.
+
+    Args:
+        x: [..., C] of the dtype of ``sparse.values``; with ``x_layout="feature"`` [C, T].
+        sparse: the packed weight [R, C].
+        bias: [R] of the same dtype, or None.
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
+        y_layout: "token" gives [..., R], "feature" gives [R, T].
+        backend: None, or a name of ``dispatch.BACKENDS``.
+
+    Returns:
+        y in the dtype of x; arithmetic in f32 (f64 for f64). Gradients flow to x and bias; packed values take none.
+    """
+    checks.check_choice("x_layout", x_layout, checks.LAYOUTS)
+    checks.check_choice("y_layout", y_layout, checks.LAYOUTS)
+    if activation is not None:
+        checks.check_choice("activation", activation, checks.ACTIVATIONS)
+    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
+    if x.dtype != sparse.values.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise DTypeNotSupportedError(
+            f"x, weight and bias must share a dtype, got {x.dtype}, {sparse.values.dtype}"
+            f"{'' if bias is None else f', {bias.dtype}'}; convert with .to()"
+        )
+    rows, cols = sparse.shape
+    wanted = "[..., C]" if x_layout == "token" else "[C, T]"
+    if x.dim() == 0 or (x_layout == "feature" and x.dim() != 2) or x.shape[-1 if x_layout == "token" else 0] != cols:
+        raise ShapeNotSupportedError(f"x must be {wanted} with C = {cols} for x_layout={x_layout!r}, got {list(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ShapeNotSupportedError(f"bias must be [{rows}], got {list(bias.shape)}")
+    checks.check_same_device(x=x, values=sparse.values, bias=bias)
+    if sparse.values.requires_grad:
+        raise ConfigError("packed values take no gradient; train the dense weight with its mask (decompress_) and pack again")
+    flat = x if x_layout == "feature" else x.reshape(-1, cols)
+    y: Tensor = torch.ops.obs_kernels.sparse_linear(
+        flat,
+        sparse.values,
+        sparse.codes,
+        sparse.columns_or_empty(),
+        bias,
+        str(sparse.pattern),
+        activation=activation or "",
+        x_layout=x_layout,
+        y_layout=y_layout,
+        backend=resolve("sparse_linear", backend, x),
+    )
+    return y.unflatten(0, x.shape[:-1]) if y_layout == "token" and x_layout == "token" and x.dim() != 2 else y
+
+
+@torch.library.custom_op("obs_kernels::sparse_linear", mutates_args=())
+def _sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    *,
+    activation: str,
+    x_layout: str,
+    y_layout: str,
+    backend: str,
+) -> Tensor:
+    return kernel("sparse_linear", backend)(
+        x, values, codes, columns, bias, pattern, activation=activation, x_layout=x_layout, y_layout=y_layout
+    )
+
+
+@_sparse_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    *,
+    activation: str,
+    x_layout: str,
+    y_layout: str,
+    backend: str,
+) -> Tensor:
+    tokens = x.shape[0] if x_layout == "token" else x.shape[1]
+    return x.new_empty((tokens, values.shape[0]) if y_layout == "token" else (values.shape[0], tokens))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    x, values, codes, columns, bias, pattern = inputs
+    ctx.options = (pattern, keyword_only_inputs)
+    activation = keyword_only_inputs["activation"]
+    ctx.save_for_backward(x if activation else None, values, codes, columns, bias)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    pattern, options = ctx.options
+    x, values, codes, columns, bias = ctx.saved_tensors
+    backend, x_layout, y_layout = options["backend"], options["x_layout"], options["y_layout"]
+    grad = grad if y_layout == "token" else grad.T  # [T, R]
+    if options["activation"]:
+        before = torch.ops.obs_kernels.sparse_linear(
+            x, values, codes, columns, bias, pattern, activation="", x_layout=x_layout, y_layout="token", backend=backend
+        )
+        grad = activation_gradient(before, grad.contiguous(), options["activation"])
+    dense = torch.ops.obs_kernels.unpack(values, codes, columns, pattern, backend="reference")
+    grad_x = grad @ dense if ctx.needs_input_grad[0] else None
+    if grad_x is not None and x_layout == "feature":
+        grad_x = grad_x.T
+    grad_bias = grad.sum(0) if bias is not None and ctx.needs_input_grad[4] else None
+    return grad_x, None, None, None, grad_bias, None
+
+
+_sparse_linear.register_autograd(_backward, setup_context=_setup_context)

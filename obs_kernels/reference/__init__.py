@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op in plain torch: the oracle of every test and the path on a CPU. Names and parameters equal those of the kernels."""
+
+from obs_kernels.reference.fisher import accumulate_fisher_, invert_spd
+from obs_kernels.reference.matmul import sparse_linear
+from obs_kernels.reference.packing import pack, unpack
+from obs_kernels.reference.search import search_nm, search_vnm
+from obs_kernels.reference.update import block_saliency, loss_increase, obs_update
+
+__all__ = [
+    "accumulate_fisher_",
+    "block_saliency",
+    "invert_spd",
+    "loss_increase",
+    "obs_update",
+    "pack",
+    "search_nm",
+    "search_vnm",
+    "sparse_linear",
+    "unpack",
+]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fisher blocks as the search and the update see them: dead entries out, damped, factorised, cut into groups.
+
+Rows and columns of dead entries leave the matrix before damping and conditioning, so results do not depend on whether
+gradients were masked. A dead entry becomes decoupled: diagonal 1, weight 0, no gain and no coupling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from obs_kernels.errors import SingularBlockError
+from obs_kernels.reference.fisher import add_damp, factor_spd
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Arithmetic is f64 if any argument is, else f32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def weight_blocks(values: Tensor, num_blocks: int, size: int) -> Tensor:
+    """``values`` of any shape, flattened row-major, as [B, D]; the tail block is padded with zeros (False)."""
+    flat = values.reshape(-1)
+    return F.pad(flat, (0, num_blocks * size - flat.numel())).view(num_blocks, size)
+
+
+def damp_blocks(fisher: Tensor, alive: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
+    """``fisher`` [b, D, D] in ``dtype``, damped, with dead entries (``alive`` [b, D] False) decoupled: diagonal 1."""
+    dead = ~alive
+    f = add_damp(fisher.to(dtype), damp)
+    f.masked_fill_(dead[:, :, None] | dead[:, None, :], 0.0)
+    f.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
+    return f
+
+
+def factor_or_raise(matrices: Tensor, what: str, offset: int = 0) -> Tensor:
+    """Cholesky factors, or ``SingularBlockError`` naming the first block that is not positive definite."""
+    factor, info = factor_spd(matrices)
+    if bool((info != 0).any()):
+        bad = (info != 0).nonzero().flatten()
+        first = int(bad[0])
+        raise SingularBlockError(
+            f"{what}: {bad.numel()} of {matrices.shape[0]} blocks are not positive definite, the first is block "
+            f"{first + offset} at pivot {int(info[first])}; raise damp, or set on_singular='increase_damp'"
+        )
+    return factor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of m weights of a chunk of blocks, ready for the choice (math: complement identity).
+
+    ``curvature`` [N, m, m]: F' = [(F^-1)_GG]^-1, the curvature with the rest of the block re-optimised (F itself for
+    D = m). ``linear`` [N, m]: u = F' w. ``weight`` [N, m]; ``alive`` [N, m].
+    """
+
+    curvature: Tensor
+    linear: Tensor
+    weight: Tensor
+    alive: Tensor
+
+
+def condition_groups(weight: Tensor, fisher: Tensor, alive: Tensor, damp: Tensor, m: int, offset: int = 0) -> tuple[Groups, Tensor | None]:
+    """Cut blocks (``weight``, ``alive`` [b, D]; ``fisher`` [b, D, D]) into groups of m with their conditional curvature.
+
+    Also returns F^-1 of the groups [N, m, m] (None for D = m, where it is not needed).
+    """
+    size = fisher.shape[1]
+    dtype = compute_dtype(weight, fisher)
+    w = weight.to(dtype).masked_fill(~alive, 0.0).view(-1, m)
+    f = damp_blocks(fisher, alive, damp, dtype)
+    factor = factor_or_raise(f, "fisher", offset)
+    if size == m:
+        return Groups(f, (f @ w[:, :, None])[:, :, 0], w, alive.reshape(-1, m)), None
+    finv = torch.cholesky_inverse(factor).view(-1, size // m, m, size // m, m)
+    finv_groups = finv.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, m, m).contiguous()
+    curvature = torch.cholesky_inverse(factor_or_raise(finv_groups, "inverse fisher of a group", offset))
+    return Groups(curvature, (curvature @ w[:, :, None])[:, :, 0], w, alive.reshape(-1, m)), finv_groups
+
+
+def pair_model(groups: Groups, finv_groups: Tensor | None) -> Groups:
+    """The pairwise model: F' replaced by the block-diagonal matrix of A_j^-1, A_j the 2 x 2 diagonal blocks of F^-1."""
+    if finv_groups is None:
+        finv_groups = torch.cholesky_inverse(factor_or_raise(groups.curvature, "fisher"))
+    count, m, _ = finv_groups.shape
+    a = finv_groups.view(count, m // 2, 2, m // 2, 2).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [N, m/2, 2, 2]
+    det = a[..., 0, 0] * a[..., 1, 1] - a[..., 0, 1] * a[..., 1, 0]
+    inverse = torch.stack([a[..., 1, 1], -a[..., 0, 1], -a[..., 1, 0], a[..., 0, 0]], -1) / det[..., None]
+    curvature = torch.zeros_like(finv_groups)
+    curvature.view(count, m // 2, 2, m // 2, 2).diagonal(dim1=1, dim2=3).copy_(inverse.view(count, -1, 2, 2).permute(0, 2, 3, 1))
+    return Groups(curvature, (curvature @ groups.weight[:, :, None])[:, :, 0], groups.weight, groups.alive)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of kept sets, and the gain of every kept set of a group.
+
+``gain(K) = u_K^T (F'_KK)^-1 u_K`` (complement identity): an n x n problem for each kept set instead of an (m - n) x (m - n)
+one for each pruned set. Sets are in lexicographic order, so that the first maximum is the lower index.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from obs_kernels.reference.blocks import Groups
+from obs_kernels.reference.fisher import chunks
+
+
+@lru_cache(maxsize=64)
+def kept_sets(n: int, m: int) -> Tensor:
+    """All n-subsets of range(m), [comb(m, n), n] int64, lexicographic."""
+    return torch.tensor(list(combinations(range(m), n)), dtype=torch.int64)
+
+
+@lru_cache(maxsize=16)
+def sets_inside_columns(n: int, m: int, num_columns: int) -> Tensor:
+    """For each column set of ``kept_sets(num_columns, m)``, the numbers of the kept sets inside it, [comb(m, c), comb(c, n)]."""
+    number = {kept: i for i, kept in enumerate(combinations(range(m), n))}
+    return torch.tensor(
+        [[number[kept] for kept in combinations(columns, n)] for columns in combinations(range(m), num_columns)], dtype=torch.int64
+    )
+
+
+def gain_table(groups: Groups, n: int) -> Tensor:
+    """[N, comb(m, n)]: gain of every kept set of every group; a set's dead entries add nothing."""
+    count, m = groups.linear.shape
+    f, u = groups.curvature, groups.linear
+    if n == 1:
+        return u * u / f.diagonal(dim1=1, dim2=2)
+    if n == 2:
+        return _pair_gains(f, u)
+    widest = max(1, kept_sets(n - 2, m).shape[0])
+    parts = [_tree_gains(f[part], u[part], n) for part in chunks(count, 3 * widest * m * m * f.element_size())]
+    return torch.cat(parts) if parts else u.new_zeros(0, kept_sets(n, m).shape[0])
+
+
+def dead_in_sets(alive: Tensor, n: int) -> Tensor:
+    """[N, comb(m, n)]: how many dead entries each kept set has; ``alive`` [N, m]."""
+    sets = kept_sets(n, alive.shape[1]).to(alive.device)
+    member = torch.zeros(sets.shape[0], alive.shape[1], device=alive.device).scatter_(1, sets, 1.0)
+    return (~alive).float() @ member.T
+
+
+def _pair_gains(f: Tensor, u: Tensor) -> Tensor:
+    """Closed form for n = 2; the formula and its IEEE division are the contract for equal masks on every backend."""
+    a, b = kept_sets(2, u.shape[1]).to(u.device).unbind(1)
+    diagonal = f.diagonal(dim1=1, dim2=2)
+    fa, fb, fab, ua, ub = diagonal[:, a], diagonal[:, b], f[:, a, b], u[:, a], u[:, b]
+    return (fb * ua * ua - 2.0 * fab * ua * ub + fa * ub * ub) / (fa * fb - fab * fab)
+
+
+def _tree_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
+    """Grow kept sets by one larger index at a time, eliminating it from the curvature of the rest."""
+    count, m = u.shape
+    gain, linear, curvature = u.new_zeros(count, 1), u[:, None], f[:, None]  # [N, sets, ...]
+    last = [-1]
+    for level in range(n):
+        pairs = [(p, i) for p, end in enumerate(last) for i in range(end + 1, m - n + level + 1)]
+        parent = torch.tensor([p for p, _ in pairs], device=u.device)
+        pivot = torch.tensor([i for _, i in pairs], device=u.device)
+        last = [i for _, i in pairs]
+        value = linear[:, parent, pivot]  # [N, sets]
+        scale = curvature[:, parent, pivot, pivot] if level < n - 1 else curvature.diagonal(dim1=2, dim2=3)[:, parent, pivot]
+        gain = gain[:, parent] + value * value / scale
+        if level == n - 1:
+            break
+        column = curvature[:, parent, pivot]  # [N, sets, m]
+        linear = linear[:, parent] - column * (value / scale)[..., None]
+        curvature = curvature[:, parent] - column[..., :, None] * (column / scale[..., None])[..., None, :]
+    return gain

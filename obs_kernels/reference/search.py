@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights to keep: exact n:m and v:n:m choice in plain torch.
+
+Loss of keeping K in a group: ``1/2 (w^T F' w - u_K^T (F'_KK)^-1 u_K)`` (see ``candidates``). The least loss is the largest gain.
+A panel takes the columns with the largest sum, over its rows, of the best gain inside them; then each row its best set.
+Ties go to the lower index everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from obs_kernels.checks import check_damp_values, check_finite
+from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
+from obs_kernels.reference.blocks import Groups, compute_dtype, condition_groups, pair_model
+from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets, sets_inside_columns
+from obs_kernels.reference.fisher import chunks
+from obs_kernels.reference.pairwise import keep_by_pairs
+
+
+def search_nm(
+    weight: Tensor, fisher: Tensor | None, pattern: str, *, damp: Tensor, method: str, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mask [R, C] bool (True = kept) and saliency [R, C/m] of the n:m choice; arguments as in ``ops.search_nm``."""
+    parsed: NMPattern = parse_pattern(pattern)
+    n, m = parsed.n, parsed.m
+    rows, cols = weight.shape
+    keep = torch.empty(rows * cols // m, m, dtype=torch.bool, device=weight.device)
+    saliency = torch.empty(rows * cols // m, dtype=compute_dtype(weight, fisher), device=weight.device)
+    _check_values(weight, fisher, damp)
+    size = m if fisher is None else fisher.shape[1]
+    table = kept_sets(n, m).shape[0] if method == "combinatorial" else m
+    for part in chunks(rows * cols // size, (4 * size * size + size // m * table * 3) * saliency.element_size()):
+        groups, finv = _groups(weight, fisher, mask, damp, m, size, part)
+        span = slice(part.start * size // m, part.stop * size // m)
+        if method == "combinatorial":
+            gains = _forbid_dead(gain_table(groups, n), groups.alive, n)
+            keep[span] = _as_mask(kept_sets(n, m).to(weight.device)[gains.argmax(1)], m)
+        elif method == "pairwise":
+            keep[span] = keep_by_pairs(pair_model(groups, finv), n)
+        else:
+            scores = _scores(groups, fisher, damp, method, part).masked_fill(~groups.alive, -1.0)
+            keep[span] = _as_mask(scores.sort(dim=1, descending=True, stable=True).indices[:, :n], m)
+        keep[span] &= groups.alive
+        saliency[span] = _choice_loss(groups, fisher, damp, keep[span], n, method, part)
+    return keep.view(rows, cols), saliency.view(rows, cols // m)
+
+
+def search_vnm(
+    weight: Tensor, fisher: Tensor | None, pattern: str, *, damp: Tensor, method: str, mask: Tensor | None, num_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask [R, C], saliency [R/v, C/m] and columns [R/v, C/m, num_columns] uint8 of the joint v:n:m choice."""
+    parsed: VNMPattern = parse_pattern(pattern)
+    v, n, m = parsed.v, parsed.n, parsed.m
+    rows, cols = weight.shape
+    panels, wide = rows // v, cols // m
+    keep = torch.empty(panels, v, wide, m, dtype=torch.bool, device=weight.device)
+    dtype = compute_dtype(weight, fisher)
+    saliency = torch.empty(panels, wide, dtype=dtype, device=weight.device)
+    columns = torch.empty(panels, wide, num_columns, dtype=torch.uint8, device=weight.device)
+    _check_values(weight, fisher, damp)
+    size = m if fisher is None else fisher.shape[1]
+    inside = sets_inside_columns(n, m, num_columns).to(weight.device)
+    bytes_each = (v * cols * (4 * size + 2 * kept_sets(n, m).shape[0] / m) + wide * inside.numel()) * saliency.element_size()
+    for part in chunks(panels, int(bytes_each)):
+        blocks = slice(part.start * v * cols // size, part.stop * v * cols // size)
+        groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks)
+        gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks)
+        sets, chosen = _choose_panels(gains, groups.alive, v, wide, n, inside, masked=mask is not None)
+        keep[part] = (_as_mask(kept_sets(n, m).to(weight.device)[sets.flatten()], m) & groups.alive).view(-1, v, wide, m)
+        columns[part] = kept_sets(num_columns, m).to(weight.device)[chosen].to(torch.uint8)
+        loss = _choice_loss(groups, fisher, damp, keep[part].view(-1, m), n, method, blocks)
+        saliency[part] = loss.view(-1, v, wide).sum(1)
+    return keep.view(rows, cols), saliency, columns
+
+
+def _groups(
+    weight: Tensor, fisher: Tensor | None, mask: Tensor | None, damp: Tensor, m: int, size: int, part: slice
+) -> tuple[Groups, Tensor | None]:
+    """Groups of the Fisher blocks ``part``; without a Fisher the curvature is the identity."""
+    w = weight.reshape(-1, size)[part]
+    alive = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.reshape(-1, size)[part]
+    if fisher is None:
+        values = w.to(compute_dtype(weight)).masked_fill(~alive, 0.0)
+        return Groups(torch.eye(m, dtype=values.dtype, device=w.device).expand(w.shape[0], m, m), values, values, alive), None
+    return condition_groups(w, fisher[part], alive, damp if damp.numel() == 1 else damp[part], m, part.start)
+
+
+def _choose_panels(
+    gains: Tensor, alive: Tensor, v: int, wide: int, n: int, inside: Tensor, *, masked: bool
+) -> tuple[Tensor, Tensor]:
+    """Kept set of each row [P, v, C/m] and column set of each panel [P, C/m], from ``gains`` [P * v * C/m, sets]."""
+    gains = gains.view(-1, v, wide, gains.shape[-1])
+    dead = dead_in_sets(alive, n).view(gains.shape) if masked else None
+
+    total = gains.new_zeros(gains.shape[0], wide, inside.shape[0])
+    for row in range(v):  # in ascending order: the sum must not depend on the backend
+        best = gains[:, row][..., inside]  # [P, C/m, column sets, kept sets inside]
+        total = total + _fewest_dead(best, None if dead is None else dead[:, row][..., inside]).amax(-1)
+    chosen = total.argmax(-1)  # [P, C/m]
+
+    sets = inside[chosen][:, None].expand(-1, v, -1, -1)  # [P, v, C/m, kept sets inside]
+    best = _fewest_dead(gains.gather(3, sets), None if dead is None else dead.gather(3, sets))
+    return sets.gather(3, best.argmax(-1, keepdim=True))[..., 0], chosen
+
+
+def _fewest_dead(gains: Tensor, dead: Tensor | None) -> Tensor:
+    """Gains with -inf where a set holds more dead entries than the best set of the last dimension must."""
+    return gains if dead is None else gains.masked_fill(dead > dead.amin(-1, keepdim=True), -torch.inf)
+
+
+def _gains_by_method(
+    groups: Groups, finv: Tensor | None, fisher: Tensor | None, damp: Tensor, n: int, method: str, part: slice
+) -> Tensor:
+    if method == "combinatorial":
+        return gain_table(groups, n)
+    if method == "pairwise":
+        return gain_table(pair_model(groups, finv), n)
+    scores = _scores(groups, fisher, damp, method, part)
+    return scores[:, kept_sets(n, scores.shape[1]).to(scores.device)].sum(-1)
+
+
+def _scores(groups: Groups, fisher: Tensor | None, damp: Tensor, method: str, part: slice) -> Tensor:
+    """[N, m] score of single weights: |w|, or 1/2 (F_ii + damp) w_i^2."""
+    if method == "magnitude" or fisher is None:
+        return groups.weight.abs()
+    diagonal = fisher[part].diagonal(dim1=1, dim2=2).to(groups.weight.dtype)
+    diagonal = diagonal + (damp if damp.numel() == 1 else damp[part]).to(diagonal.dtype).reshape(-1, 1)
+    return 0.5 * diagonal.reshape(groups.weight.shape) * groups.weight**2
+
+
+def _choice_loss(
+    groups: Groups, fisher: Tensor | None, damp: Tensor, keep: Tensor, n: int, method: str, part: slice
+) -> Tensor:
+    """[N] loss increase of keeping ``keep`` [N, m]: 1/2 dw^T F' dw with the kept weights re-solved in their group.
+
+    The diagonal and magnitude methods know no compensation: the sum of 1/2 (F_ii + damp) w_i^2, or of 1/2 w_i^2, over the pruned.
+    """
+    if method in ("magnitude", "diagonal"):
+        cost = 0.5 * groups.weight**2 if method == "magnitude" else _scores(groups, fisher, damp, method, part)
+        return cost.masked_fill(keep, 0.0).sum(1)
+    index = keep.sort(dim=1, descending=True, stable=True).indices[:, :n]  # kept first, then fillers
+    valid = keep.gather(1, index)
+    f = groups.curvature.gather(1, index[:, :, None].expand(-1, -1, keep.shape[1])).gather(2, index[:, None].expand(-1, n, -1))
+    f = f.masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0.0)
+    f.diagonal(dim1=1, dim2=2).masked_fill_(~valid, 1.0)
+    u = groups.linear.gather(1, index).masked_fill(~valid, 0.0)
+    solved = torch.cholesky_solve(u[:, :, None], torch.linalg.cholesky_ex(f)[0])[:, :, 0]
+    change = torch.zeros_like(groups.weight).scatter_(1, index, solved).masked_fill(~keep, 0.0) - groups.weight
+    # from the change itself, not from E - gain, which cancels
+    return 0.5 * torch.einsum("gi,gij,gj->g", change, groups.curvature, change)
+
+
+def _forbid_dead(gains: Tensor, alive: Tensor, n: int) -> Tensor:
+    """Gains with -inf where a set holds more dead entries than a short group forces it to."""
+    if bool(alive.all()):
+        return gains
+    return _fewest_dead(gains, dead_in_sets(alive, n))
+
+
+def _as_mask(index: Tensor, m: int) -> Tensor:
+    """[N, m] bool with True at ``index`` [N, k]."""
+    return torch.zeros(index.shape[0], m, dtype=torch.bool, device=index.device).scatter_(1, index, True)
+
+
+def _check_values(weight: Tensor, fisher: Tensor | None, damp: Tensor) -> None:
+    check_finite("weight", weight)
+    if fisher is not None:
+        check_finite("fisher", fisher)
+        check_damp_values(damp)
