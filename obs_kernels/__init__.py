@@ -1,7 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured sparsity of transformers by second-order pruning."""
+"""Structured sparsity of transformers by second-order (OBS) pruning.
 
-from obs_kernels import ops
+Data flows one way: calibration gradients -> block Fisher -> mask search -> OBS update -> packing -> sparse product.
+Importing the package needs neither a GPU nor compiled code, and never initialises CUDA.
+"""
+
+from obs_kernels import errors, ops
 from obs_kernels.patterns import parse_pattern
+from obs_kernels.pruning import OBSConfig, OBSPruner, PruningPlan, PruningReport, sparsify_
+from obs_kernels.sparse import SparseLinear, SparseWeight, compress_, decompress_, load, save_pretrained
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "OBSConfig",
+    "OBSPruner",
+    "PruningPlan",
+    "PruningReport",
+    "SparseLinear",
+    "SparseWeight",
+    "compress_",
+    "decompress_",
+    "errors",
+    "load",
+    "ops",
+    "parse_pattern",
+    "save_pretrained",
+    "sparsify_",
+]

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to prune and how: one frozen record, the same fields as a recipe."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from obs_kernels import checks
+from obs_kernels.errors import ConfigError
+from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, parse_pattern
+
+GRADIENTS = ("sample", "batch")
+ON_SINGULAR = ("raise", "increase_damp", "skip")
+ON_UNSUPPORTED = ("raise", "skip", "pad")
+ON_NONFINITE = ("raise", "skip_batch")
+
+# names of other tools, explained instead of accepted in silence
+FOREIGN_KEYS = {
+    "mask_structure": "pattern (note: mask_structure 'n:m' prunes n of m, pattern keeps n of m)",
+    "mask_type": "pattern",
+    "sparsity": "pattern, for example 'unstructured:0.9' or 'block4:0.8'",
+    "final_sparsity": "pattern, for example 'unstructured:0.9' or 'block4:0.8'",
+    "num_recomputations": "recomputations",
+    "block_size": "fisher_block_size",
+    "params": "targets",
+}
+
+
+@dataclass(frozen=True)
+class OBSConfig:
+    """Settings of a pruning run; frozen, hashable, and a JSON round trip by ``to_dict`` and ``from_dict``.
+
+    Attributes:
+        pattern: "2:4", "64:2:8", "unstructured:0.9", "block4:0.8"; n:m keeps n of m.
+        num_grads: gradients for the Fisher, S. F is divided by the number really received.
+        gradients: "sample" (gradient of each sample's own loss) or "batch" (gradient of the batch mean, as in sparseml).
+        curvature: "block", the block Fisher.
+        fisher_block_size: D; None takes m for n:m and v:n:m, 32 for blocks, 50 for unstructured.
+        damp: absolute value added to the diagonal of F; None uses ``dampening_frac``.
+        dampening_frac: damping as a share of the mean diagonal of F over a tensor's live weights.
+        method: "combinatorial" (exact), "pairwise", "diagonal" or "magnitude".
+        update: "joint", "single" or "none".
+        recomputations: parts of the step, with new gradients for each; for n:m at most m - n.
+        passes: improvement passes over the groups of a Fisher block; 0 in this version.
+        global_sparsity: one threshold over all layers; for unstructured and blocks only.
+        targets: class names, module names or "re:..." patterns of what is pruned.
+        ignore: the same, for what is left out.
+        seed: seed of everything random in a run.
+        on_singular: "raise", "increase_damp" (ten times for the block, repeated) or "skip" the layer.
+        on_unsupported: "raise", "skip" or "pad" layers whose shape does not fit the pattern.
+        on_nonfinite: "raise" or "skip_batch" for NaN or Inf in gradients.
+    """
+
+    pattern: str
+    num_grads: int = 1024
+    gradients: str = "sample"
+    curvature: str = "block"
+    fisher_block_size: int | None = None
+    damp: float | None = None
+    dampening_frac: float = 0.01
+    method: str = "combinatorial"
+    update: str = "joint"
+    recomputations: int = 1
+    passes: int = 0
+    global_sparsity: bool = False
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("re:.*qa_outputs",)
+    seed: int = 0
+    on_singular: str = "raise"
+    on_unsupported: str = "raise"
+    on_nonfinite: str = "raise"
+
+    def __post_init__(self) -> None:
+        """Validate and normalise; strings such as "1e-7" are read as numbers."""
+        parsed = parse_pattern(self.pattern)
+        self._set("pattern", str(parsed))
+        self._set("targets", _names("targets", self.targets))
+        self._set("ignore", _names("ignore", self.ignore))
+        for name in ("num_grads", "recomputations", "passes", "seed"):
+            self._set(name, _integer(name, getattr(self, name), least=0 if name in ("passes", "seed") else 1))
+        if self.fisher_block_size is not None:
+            self._set("fisher_block_size", _integer("fisher_block_size", self.fisher_block_size, least=1))
+        if self.damp is not None:
+            self._set("damp", _number("damp", self.damp))
+        self._set("dampening_frac", _number("dampening_frac", self.dampening_frac))
+        if self.damp == 0 or (self.damp is None and self.dampening_frac == 0):
+            raise ConfigError("damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it")
+        if not isinstance(self.global_sparsity, bool):
+            raise ConfigError(f"global_sparsity must be true or false, got {self.global_sparsity!r}")
+        if self.curvature in ("row", "layer"):
+            raise ConfigError(f"curvature={self.curvature!r} is not in this version; use curvature='block'")
+        checks.check_choice("curvature", self.curvature, ("block",))
+        for name, choices in (
+            ("gradients", GRADIENTS),
+            ("method", checks.METHODS),
+            ("update", checks.UPDATES),
+            ("on_singular", ON_SINGULAR),
+            ("on_unsupported", ON_UNSUPPORTED),
+            ("on_nonfinite", ON_NONFINITE),
+        ):
+            checks.check_choice(name, getattr(self, name), choices)
+        self._check_together(parsed)
+
+    def _check_together(self, pattern: Pattern) -> None:
+        size = self.block_size
+        if self.passes:
+            raise ConfigError(f"passes must be 0 in this version, got {self.passes}")
+        if self.global_sparsity and pattern.fixed_count:
+            raise ConfigError(f"global_sparsity needs an unstructured or block pattern, got {pattern}: its count is fixed per group")
+        if self.method == "pairwise" and not pattern.fixed_count:
+            raise ConfigError(f"method='pairwise' needs an n:m or v:n:m pattern, got {pattern}; use 'combinatorial'")
+        unit = pattern.m if isinstance(pattern, NMPattern) else pattern.size if isinstance(pattern, BlockPattern) else 1
+        if size % unit:
+            raise ConfigError(f"fisher_block_size must be a multiple of {unit} for pattern {pattern}, got {size}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """The pattern as an object."""
+        pattern: Pattern = parse_pattern(self.pattern)
+        return pattern
+
+    @property
+    def block_size(self) -> int:
+        """D: ``fisher_block_size``, or the default of the pattern."""
+        if self.fisher_block_size is not None:
+            return self.fisher_block_size
+        pattern = self.parsed_pattern
+        if isinstance(pattern, NMPattern):
+            return pattern.m
+        if isinstance(pattern, BlockPattern):
+            return 32 if 32 % pattern.size == 0 else pattern.size
+        return 50
+
+    @property
+    def needs_fisher(self) -> bool:
+        """False for magnitude masks without an update: no gradient is needed."""
+        return not (self.method == "magnitude" and self.update == "none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OBSConfig:
+        """The inverse of ``to_dict``; an unknown key is an error that names the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key in known:
+                continue
+            if key in FOREIGN_KEYS:
+                raise ConfigError(f"unknown key {key!r}; here it is {FOREIGN_KEYS[key]}")
+            near = difflib.get_close_matches(key, known, 1)
+            raise ConfigError(f"unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(known)}")
+        if "pattern" not in values:
+            raise ConfigError("pattern is missing; give for example pattern='64:2:8'")
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """A text that is equal for equal settings."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"{name} must be a list of names or 're:...' patterns, got {value!r}")
+    return tuple(value)
+
+
+def _integer(name: str, value: Any, *, least: int) -> int:
+    if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must be a number, got {value!r}") from None
+    if isinstance(value, bool) or not math.isfinite(number) or number < 0:
+        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
+    return number

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pruned weight: its mask, its Fisher sum, and the layers that a configuration selects in a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from obs_kernels.errors import ConfigError, DTypeNotSupportedError, NonFiniteError, ShapeNotSupportedError
+from obs_kernels.ops import accumulate_fisher_
+from obs_kernels.patterns import Pattern
+from obs_kernels.pruning.config import OBSConfig
+
+
+@dataclass(eq=False)
+class PrunedLayer:
+    """State of one weight [R, C]; ``padded`` >= [R, C] is the shape that the pattern needs (on_unsupported="pad")."""
+
+    name: str
+    module: nn.Module
+    padded: tuple[int, int]
+    block_size: int
+    mask: Tensor
+    """[R, C] bool on the weight's device; from ``w != 0`` once, afterwards only the mask counts."""
+    fisher_sum: Tensor | None = None
+    """[B, D, D] float32, sum of g g^T over ``num_grads`` gradients."""
+    num_grads: int = 0
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, looked up afresh: wrappers may replace it."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def parameter_name(self) -> str:
+        """Name in ``model.named_parameters()``."""
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def num_blocks(self) -> int:
+        """B = ceil(R * C / D), of the padded shape."""
+        return -(-self.padded[0] * self.padded[1] // self.block_size)
+
+    @property
+    def fisher_bytes(self) -> int:
+        """Bytes of the Fisher sum."""
+        return 4 * self.num_blocks * self.block_size**2
+
+    def allocate(self) -> Tensor:
+        """The Fisher sum, made of zeros if there is none."""
+        if self.fisher_sum is None:
+            shape = (self.num_blocks, self.block_size, self.block_size)
+            self.fisher_sum = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
+        return self.fisher_sum
+
+    def add_gradients(self, grads: Tensor) -> None:
+        """Accumulate ``grads`` [S, R, C] into the Fisher sum."""
+        flat = self.pad(grads).flatten(1)
+        tail = self.num_blocks * self.block_size - flat.shape[1]
+        accumulate_fisher_(self.allocate(), F.pad(flat, (0, tail)), scale=1.0)
+        self.num_grads += grads.shape[0]
+
+    def mean_fisher(self) -> Tensor:
+        """[B, D, D] undamped mean of g g^T, a new tensor."""
+        if self.fisher_sum is None or self.num_grads == 0:
+            raise ConfigError(
+                f"{self.name} has no gradients; call collect(loader, loss_fn), or loss.backward() and accumulate(), before prune()"
+            )
+        return self.fisher_sum / self.num_grads
+
+    def clear(self) -> None:
+        """Drop the Fisher sum."""
+        self.fisher_sum, self.num_grads = None, 0
+
+    def pad(self, values: Tensor) -> Tensor:
+        """``values`` [..., R, C] padded with zeros (False) to the padded shape."""
+        rows, cols = values.shape[-2:]
+        if (rows, cols) == self.padded:
+            return values
+        return F.pad(values, (0, self.padded[1] - cols, 0, self.padded[0] - rows))
+
+    def crop(self, values: Tensor) -> Tensor:
+        """The [R, C] part of a padded tensor."""
+        return values[: self.mask.shape[0], : self.mask.shape[1]]
+
+    def live_damp(self, fisher: Tensor, cfg: OBSConfig) -> float:
+        """Absolute damping: ``cfg.damp``, or the share of the mean diagonal of F over live weights (tiny if that is 0)."""
+        if cfg.damp is not None:
+            return cfg.damp
+        diagonal = fisher.diagonal(dim1=1, dim2=2).reshape(-1)
+        live = F.pad(self.pad(self.mask).reshape(-1), (0, diagonal.numel() - self.padded[0] * self.padded[1]))
+        count = int(live.sum())
+        mean = float(diagonal[live].double().mean()) if count else 0.0
+        # a layer that no gradient reaches: F = 0, any positive value gives magnitude pruning
+        return cfg.dampening_frac * mean if mean > 0 else 1e-12
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A candidate that is not pruned, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], list[SkippedLayer]]:
+    """Layers of ``model`` that ``cfg`` selects, in the order of their names in the model, and those left out with the reason.
+
+    A shared module is counted once. A weight that an embedding or another module also holds is left out.
+
+    Raises:
+        ConfigError: a target matches nothing, or all is ignored. ShapeNotSupportedError, NonFiniteError: as named.
+    """
+    pattern: Pattern = cfg.parsed_pattern
+    modules = dict(model.named_modules())
+    owners = _weight_owners(modules)
+    layers: list[PrunedLayer] = []
+    skipped: list[SkippedLayer] = []
+    matched: set[str] = set()
+    for name, module in modules.items():
+        hits = {t for t in cfg.targets if _matches(t, name, module)}
+        matched |= hits
+        weight = getattr(module, "weight", None)
+        if not hits or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+            continue
+        shape = tuple(weight.shape)
+        shared = [other for other in owners[weight.data_ptr(), weight.numel()] if other != name] if weight.numel() else []
+        if any(_matches(t, name, module) for t in cfg.ignore):
+            skipped.append(SkippedLayer(name, shape, "ignored"))
+        elif isinstance(module, nn.Embedding) or shared:
+            skipped.append(SkippedLayer(name, shape, f"tied with {shared[0]}" if shared else "embedding"))
+        elif not weight.numel():
+            skipped.append(SkippedLayer(name, shape, "empty"))
+        else:
+            layer = _make_layer(name, module, weight, pattern, cfg)
+            layers.append(layer) if isinstance(layer, PrunedLayer) else skipped.append(layer)
+    missing = [t for t in cfg.targets if t not in matched]
+    if missing:
+        kinds = sorted({type(m).__name__ for m in modules.values() if isinstance(getattr(m, "weight", None), nn.Parameter)})
+        raise ConfigError(f"targets {missing} match nothing in {type(model).__name__}; modules with weights: {', '.join(kinds)}")
+    if not layers:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3])
+        raise ConfigError(f"no layer is left to prune in {type(model).__name__} ({reasons}); change targets or ignore")
+    return layers, skipped
+
+
+def _make_layer(
+    name: str, module: nn.Module, weight: nn.Parameter, pattern: Pattern, cfg: OBSConfig
+) -> PrunedLayer | SkippedLayer:
+    shape = (int(weight.shape[0]), int(weight.shape[1]))
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise DTypeNotSupportedError(f"{name}.weight must be a float tensor, got {weight.dtype}; ignore this layer")
+    padded = shape
+    try:
+        pattern.check_shape(shape, name=f"{name}.weight")
+        size = _block_size(shape, pattern, cfg, name)
+    except ShapeNotSupportedError as error:
+        if cfg.on_unsupported == "raise":
+            raise
+        if cfg.on_unsupported == "skip":
+            return SkippedLayer(name, shape, str(error))
+        size = cfg.block_size
+        rows, cols = pattern.padded_shape(shape)
+        padded = (rows, -(-cols // size) * size if pattern.fixed_count else cols)
+    values = weight.detach()
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model")
+    return PrunedLayer(name, module, padded, size, values != 0)
+
+
+def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: str) -> int:
+    size = cfg.block_size
+    if pattern.fixed_count and shape[1] % size:
+        raise ShapeNotSupportedError(
+            f"{name}.weight is [{shape[0]}, {shape[1]}]; fisher_block_size = {size} must divide cols for pattern {pattern}. "
+            f"Fix: fisher_block_size = {cfg.parsed_pattern.multiples()[1]}, or on_unsupported='pad' or 'skip'"
+        )
+    return size
+
+
+def _weight_owners(modules: dict[str, nn.Module]) -> dict[tuple[int, int], list[str]]:
+    owners: dict[tuple[int, int], list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault((parameter.data_ptr(), parameter.numel()), []).append(name)
+    return owners
+
+
+def _matches(rule: str, name: str, module: nn.Module) -> bool:
+    """A rule is a class name, a module name (also below a data-parallel ``module.``), or ``re:`` and a regular expression."""
+    bare = name.removeprefix("module.")
+    if rule.startswith("re:"):
+        try:
+            return re.fullmatch(rule[3:], name) is not None or re.fullmatch(rule[3:], bare) is not None
+        except re.error as error:
+            raise ConfigError(f"{rule!r} is no regular expression: {error}") from None
+    return rule in (type(module).__name__, name, bare, f"{bare}.weight")

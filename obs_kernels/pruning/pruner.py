@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``OBSPruner``: the object for own loops. Plan, collect gradients, prune, hold the masks, verify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obs_kernels.errors import ConfigError, ResumeMismatchError
+from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
+from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.layer import PrunedLayer, find_layers
+from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
+from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
+from obs_kernels.pruning.schedule import recomputation_stages
+from obs_kernels.pruning.step import StagedLayer, stage_step
+
+PRUNED_ATTRIBUTE = "obs_kernels_pruned"
+"""Attribute of a finalized model: {"pattern": text, "masks": {layer name: mask}}, read by ``compress_``."""
+
+
+class OBSPruner:
+    """Second-order pruning of the layers of ``model`` that ``config`` selects.
+
+    The first mask is taken from ``w != 0`` here, once; afterwards only the mask counts: zeros stay zero, a live weight that
+    happens to be 0 stays live. An error in any method leaves weights, masks and Fisher as they were.
+
+    Args:
+        model: any ``nn.Module``; changed in place by ``prune`` and ``apply_masks`` only.
+        config: what to prune and how.
+        memory_budget: bytes that Fisher sums may take; None takes a share of the free memory.
+
+    Raises:
+        ConfigError: targets that match nothing, or nothing left to prune. ShapeNotSupportedError: a layer that does not fit the
+            pattern (``on_unsupported="raise"``). NonFiniteError: NaN weights.
+    """
+
+    def __init__(self, model: nn.Module, config: OBSConfig, *, memory_budget: int | None = None) -> None:
+        self.model = model
+        self.config = config
+        self.layers, self.skipped = find_layers(model, config)
+        self.stages = recomputation_stages(config.parsed_pattern, config.recomputations)
+        self.stage = 0
+        """Stages done; ``prune`` runs the next one."""
+        self._budget = memory_budget
+        self._saliency = 0.0
+        self._reports: dict[str, LayerReport] = {}
+        self._seconds = 0.0
+        self._num_grads = 0
+
+    def plan(self) -> PruningPlan:
+        """Layers, shapes, memory, and what is skipped and why; nothing is computed."""
+        return make_plan(
+            self.layers, self.skipped, self.config.pattern, needs_fisher=self.config.needs_fisher, budget=self._budget
+        )
+
+    def collect(self, loader: Iterable[Any], loss_fn: LossFn, *, layers: Sequence[str] | None = None) -> int:
+        """Add gradients of ``config.num_grads`` samples (or batches) to the Fisher; returns how many came.
+
+        Args:
+            loader: batches; moved to the model's device. A loader that ends early is fine, F is divided by what came.
+            loss_fn: ``loss_fn(model, batch)``: mean loss over the samples, or per-sample losses [B].
+            layers: names of the layers to collect for; None takes all.
+
+        Raises:
+            MemoryBudgetError: the Fisher does not fit, before the first batch. NonFiniteGradientError: names layer and batch.
+        """
+        chosen = self._named(layers)
+        check_fits(
+            chosen,
+            self.plan().budget,
+            advice="lower fisher_block_size, collect fewer layers at a time (layers=), or let sparsify_ do groups",
+        )
+        return collect_gradients(
+            self.model,
+            chosen,
+            loader,
+            loss_fn,
+            num_grads=self.config.num_grads,
+            gradients=self.config.gradients,
+            on_nonfinite=self.config.on_nonfinite,
+        )
+
+    def accumulate(self) -> None:
+        """Read ``.grad`` of the pruned weights as one gradient; call it after ``loss.backward()``, before any clipping.
+
+        ``.grad`` is not cleared. Raises ``NonFiniteGradientError`` and adds nothing if a gradient is not finite.
+        """
+        if all(layer.fisher_sum is None for layer in self.layers):
+            check_fits(self.layers, self.plan().budget, advice="lower fisher_block_size or raise memory_budget")
+        add_parameter_gradients(self.layers, self.layers[0].num_grads)
+
+    def fishers(self) -> dict[str, Tensor]:
+        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T."""
+        return {layer.parameter_name: layer.mean_fisher() for layer in self.layers}
+
+    def set_fishers(self, fishers: Mapping[str, Tensor], num_grads: int) -> None:
+        """Take mean Fishers [B, D, D] from elsewhere, as ``fishers`` returns them; ``num_grads`` is the S they are means of."""
+        for layer in self.layers:
+            shape = (layer.num_blocks, layer.block_size, layer.block_size)
+            given = fishers.get(layer.parameter_name)
+            if given is None or tuple(given.shape) != shape:
+                came = "nothing" if given is None else list(given.shape)
+                raise ConfigError(f"fishers[{layer.parameter_name!r}] must be {list(shape)}, got {came}")
+        for layer in self.layers:
+            given = fishers[layer.parameter_name].to(layer.weight.device, torch.float32)
+            layer.fisher_sum, layer.num_grads = given * num_grads, num_grads
+
+    def prune(self) -> PruningReport:
+        """Run the next stage (the only one for ``recomputations=1``): masks and update in place; the Fisher is dropped.
+
+        Raises:
+            ConfigError: no gradients, or all stages are done. SingularBlockError: names layer and block.
+        """
+        return self.commit(self.stage_layers(), keep_fisher=False)
+
+    def stage_layers(self, layers: Sequence[str] | None = None) -> list[StagedLayer]:
+        """Masks and weights of the next stage without writing them; for ``sparsify_``, which does layers in groups."""
+        if self.stage >= len(self.stages):
+            raise ConfigError(f"all {len(self.stages)} stages of pattern {self.config.pattern} are done; build a new pruner to go on")
+        return stage_step(self._named(layers), self.stages[self.stage], self.config)
+
+    def commit(self, staged: Sequence[StagedLayer], *, keep_fisher: bool = False) -> PruningReport:
+        """Write staged masks and weights into the model and go to the next stage."""
+        start = time.perf_counter()
+        pattern = self.stages[self.stage]
+        with torch.no_grad():
+            for item in staged:
+                item.layer.mask = item.mask
+                item.layer.weight.copy_(item.weight)
+        reports = [self._layer_report(item, str(pattern)) for item in staged]
+        self._num_grads = max((item.num_grads for item in staged), default=0)
+        if not keep_fisher:
+            for layer in self.layers:
+                layer.clear()
+        self._saliency = merge_saliency(self._saliency, reports)
+        self._reports |= {report.name: report for report in reports}
+        self._seconds += sum(report.seconds for report in reports) + time.perf_counter() - start
+        self.stage += 1
+        return self.report()
+
+    def report(self) -> PruningReport:
+        """The report as it stands."""
+        return PruningReport(
+            pattern=self.config.pattern,
+            config=self.config.to_dict(),
+            layers=tuple(self._reports[layer.name] for layer in self.layers if layer.name in self._reports),
+            num_grads=self._num_grads,
+            stages=tuple(map(str, self.stages[: self.stage])),
+            saliency=self._saliency,
+            seconds=self._seconds,
+            skipped=tuple((s.name, s.reason) for s in self.skipped),
+            environment={"torch": torch.__version__, "device": _device_name(self.layers[0].weight.device)},
+        )
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Set pruned weights to +0 again; after each optimizer step, since momentum and decay let them grow back."""
+        for layer in self.layers:
+            layer.weight.masked_fill_(~layer.mask, 0.0)
+
+    def masks(self) -> dict[str, Tensor]:
+        """{parameter name: [R, C] bool, True = kept}."""
+        return {layer.parameter_name: layer.mask for layer in self.layers}
+
+    def verify(self) -> int:
+        """Violations: nonzero weights at pruned places, plus groups, panel rows or blocks that break the stage's pattern."""
+        pattern = self.stages[min(self.stage, len(self.stages)) - 1] if self.stage else None
+        total = 0
+        for layer in self.layers:
+            total += int((layer.weight.detach().masked_fill(layer.mask, 0.0) != 0).sum())
+            report = self._reports.get(layer.name)
+            if pattern is not None and report is not None and not report.outcome.startswith("skipped"):
+                total += pattern.count_violations(layer.pad(layer.mask))
+        return total
+
+    def finalize(self) -> PruningReport:
+        """Apply the masks a last time, check them, and leave pattern and masks on the model for ``compress_``; idempotent.
+
+        Raises:
+            ConfigError: stages are missing, or a weight breaks its mask.
+        """
+        if self.stage < len(self.stages):
+            raise ConfigError(
+                f"{self.stage} of {len(self.stages)} stages are done, the model is not at pattern {self.config.pattern} yet; "
+                f"collect and prune again before finalize()"
+            )
+        self.apply_masks()
+        violations = self.verify()
+        if violations:
+            raise ConfigError(f"the model has {violations} violations of pattern {self.config.pattern}; do not edit masks by hand")
+        masks = {layer.name: layer.mask for layer in self.layers if not self._reports[layer.name].outcome.startswith("skipped")}
+        setattr(self.model, PRUNED_ATTRIBUTE, {"pattern": self.config.pattern, "masks": masks})
+        return self.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, position in the stages, Fisher sums and counts: tensors and plain values only."""
+        return {
+            "config": self.config.to_dict(),
+            "stage": self.stage,
+            "saliency": self._saliency,
+            "masks": {layer.name: layer.mask.clone() for layer in self.layers},
+            "fisher_sums": {layer.name: layer.fisher_sum.clone() for layer in self.layers if layer.fisher_sum is not None},
+            "num_grads": {layer.name: layer.num_grads for layer in self.layers},
+            "reports": {name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of an equal pruner; nothing changes on an error.
+
+        Raises:
+            ResumeMismatchError: another configuration or other layers.
+        """
+        theirs = OBSConfig.from_dict(dict(state["config"]))
+        if theirs != self.config:
+            mine, other = self.config.to_dict(), theirs.to_dict()
+            differing = [k for k in mine if mine[k] != other[k]]
+            raise ResumeMismatchError(f"the state was made with another config (differs in {', '.join(differing)}); use the same one")
+        shapes = {layer.name: tuple(layer.mask.shape) for layer in self.layers}
+        if {name: tuple(mask.shape) for name, mask in state["masks"].items()} != shapes:
+            raise ResumeMismatchError("the state holds masks of other layers or shapes; build the pruner on the same model")
+        for layer in self.layers:
+            device = layer.weight.device
+            layer.mask = state["masks"][layer.name].to(device, copy=True)
+            fisher = state["fisher_sums"].get(layer.name)
+            layer.fisher_sum = None if fisher is None else fisher.to(device, copy=True)
+            layer.num_grads = int(state["num_grads"][layer.name])
+        self.stage, self._saliency = int(state["stage"]), float(state["saliency"])
+        self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}
+
+    def _named(self, names: Sequence[str] | None) -> list[PrunedLayer]:
+        if names is None:
+            return self.layers
+        by_name = {layer.name: layer for layer in self.layers}
+        unknown = [name for name in names if name not in by_name]
+        if unknown:
+            raise ConfigError(f"layers {unknown} are not pruned by this config; known: {', '.join(by_name)}")
+        return [by_name[name] for name in names]
+
+    def _layer_report(self, item: StagedLayer, pattern: str) -> LayerReport:
+        shape = (int(item.mask.shape[0]), int(item.mask.shape[1]))
+        sparsity = 1.0 - float(item.mask.double().mean())
+        return LayerReport(
+            item.layer.name, shape, pattern, sparsity, item.saliency, item.damp, item.blocks_raised, item.outcome, item.seconds
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

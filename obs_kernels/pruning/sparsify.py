@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sparsify_``: the whole one-shot run in one call, in groups where memory is short, resumable in a work folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obs_kernels.errors import ConfigError, MemoryBudgetError, ResumeMismatchError
+from obs_kernels.files import write_bytes, write_text
+from obs_kernels.pruning.calibration import LossFn
+from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.pruner import OBSPruner
+from obs_kernels.pruning.report import PruningReport
+from obs_kernels.pruning.step import StagedLayer
+
+MANIFEST = "manifest.json"
+
+
+def sparsify_(
+    model: nn.Module,
+    cfg: OBSConfig,
+    loader: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+    *,
+    work_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    memory_budget: int | None = None,
+) -> PruningReport:
+    """Prune ``model`` in place: collect, search, update, verify; once for each recomputation.
+
+    Where the Fisher of all layers does not fit the memory at once, layers are collected in groups with a pass over ``loader``
+    for each. All groups of a stage see the model as it was before the stage, so the result does not depend on the grouping.
+
+    Args:
+        model: pruned in place; unchanged if an error comes before the first stage is whole.
+        loader: batches, re-iterable where more than one pass is needed; None only where no gradient is (``cfg.needs_fisher``).
+        loss_fn: ``loss_fn(model, batch)``, see ``OBSPruner.collect``.
+        work_dir: folder for finished groups and stages. With ``resume=True`` a run that was cut off goes on there.
+        memory_budget: bytes for Fisher sums; None takes a share of the free memory.
+
+    Raises:
+        MemoryBudgetError: one layer alone does not fit, or a global threshold would need groups.
+        ResumeMismatchError: the folder belongs to another configuration or model.
+    """
+    pruner = OBSPruner(model, cfg, memory_budget=memory_budget)
+    if cfg.needs_fisher and (loader is None or loss_fn is None):
+        raise ConfigError(f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None")
+    groups = _groups(pruner)
+    if len(groups) * len(pruner.stages) > 1 and iter(loader or ()) is loader:
+        raise ConfigError("loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable")
+    folder = None if work_dir is None else _WorkDir(Path(work_dir), pruner, resume=resume)
+    while pruner.stage < len(pruner.stages):
+        staged: list[StagedLayer] = []
+        for names in groups:
+            done = None if folder is None else folder.load(pruner, names)
+            if done is None:
+                if cfg.needs_fisher and loader is not None and loss_fn is not None:
+                    pruner.collect(loader, loss_fn, layers=names)
+                done = pruner.stage_layers(names)
+                if folder is not None:
+                    folder.store(pruner, done)
+                for item in done:
+                    item.layer.clear()
+            staged += done
+        pruner.commit(staged)
+    return pruner.finalize()
+
+
+def _groups(pruner: OBSPruner) -> list[list[str]]:
+    plan = pruner.plan()
+    for row in plan.layers:
+        if row.fisher_bytes > plan.budget:
+            raise MemoryBudgetError(
+                f"the Fisher of {row.name} {list(row.shape)} alone needs {row.fisher_bytes / 1e6:,.0f} MB at D = {row.block_size}, "
+                f"the budget is {plan.budget / 1e6:,.0f} MB; lower fisher_block_size or ignore the layer"
+            )
+    if pruner.config.global_sparsity and plan.num_groups > 1:
+        raise MemoryBudgetError(
+            f"a global threshold needs the Fisher of all layers at once, {plan.fisher_bytes / 1e6:,.0f} MB; the budget is "
+            f"{plan.budget / 1e6:,.0f} MB; lower fisher_block_size or set global_sparsity=False"
+        )
+    return [[row.name for row in plan.layers if row.group == g] for g in range(plan.num_groups)]
+
+
+class _WorkDir:
+    """Finished layers of each stage under ``layers/``, and a manifest that binds them to a configuration and a model."""
+
+    def __init__(self, folder: Path, pruner: OBSPruner, *, resume: bool) -> None:
+        self.folder = folder
+        identity = hashlib.sha256(pruner.config.fingerprint().encode())
+        for layer in pruner.layers:
+            identity.update(layer.parameter_name.encode())
+            identity.update(layer.weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self.manifest = {"format_version": 1, "identity": identity.hexdigest(), "config": pruner.config.to_dict()}
+        path = folder / MANIFEST
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise ResumeMismatchError(f"{path} is not readable ({error}); remove the folder to start anew") from None
+            if not resume:
+                raise ResumeMismatchError(f"work_dir {folder} already holds a run; pass resume=True, or another folder")
+            if found.get("identity") != self.manifest["identity"]:
+                raise ResumeMismatchError(f"work_dir {folder} belongs to another configuration or model; use another folder")
+            return
+        write_text(path, json.dumps(self.manifest, indent=2))
+
+    def _path(self, pruner: OBSPruner, name: str) -> Path:
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name) or "weight"
+        return self.folder / "layers" / f"stage{pruner.stage + 1}.{safe}.safetensors"
+
+    def load(self, pruner: OBSPruner, names: list[str]) -> list[StagedLayer] | None:
+        """The staged layers of a group, if all of them were stored whole."""
+        from safetensors import safe_open
+
+        staged = []
+        for layer in pruner._named(names):
+            path = self._path(pruner, layer.name)
+            if not path.exists():
+                return None
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {})["staged"])
+                tensors: dict[str, Tensor] = {k: file.get_tensor(k).to(layer.weight.device) for k in ("mask", "weight")}
+            staged.append(StagedLayer(layer=layer, mask=tensors["mask"].bool(), weight=tensors["weight"], **meta))
+        return staged
+
+    def store(self, pruner: OBSPruner, staged: list[StagedLayer]) -> None:
+        """Write each layer of a finished group."""
+        from safetensors.torch import save
+
+        for item in staged:
+            tensors = {"mask": item.mask.to(torch.uint8).cpu().contiguous(), "weight": item.weight.cpu().contiguous()}
+            names = ("saliency", "damp", "blocks_raised", "outcome", "num_grads", "seconds")
+            meta = json.dumps({name: getattr(item, name) for name in names})
+            write_bytes(self._path(pruner, item.layer.name), save(tensors, metadata={"staged": meta}))

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pruning step: choose what to keep, update the rest, and only then write anything into the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obs_kernels import ops
+from obs_kernels.errors import SingularBlockError
+from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, VNMPattern
+from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.layer import PrunedLayer
+from obs_kernels.pruning.threshold import prune_count, select_lowest
+from obs_kernels.reference.blocks import damp_blocks, weight_blocks
+from obs_kernels.reference.fisher import factor_spd
+
+DAMP_GROWTH = 10.0
+MAX_RAISES = 12
+"""Times that the damping of a block is multiplied by ``DAMP_GROWTH`` before the layer is given up."""
+
+
+@dataclass
+class StagedLayer:
+    """What a step will write into one layer."""
+
+    layer: PrunedLayer
+    mask: Tensor
+    weight: Tensor
+    saliency: float
+    damp: float
+    blocks_raised: int
+    outcome: str
+    num_grads: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Damping:
+    value: float | Tensor
+    base: float
+    blocks_raised: int
+
+
+def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> list[StagedLayer]:
+    """Masks and new weights of every layer for ``pattern``; the model is not touched.
+
+    Raises:
+        SingularBlockError: names the layer; under ``on_singular="raise"``, or if raising the damping did not help.
+    """
+    if pattern.fixed_count:
+        return [_staged(layer, pattern, cfg, None) for layer in layers]
+    return [_staged(layer, pattern, cfg, keep) for layer, keep in zip(layers, _threshold_masks(layers, pattern, cfg), strict=True)]
+
+
+def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | None) -> StagedLayer:
+    start = time.perf_counter()
+    old = layer.weight.detach()
+    try:
+        fisher, damping = _fisher_of(layer, cfg)
+        weight = layer.pad(old.masked_fill(~layer.mask, 0.0))
+        mask = _choose(layer, weight, fisher, damping, pattern, cfg) if keep is None else layer.pad(keep)
+        new = ops.obs_update(weight, fisher, mask, damp=damping.value, update=cfg.update)
+        loss = float("nan")
+        if fisher is not None:
+            loss = float(ops.loss_increase(new.float() - weight.float(), fisher, damp=damping.value).double().sum())
+    except SingularBlockError as error:
+        if cfg.on_singular != "skip":
+            raise SingularBlockError(f"{layer.name}: {error}") from None
+        return StagedLayer(layer, layer.mask, old, 0.0, 0.0, 0, f"skipped: {error}", layer.num_grads, time.perf_counter() - start)
+    outcome = "pruned" if damping.blocks_raised == 0 else f"damping raised in {damping.blocks_raised} blocks"
+    return StagedLayer(
+        layer,
+        layer.crop(mask).clone(),
+        layer.crop(new).clone(),
+        saliency=loss,
+        damp=damping.base,
+        blocks_raised=damping.blocks_raised,
+        outcome=outcome,
+        num_grads=layer.num_grads,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _choose(
+    layer: PrunedLayer, weight: Tensor, fisher: Tensor | None, damping: _Damping, pattern: Pattern, cfg: OBSConfig
+) -> Tensor:
+    """Mask of the padded weight for n:m and v:n:m."""
+    assert isinstance(pattern, NMPattern)
+    alive = layer.pad(layer.mask)
+    if isinstance(pattern, VNMPattern):
+        return ops.search_vnm(
+            weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive, num_columns=pattern.num_columns
+        ).mask
+    return ops.search_nm(weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive).mask
+
+
+def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> Iterator[Tensor]:
+    """Masks [R, C] of the layers by one threshold over all (global) or one a layer; counts are exact."""
+    block = pattern.size if isinstance(pattern, BlockPattern) else 1
+    groups = [list(range(len(layers)))] if cfg.global_sparsity else [[i] for i in range(len(layers))]
+    masks: dict[int, Tensor] = {}
+    for group in groups:
+        found = {i: _unit_saliency(layers[i], block, cfg) for i in sorted(group, key=lambda i: layers[i].parameter_name)}
+        masks |= {i: layers[i].mask for i in group}  # stays for a layer whose Fisher is singular (on_singular="skip")
+        scores = {i: s for i, s in found.items() if s is not None}  # by name: the tie rule runs over tensors in that order
+        if not scores:
+            continue
+        joined = torch.cat([s.to(layers[group[0]].mask.device) for s in scores.values()])
+        pruned = select_lowest(joined, prune_count(pattern.sparsity, joined.numel()))
+        for (i, _), part in zip(scores.items(), pruned.split([s.numel() for s in scores.values()]), strict=True):
+            units = (~part.to(masks[i].device)).repeat_interleave(block).view(layers[i].padded)
+            masks[i] = layers[i].crop(units) & layers[i].mask
+    yield from (masks[i] for i in range(len(layers)))
+
+
+def _unit_saliency(layer: PrunedLayer, block: int, cfg: OBSConfig) -> Tensor | None:
+    """Saliency of the layer's units; -inf where all of a unit is pruned already, so that masks nest. None: skipped."""
+    alive = layer.pad(layer.mask)
+    weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0))
+    try:
+        fisher, damping = _fisher_of(layer, cfg)
+        scores = ops.block_saliency(weight, fisher, block, damp=damping.value, method=cfg.method, mask=alive)
+    except SingularBlockError as error:
+        if cfg.on_singular == "skip":
+            return None
+        raise SingularBlockError(f"{layer.name}: {error}") from None
+    return scores.masked_fill(~alive.reshape(-1, block).any(1), -torch.inf)
+
+
+def _fisher_of(layer: PrunedLayer, cfg: OBSConfig) -> tuple[Tensor | None, _Damping]:
+    """Mean Fisher with dead entries out, and its damping (None without gradients where none are needed)."""
+    if layer.fisher_sum is None and not cfg.needs_fisher:
+        return None, _Damping(0.0, 0.0, 0)
+    fisher = layer.mean_fisher()
+    base = layer.live_damp(fisher, cfg)
+    if not bool(layer.mask.all()):
+        alive = weight_blocks(layer.pad(layer.mask), layer.num_blocks, layer.block_size)
+        fisher.masked_fill_(~(alive[:, :, None] & alive[:, None, :]), 0.0)
+    if cfg.on_singular != "increase_damp":
+        return fisher, _Damping(base, base, 0)
+    return fisher, _raise_damping(fisher, base)
+
+
+def _raise_damping(fisher: Tensor, base: float) -> _Damping:
+    """Multiply the damping of blocks that do not factorise, only of those, until they do."""
+    damp = torch.full((fisher.shape[0],), base, dtype=fisher.dtype, device=fisher.device)
+    failed = _singular_blocks(fisher, damp)
+    raised = failed.numel()
+    for _ in range(MAX_RAISES):
+        if not failed.numel():
+            break
+        damp[failed] *= DAMP_GROWTH
+        failed = failed[_singular_blocks(fisher[failed], damp[failed])]
+    return _Damping(damp if raised else base, base, raised)
+
+
+def _singular_blocks(fisher: Tensor, damp: Tensor) -> Tensor:
+    alive = torch.ones(fisher.shape[:2], dtype=torch.bool, device=fisher.device)
+    return (factor_spd(damp_blocks(fisher, alive, damp, fisher.dtype))[1] != 0).nonzero().flatten()
