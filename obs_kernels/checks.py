@@ -49,7 +49,9 @@ def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> Non
         raise DTypeNotSupportedError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise DTypeNotSupportedError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}; convert it first")
+        raise DTypeNotSupportedError(
+            f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}; convert it first"
+        )
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -87,11 +89,16 @@ def check_fisher(fisher: Tensor, grads: Tensor) -> None:
 
 
 def check_damp(damp: float | Tensor, num_blocks: int) -> None:
-    """Check that ``damp`` is a finite number >= 0, or one value a block ([B] float tensor; values are checked in the op)."""
+    """Check that ``damp`` is a finite number >= 0, or one value a block ([B] float tensor.
+
+    Values are checked in the op).
+    """
     if isinstance(damp, Tensor):
         check_dtype("damp", damp, FLOAT_DTYPES)
         if damp.dim() > 1 or (damp.dim() == 1 and damp.shape[0] not in (1, num_blocks)):
-            raise ShapeNotSupportedError(f"damp must be a number or one value a block [{num_blocks}], got {list(damp.shape)}")
+            raise ShapeNotSupportedError(
+                f"damp must be a number or one value a block [{num_blocks}], got {list(damp.shape)}"
+            )
         return
     if isinstance(damp, bool) or not isinstance(damp, (int, float)):
         raise ConfigError(f"damp must be a number or a tensor, got {type(damp).__name__} {damp!r}")
@@ -105,7 +112,8 @@ def check_blocks_of_weight(weight: Tensor, fisher: Tensor) -> None:
     size = fisher.shape[1]
     if fisher.shape[0] != -(-weight.numel() // size):
         raise ShapeNotSupportedError(
-            f"fisher must be [{-(-weight.numel() // size)}, {size}, {size}] for weight {list(weight.shape)} and D = {size}, "
+            f"fisher must be [{-(-weight.numel() // size)}, {size}, {size}] for weight {list(weight.shape)} and "
+            f"D = {size}, "
             f"got {list(fisher.shape)}"
         )
 
@@ -165,7 +173,8 @@ def _check_counts(pattern: NMPattern, method: str, num_columns: int | None) -> N
         candidates = comb(m, num_columns) * comb(num_columns, n)
         if comb(m, n) > MAX_KEPT_SETS or candidates > MAX_PANEL_CANDIDATES:
             raise ConfigError(
-                f"pattern {pattern} with {num_columns} columns has {candidates} candidates a panel, above the exact bound of "
+                f"pattern {pattern} with {num_columns} columns has {candidates} candidates a panel, above the "
+                f"exact bound of "
                 f"{MAX_PANEL_CANDIDATES}; use a smaller m"
             )
     elif method == "combinatorial" and comb(m, n) > MAX_KEPT_SETS:
@@ -175,7 +184,7 @@ def _check_counts(pattern: NMPattern, method: str, num_columns: int | None) -> N
         )
 
 
-def check_obs_update(weight: Tensor, fisher: Tensor, mask: Tensor, damp: float | Tensor, update: str) -> None:
+def check_obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, damp: float | Tensor, update: str) -> None:
     """Check the arguments of ``obs_update``."""
     check_dtype("weight", weight, FLOAT_DTYPES)
     check_choice("update", update, UPDATES)
@@ -198,7 +207,9 @@ def check_pack(weight: Tensor, mask: Tensor, pattern: str | Pattern) -> NMPatter
     if not isinstance(parsed, NMPattern):
         raise ConfigError(f"pattern {parsed} has no packed format; pack n:m or v:2:m, keep {parsed} dense with zeros")
     if isinstance(parsed, VNMPattern) and (parsed.n != 2 or parsed.m < 4):
-        raise ConfigError(f"pattern {parsed} has no packed format: panels are packed for n = 2 and m >= 4; got n = {parsed.n}")
+        raise ConfigError(
+            f"pattern {parsed} has no packed format: panels are packed for n = 2 and m >= 4; got n = {parsed.n}"
+        )
     if mask is None:
         raise ConfigError("mask must be a bool tensor of the weight's shape, got None; use weight != 0")
     check_mask(mask, weight)
@@ -213,11 +224,14 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if not bool(finite.all()):
         where = (~finite).nonzero()[0].tolist()
         raise NonFiniteError(
-            f"{name} must be finite, got {int((~finite).sum())} NaN or Inf, the first at {where}; clean the tensor first"
+            f"{name} must be finite, got {int((~finite).sum())} NaN or Inf, the first at {where}; clean the "
+            f"tensor first"
         )
 
 
 def check_damp_values(damp: Tensor) -> None:
     """Raise ``ConfigError`` for a negative or non-finite entry of ``damp`` (reads the values)."""
     if damp.numel() and not bool(((damp >= 0) & torch.isfinite(damp)).all()):
-        raise ConfigError(f"damp must be finite and at least 0, got {damp.min().item()}; it is added to the diagonal of each block")
+        raise ConfigError(
+            f"damp must be finite and at least 0, got {damp.min().item()}; it is added to the diagonal of each block"
+        )

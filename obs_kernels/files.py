@@ -36,7 +36,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name when the block ends well; an existing one is replaced then."""
+    """A temporary folder beside ``path`` that takes its name when the block ends well.
+
+    An existing one is replaced then.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

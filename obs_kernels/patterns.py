@@ -43,7 +43,8 @@ class Pattern:
         """Raise ``ShapeNotSupportedError`` unless a weight of ``shape`` [R, C] fits, naming what must divide what."""
         if len(shape) != 2:
             raise ShapeNotSupportedError(
-                f"{name} must be a matrix [R, C] for pattern {self}, got shape {list(shape)}; flatten it to two dimensions"
+                f"{name} must be a matrix [R, C] for pattern {self}, got shape {list(shape)}; flatten it to two "
+                f"dimensions"
             )
         rows, cols = int(shape[0]), int(shape[1])
         need_rows, need_cols = self.multiples()
@@ -67,7 +68,9 @@ class Pattern:
         return _round_up(int(shape[0]), need_rows), _round_up(int(shape[1]), need_cols)
 
     def validate_mask(self, mask: Tensor, *, name: str = "mask") -> None:
-        """Raise ``SparsityPatternError`` naming the first group or panel of ``mask`` [R, C] (True = kept) with too many kept."""
+        """Raise ``SparsityPatternError`` naming the first group or panel of ``mask`` [R, C] (True = kept) with too many
+        kept.
+        """
         if mask.dtype != torch.bool:
             raise SparsityPatternError(f"{name} must be torch.bool with True = kept, got {mask.dtype}; use weight != 0")
         self.check_shape(mask.shape, name=name)
@@ -121,13 +124,17 @@ class NMPattern(Pattern):
             kept = int(mask[row, group * self.m : (group + 1) * self.m].sum())
             raise SparsityPatternError(
                 f"{name} keeps {kept} of {self.m} in row {row}, group {group} (columns {group * self.m} to "
-                f"{(group + 1) * self.m - 1}); pattern {self} allows at most {self.n}. Fix: search a mask with this pattern"
+                f"{(group + 1) * self.m - 1}); pattern {self} allows at most {self.n}. Fix: search a mask with "
+                f"this pattern"
             )
 
 
 @dataclass(frozen=True)
 class VNMPattern(NMPattern):
-    """``v`` consecutive rows share ``num_columns`` kept columns of each ``m``; each row keeps at most ``n`` of those."""
+    """``v`` consecutive rows share ``num_columns`` kept columns of each ``m``.
+
+    Each row keeps at most ``n`` of those.
+    """
 
     v: int = 64
 
@@ -141,7 +148,10 @@ class VNMPattern(NMPattern):
 
     @property
     def num_columns(self) -> int:
-        """Columns that a panel keeps: 4 up to n = 3, else n + 2 (math: structure decay of the middle stages), at most m."""
+        """Columns that a panel keeps.
+
+        4 up to n = 3, else n + 2 (math: structure decay of the middle stages), at most m.
+        """
         return min(self.m, 4 if self.n <= 3 else self.n + 2)
 
     def multiples(self) -> tuple[int, int]:
@@ -163,7 +173,8 @@ class VNMPattern(NMPattern):
             panel, group = _first(bad)
             raise SparsityPatternError(
                 f"{name} keeps columns {used[panel, group].nonzero().flatten().tolist()} in panel {panel} (rows "
-                f"{panel * self.v} to {(panel + 1) * self.v - 1}), group {group}; pattern {self} allows {self.num_columns} "
+                f"{panel * self.v} to {(panel + 1) * self.v - 1}), group {group}; pattern {self} allows "
+                f"{self.num_columns} "
                 f"columns a panel. Fix: search a mask with this pattern"
             )
 
@@ -214,7 +225,9 @@ class BlockPattern(UnstructuredPattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < 2:
-            raise ConfigError(f"pattern block{self.size}: the block size must be at least 2; use for example block4:0.8")
+            raise ConfigError(
+                f"pattern block{self.size}: the block size must be at least 2; use for example block4:0.8"
+            )
         _check_sparsity(self.target, f"block{self.size}")
 
     def __str__(self) -> str:
@@ -266,7 +279,9 @@ def parse_pattern(text: str | Pattern) -> Any:
         try:
             target = float(parts[1])
         except ValueError:
-            raise ConfigError(f"pattern {text!r}: {parts[1]!r} is no number; the sparsity stands after the colon, 0 to 1") from None
+            raise ConfigError(
+                f"pattern {text!r}: {parts[1]!r} is no number; the sparsity stands after the colon, 0 to 1"
+            ) from None
         return BlockPattern(target, size=int(kind[1])) if kind[1] else UnstructuredPattern(target)
     if kind:
         raise ConfigError(f"pattern {text!r} needs a sparsity; write {parts[0]}:0.75 to prune 75 %")
@@ -275,7 +290,9 @@ def parse_pattern(text: str | Pattern) -> Any:
 
 def _check_nm(n: int, m: int, text: str) -> None:
     if not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
-        raise ConfigError(f"pattern {text}: n:m keeps n of m and needs 0 < n < m, got n = {n}, m = {m}; use for example 2:8")
+        raise ConfigError(
+            f"pattern {text}: n:m keeps n of m and needs 0 < n < m, got n = {n}, m = {m}; use for example 2:8"
+        )
     if m > 64:
         raise ConfigError(f"pattern {text}: m must be at most 64, got {m}; use a smaller group")
 

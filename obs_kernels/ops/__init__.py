@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public ops: docstring, checks, dispatch and ``torch.library`` registration, so that ``torch.compile(fullgraph=True)`` works."""
+"""Public ops.
+
+Docstring, checks, dispatch and ``torch.library`` registration, so that ``torch.compile(fullgraph=True)`` works.
+"""
 
 from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.ops.matmul import sparse_linear

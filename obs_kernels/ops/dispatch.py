@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an op: one table, no silent fallback.
 
-``backend=None`` takes the first entry of the op's row that can run on the tensor at hand and logs the choice once; a named
-backend that cannot run raises with the reason. ``OBS_KERNELS_BACKEND`` names one for the whole process.
+``backend=None`` takes the first entry of the op's row that can run on the tensor at hand and logs the choice once; a
+named backend that cannot run raises with the reason. ``OBS_KERNELS_BACKEND`` names one for the whole process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def resolve(op: str, backend: str | None, tensor: Tensor) -> str:
         raise ConfigError(f"backend must be None, {', '.join(map(repr, BACKENDS))}, got {asked!r}")
     reason = unavailable(op, asked, tensor.device.type)
     if reason is not None:
-        raise BackendUnavailableError(f"backend {asked!r} cannot run {op}: {reason}; pass backend=None to let the package choose")
+        raise BackendUnavailableError(
+            f"backend {asked!r} cannot run {op}: {reason}; pass backend=None to let the package choose"
+        )
     return asked
 
 

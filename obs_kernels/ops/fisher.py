@@ -34,7 +34,9 @@ def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float, backend: 
     Source: oBERT (Kurtic et al. 2022), eq. 5, accumulated instead of inverted rank by rank.
     """
     checks.check_fisher(fisher, grads)
-    torch.ops.obs_kernels.accumulate_fisher_(fisher, grads, scale=float(scale), backend=resolve("accumulate_fisher_", backend, fisher))
+    torch.ops.obs_kernels.accumulate_fisher_(
+        fisher, grads, scale=float(scale), backend=resolve("accumulate_fisher_", backend, fisher)
+    )
     return fisher
 
 
@@ -50,8 +52,8 @@ def invert_spd(
         backend: None, or a name of ``dispatch.BACKENDS``.
 
     Returns:
-        (inverse [B, D, D], info [B] int32). ``info`` is 0, or the failing pivot (1-based) of a block that is not positive
-        definite; that block of the inverse is zeros, the others are right.
+        (inverse [B, D, D], info [B] int32). ``info`` is 0, or the failing pivot (1-based) of a block that is not
+        positive definite; that block of the inverse is zeros, the others are right.
     """
     checks.check_square_blocks("matrices", matrices)
     checks.check_damp(damp, matrices.shape[0])
@@ -59,7 +61,9 @@ def invert_spd(
         checks.check_dtype("out", out, (matrices.dtype,))
         checks.check_same_device(matrices=matrices, out=out)
         if out.shape != matrices.shape:
-            raise ShapeNotSupportedError(f"out must have the shape of matrices {list(matrices.shape)}, got {list(out.shape)}")
+            raise ShapeNotSupportedError(
+                f"out must have the shape of matrices {list(matrices.shape)}, got {list(out.shape)}"
+            )
     inverse, info = torch.ops.obs_kernels.invert_spd(
         matrices, damp_tensor(damp, matrices), backend=resolve("invert_spd", backend, matrices)
     )

@@ -51,12 +51,16 @@ def sparse_linear(
     rows, cols = sparse.shape
     wanted = "[..., C]" if x_layout == "token" else "[C, T]"
     if x.dim() == 0 or (x_layout == "feature" and x.dim() != 2) or x.shape[-1 if x_layout == "token" else 0] != cols:
-        raise ShapeNotSupportedError(f"x must be {wanted} with C = {cols} for x_layout={x_layout!r}, got {list(x.shape)}")
+        raise ShapeNotSupportedError(
+            f"x must be {wanted} with C = {cols} for x_layout={x_layout!r}, got {list(x.shape)}"
+        )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ShapeNotSupportedError(f"bias must be [{rows}], got {list(bias.shape)}")
     checks.check_same_device(x=x, values=sparse.values, bias=bias)
     if sparse.values.requires_grad:
-        raise ConfigError("packed values take no gradient; train the dense weight with its mask (decompress_) and pack again")
+        raise ConfigError(
+            "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
+        )
     flat = x if x_layout == "feature" else x.reshape(-1, cols)
     y: Tensor = torch.ops.obs_kernels.sparse_linear(
         flat,
@@ -124,7 +128,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad if y_layout == "token" else grad.T  # [T, R]
     if options["activation"]:
         before = torch.ops.obs_kernels.sparse_linear(
-            x, values, codes, columns, bias, pattern, activation="", x_layout=x_layout, y_layout="token", backend=backend
+            x,
+            values,
+            codes,
+            columns,
+            bias,
+            pattern,
+            activation="",
+            x_layout=x_layout,
+            y_layout="token",
+            backend=backend,
         )
         grad = activation_gradient(before, grad.contiguous(), options["activation"])
     dense = torch.ops.obs_kernels.unpack(values, codes, columns, pattern, backend="reference")

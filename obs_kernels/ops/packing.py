@@ -17,8 +17,8 @@ def pack(weight: Tensor, mask: Tensor, pattern: str | Pattern, *, backend: str |
 
     Args:
         weight: [R, C] float16, bfloat16, float32 or float64; kept entries finite.
-        mask: [R, C] bool, True = kept; must satisfy ``pattern``. A group with fewer than n kept entries gets +0.0 at the
-            lowest unused positions.
+        mask: [R, C] bool, True = kept; must satisfy ``pattern``. A group with fewer than n kept entries gets +0.0 at
+            the lowest unused positions.
         pattern: "n:m", or "v:2:m" with m >= 4.
         backend: None, or a name of ``dispatch.BACKENDS``.
 
@@ -27,7 +27,8 @@ def pack(weight: Tensor, mask: Tensor, pattern: str | Pattern, *, backend: str |
 
     Raises:
         SparsityPatternError: the mask breaks the pattern; names the first group or panel.
-        NonFiniteError: NaN or Inf in a kept entry. ShapeNotSupportedError, ConfigError, DTypeNotSupportedError: as named.
+        NonFiniteError: NaN or Inf in a kept entry. ShapeNotSupportedError, ConfigError, DTypeNotSupportedError: as
+        named.
 
     The mask and the values are checked (one sync on a GPU) except while a CUDA graph is captured.
     """
@@ -35,14 +36,22 @@ def pack(weight: Tensor, mask: Tensor, pattern: str | Pattern, *, backend: str |
     if not torch.compiler.is_compiling() and not _capturing(weight):
         parsed.validate_mask(mask)
         checks.check_finite("weight", weight.masked_fill(~mask, 0.0))
-    values, codes, columns = torch.ops.obs_kernels.pack(weight, mask, str(parsed), backend=resolve("pack", backend, weight))
-    return SparseWeight(values, codes, columns if columns.numel() or columns.dim() == 3 else None, parsed, tuple(weight.shape))
+    values, codes, columns = torch.ops.obs_kernels.pack(
+        weight, mask, str(parsed), backend=resolve("pack", backend, weight)
+    )
+    return SparseWeight(
+        values, codes, columns if columns.numel() or columns.dim() == 3 else None, parsed, (weight.shape[0], weight.shape[1])
+    )
 
 
 def unpack(sparse: SparseWeight, *, backend: str | None = None) -> Tensor:
     """The dense weight [R, C] of a ``SparseWeight``; pruned entries are +0.0."""
     dense: Tensor = torch.ops.obs_kernels.unpack(
-        sparse.values, sparse.codes, sparse.columns_or_empty(), str(sparse.pattern), backend=resolve("unpack", backend, sparse.values)
+        sparse.values,
+        sparse.codes,
+        sparse.columns_or_empty(),
+        str(sparse.pattern),
+        backend=resolve("unpack", backend, sparse.values),
     )
     return dense
 

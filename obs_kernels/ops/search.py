@@ -43,7 +43,8 @@ def search_nm(
 
     Args:
         weight: [R, C] float; finite.
-        fisher: [B, D, D] float32 or float64, D % m == 0 and C % D == 0, B = R * C / D; None only for ``method="magnitude"``.
+        fisher: [B, D, D] float32 or float64, D % m == 0 and C % D == 0, B = R * C / D; None only for
+            ``method="magnitude"``.
         pattern: ``"n:m"``, keep n of m.
         damp: added to the diagonal of each block; a number or [B].
         method: "combinatorial" (exact optimum), "pairwise" (exact optimum of the model of adjacent pairs), "diagonal"
@@ -53,8 +54,8 @@ def search_nm(
         backend: None, or a name of ``dispatch.BACKENDS``.
 
     Returns:
-        ``Selection``; ties go to the lower index. For "diagonal" and "magnitude" the saliency is that of the method's own
-        model (nothing is compensated); for "pairwise" it is the true joint loss of the choice.
+        ``Selection``; ties go to the lower index. For "diagonal" and "magnitude" the saliency is that of the method's
+        own model (nothing is compensated); for "pairwise" it is the true joint loss of the choice.
 
     Raises:
         ShapeNotSupportedError, DTypeNotSupportedError, ConfigError: arguments that do not fit.
@@ -64,7 +65,13 @@ def search_nm(
     """
     parsed = checks.check_search(weight, fisher, pattern, damp, method, mask, None)
     chosen, saliency = torch.ops.obs_kernels.search_nm(
-        weight, fisher, str(parsed), damp_tensor(damp, weight), method, mask, backend=resolve("search_nm", backend, weight)
+        weight,
+        fisher,
+        str(parsed),
+        damp_tensor(damp, weight),
+        method,
+        mask,
+        backend=resolve("search_nm", backend, weight),
     )
     return Selection(chosen, saliency)
 
@@ -86,8 +93,8 @@ def search_vnm(
 
     Args:
         weight: [R, C], R % v == 0, C % m == 0.
-        fisher, damp, method, mask, backend: as in ``search_nm``; a row with fewer than n live entries in the panel's columns keeps
-            those it has.
+        fisher, damp, method, mask, backend: as in ``search_nm``; a row with fewer than n live entries in the panel's
+            columns keeps those it has.
         pattern: ``"v:n:m"``.
         num_columns: columns a panel keeps, n to m; 4 in the stored format, more in the middle stages of a schedule.
 
@@ -96,7 +103,14 @@ def search_vnm(
     """
     parsed = checks.check_search(weight, fisher, pattern, damp, method, mask, num_columns)
     chosen, saliency, columns = torch.ops.obs_kernels.search_vnm(
-        weight, fisher, str(parsed), damp_tensor(damp, weight), method, mask, num_columns, backend=resolve("search_vnm", backend, weight)
+        weight,
+        fisher,
+        str(parsed),
+        damp_tensor(damp, weight),
+        method,
+        mask,
+        num_columns,
+        backend=resolve("search_vnm", backend, weight),
     )
     return Selection(chosen, saliency, columns)
 

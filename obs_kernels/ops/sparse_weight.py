@@ -2,8 +2,8 @@
 """The packed weight: stored format version 1, independent of any device.
 
 * ``values`` [R, K], K = C/m * n: the kept weights of a row in column order.
-* ``codes`` uint8: for 2:4 and v:2:m [R, ceil(K/4)], four 2-bit positions a byte, lowest bits first, each the index of the kept
-  column among the panel's four (2:4: within the group), strictly ascending inside a pair, as
+* ``codes`` uint8: for 2:4 and v:2:m [R, ceil(K/4)], four 2-bit positions a byte, lowest bits first, each the index of
+  the kept column among the panel's four (2:4: within the group), strictly ascending inside a pair, as
   ``mma.sp::ordered_metadata`` needs it; for other n:m [R, K], the column inside the group.
 * ``columns`` [R/v, C/m, 4] uint8: the panel's columns inside the group, ascending; None without panels.
 """
@@ -58,7 +58,9 @@ class SparseWeight:
             tensor = getattr(self, part)
             if (tensor is None) != (shape is None) or (tensor is not None and tuple(tensor.shape) != shape):
                 came = "nothing" if tensor is None else f"{list(tensor.shape)}"
-                raise CheckpointFormatError(f"{name}.{part} must be {shape and list(shape)} for pattern {self.pattern}, got {came}")
+                raise CheckpointFormatError(
+                    f"{name}.{part} must be {shape and list(shape)} for pattern {self.pattern}, got {came}"
+                )
             if tensor is not None and part != "values" and tensor.dtype != torch.uint8:
                 raise CheckpointFormatError(f"{name}.{part} must be uint8, got {tensor.dtype}")
         if not self.values.is_floating_point():
@@ -78,7 +80,9 @@ class SparseWeight:
             _check_ascending(f"{name}.columns", self.columns, m)
 
 
-def packed_shapes(pattern: NMPattern, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+def packed_shapes(
+    pattern: NMPattern, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
     """Shapes of (values, codes, columns) for a weight of ``shape``; columns is None without panels."""
     rows, cols = shape
     kept = cols // pattern.m * pattern.n
@@ -90,6 +94,8 @@ def packed_shapes(pattern: NMPattern, shape: tuple[int, ...]) -> tuple[tuple[int
 def _check_ascending(name: str, index: Tensor, limit: int) -> None:
     index = index.to(torch.int16)
     if bool((index >= limit).any()):
-        raise CheckpointFormatError(f"{name}: indices must be below {limit}, got {int(index.max())}; the file is damaged")
+        raise CheckpointFormatError(
+            f"{name}: indices must be below {limit}, got {int(index.max())}; the file is damaged"
+        )
     if bool((index.diff(dim=-1) <= 0).any()):
         raise CheckpointFormatError(f"{name}: indices must be strictly ascending; the file is damaged")

@@ -29,8 +29,8 @@ def obs_update(
         fisher: [B, D, D] float32 or float64, B = ceil(numel / D); None only for ``update="none"``.
         mask: bool of the weight's shape, True = kept.
         damp: added to the diagonal of each block; a number or [B].
-        update: "joint" (``w_K + F_KK^-1 F_KP w_P``, the minimum of ``1/2 dw^T F dw`` over the whole block), "single" (sum of
-            the updates of single weights, as sparseml does) or "none".
+        update: "joint" (``w_K + F_KK^-1 F_KP w_P``, the minimum of ``1/2 dw^T F dw`` over the whole block), "single"
+            (sum of the updates of single weights, as sparseml does) or "none".
         backend: None, or a name of ``dispatch.BACKENDS``.
 
     Returns:
@@ -40,7 +40,12 @@ def obs_update(
     """
     checks.check_obs_update(weight, fisher, mask, damp, update)
     return torch.ops.obs_kernels.obs_update(
-        weight, fisher, mask, damp_tensor(damp, weight if fisher is None else fisher), update, backend=resolve("obs_update", backend, weight)
+        weight,
+        fisher,
+        mask,
+        damp_tensor(damp, weight if fisher is None else fisher),
+        update,
+        backend=resolve("obs_update", backend, weight),
     )
 
 
@@ -55,7 +60,9 @@ def loss_increase(change: Tensor, fisher: Tensor, *, damp: float | Tensor = 0.0,
     checks.check_blocks_of_weight(change, fisher)
     checks.check_damp(damp, fisher.shape[0])
     checks.check_same_device(change=change, fisher=fisher)
-    return torch.ops.obs_kernels.loss_increase(change, fisher, damp_tensor(damp, fisher), backend=resolve("loss_increase", backend, change))
+    return torch.ops.obs_kernels.loss_increase(
+        change, fisher, damp_tensor(damp, fisher), backend=resolve("loss_increase", backend, change)
+    )
 
 
 def block_saliency(
@@ -74,8 +81,8 @@ def block_saliency(
         weight: any shape; numel % block == 0.
         fisher: [B, D, D] with D % block == 0; None only for ``method="magnitude"``.
         block: weights that fall together.
-        method: "combinatorial" (``1/2 w_Q^T [(F^-1)_QQ]^-1 w_Q``), "diagonal" (sum of ``1/2 (F_ii + damp) w_i^2``) or "magnitude"
-            (absolute value; sum of squares for blocks).
+        method: "combinatorial" (``1/2 w_Q^T [(F^-1)_QQ]^-1 w_Q``), "diagonal" (sum of ``1/2 (F_ii + damp) w_i^2``) or
+            "magnitude" (absolute value; sum of squares for blocks).
         damp, mask, backend: as in ``search_nm``.
 
     Returns:
@@ -83,7 +90,13 @@ def block_saliency(
     """
     _check_block_saliency(weight, fisher, block, damp, method, mask)
     return torch.ops.obs_kernels.block_saliency(
-        weight, fisher, block, damp_tensor(damp, weight), method, mask, backend=resolve("block_saliency", backend, weight)
+        weight,
+        fisher,
+        block,
+        damp_tensor(damp, weight),
+        method,
+        mask,
+        backend=resolve("block_saliency", backend, weight),
     )
 
 
@@ -97,7 +110,9 @@ def _check_block_saliency(
         checks.check_blocks_of_weight(weight, fisher)
         checks.check_damp(damp, fisher.shape[0])
     elif method != "magnitude":
-        raise checks.ConfigError(f"fisher may be None only for method='magnitude', got method={method!r}; pass [B, D, D]")
+        raise checks.ConfigError(
+            f"fisher may be None only for method='magnitude', got method={method!r}; pass [B, D, D]"
+        )
     size = block if fisher is None else fisher.shape[1]
     if block < 1 or weight.numel() % block or size % block:
         raise ShapeNotSupportedError(
@@ -107,7 +122,9 @@ def _check_block_saliency(
 
 
 @torch.library.custom_op("obs_kernels::obs_update", mutates_args=())
-def _obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, damp: Tensor, update: str, *, backend: str) -> Tensor:
+def _obs_update(
+    weight: Tensor, fisher: Tensor | None, mask: Tensor, damp: Tensor, update: str, *, backend: str
+) -> Tensor:
     return kernel("obs_update", backend)(weight, fisher, mask, damp=damp, update=update)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients for the Fisher: per sample from one backward pass, or of the batch mean.
 
-Per sample: y = x W^T gives G_i = sum_t dy_it x_it^T, so activations and output gradients of one ordinary backward pass hold the
-gradient of every sample's own loss. Output gradients are asked of autograd directly, which skips all weight gradients.
-A batch is added only after all of it was found finite.
+Per sample: y = x W^T gives G_i = sum_t dy_it x_it^T, so activations and output gradients of one ordinary backward pass
+hold the gradient of every sample's own loss. Output gradients are asked of autograd directly, which skips all weight
+gradients. A batch is added only after all of it was found finite.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def collect_gradients(
 ) -> int:
     """Add up to ``num_grads`` gradients to the Fisher sums of ``layers``; returns how many came.
 
-    The model runs in eval mode (no dropout) and comes back as it was, ``.grad`` and ``requires_grad`` included. Batches are moved
-    to the model's device.
+    The model runs in eval mode (no dropout) and comes back as it was, ``.grad`` and ``requires_grad`` included. Batches
+    are moved to the model's device.
 
     Args:
         loss_fn: ``loss_fn(model, batch)``, the mean loss over the samples, or per-sample losses [B].
@@ -46,17 +46,21 @@ def collect_gradients(
         on_nonfinite: "raise" or "skip_batch".
 
     Raises:
-        NonFiniteGradientError: names layer and batch; the Fisher sums hold the batches before it and nothing of this one.
-        ConfigError: the loader gave no gradient at all, or the loss does not depend on the layers.
+        NonFiniteGradientError: names layer and batch; the Fisher sums hold the batches before it and nothing of this
+        one. ConfigError: the loader gave no gradient at all, or the loss does not depend on the layers.
     """
     from tqdm import tqdm
 
     device = layers[0].weight.device
     step = _sample_step if gradients == "sample" else _batch_step
     received = 0
-    with _eval_mode(model), _weights_require_grad(layers), tqdm(
-        total=num_grads, desc="gradients", unit="grad", leave=False, disable=None if progress else True, delay=2
-    ) as bar:
+    with (
+        _eval_mode(model),
+        _weights_require_grad(layers),
+        tqdm(
+            total=num_grads, desc="gradients", unit="grad", leave=False, disable=None if progress else True, delay=2
+        ) as bar,
+    ):
         for index, batch in enumerate(loader):
             if received >= num_grads:
                 break
@@ -69,7 +73,10 @@ def collect_gradients(
             received += count
             bar.update(count)
     if received == 0:
-        raise ConfigError("loader gave no gradient; it must yield at least one batch with a finite loss (an iterator can be used only once)")
+        raise ConfigError(
+            "loader gave no gradient; it must yield at least one batch with a finite loss (an iterator can be "
+            "used only once)"
+        )
     return received
 
 
@@ -89,15 +96,21 @@ def add_parameter_gradients(layers: Sequence[PrunedLayer], batch: int) -> None:
     grads = [layer.weight.grad for layer in layers]
     for layer, grad in zip(layers, grads, strict=True):
         if grad is None:
-            raise ConfigError(f"{layer.parameter_name}.grad is None; call accumulate() after loss.backward() and before zero_grad()")
+            raise ConfigError(
+                f"{layer.parameter_name}.grad is None; call accumulate() after loss.backward() and before zero_grad()"
+            )
     _add_batch_gradients(layers, [g for g in grads if g is not None], batch)
 
 
-def _batch_step(model: nn.Module, layers: Sequence[PrunedLayer], batch: Any, loss_fn: LossFn, _: int, index: int) -> int:
+def _batch_step(
+    model: nn.Module, layers: Sequence[PrunedLayer], batch: Any, loss_fn: LossFn, _: int, index: int
+) -> int:
     loss = _check_loss(loss_fn(model, batch)).float().mean()
     grads = torch.autograd.grad(loss, [layer.weight for layer in layers], allow_unused=True)
     _add_batch_gradients(
-        layers, [torch.zeros_like(layer.weight) if g is None else g for layer, g in zip(layers, grads, strict=True)], index
+        layers,
+        [torch.zeros_like(layer.weight) if g is None else g for layer, g in zip(layers, grads, strict=True)],
+        index,
     )
     return 1
 
@@ -162,7 +175,8 @@ def _tokens(layer: PrunedLayer, x: Tensor, dy: Tensor, samples: int, padding: Te
     """x [B, T, C] and dy [B, T, R] of one use, tokens outside the attention mask zeroed."""
     if x.shape[0] != samples:
         raise ShapeNotSupportedError(
-            f"{layer.name}: input has {x.shape[0]} rows for {samples} samples; per-sample gradients need the batch in the first "
+            f"{layer.name}: input has {x.shape[0]} rows for {samples} samples; per-sample gradients need the "
+            f"batch in the first "
             f"dimension. Fix: gradients='batch', or ignore this layer"
         )
     if padding is not None and x.dim() == 3 and padding.shape == x.shape[:2]:
@@ -194,7 +208,8 @@ def _require_finite(layer: PrunedLayer, values: Tensor, batch: int) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise NonFiniteGradientError(
-            f"{layer.name}: {int((~finite).sum())} NaN or Inf in the gradients of batch {batch}; the Fisher is as it was before this "
+            f"{layer.name}: {int((~finite).sum())} NaN or Inf in the gradients of batch {batch}; the Fisher is "
+            f"as it was before this "
             f"batch. Fix: clean the data, lower the loss scale, or on_nonfinite='skip_batch'"
         )
 
@@ -218,8 +233,8 @@ def _capture(layers: Sequence[PrunedLayer]) -> Iterator[dict[PrunedLayer, list[t
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not output.requires_grad:
                 return None
-            # The edge, not the tensor: a later in-place activation must not change what it stands for. A linear of a 3-D
-            # input returns a view, and in-place changes of a view bypass its edge, hence the copy.
+            # The edge, not the tensor: a later in-place activation must not change what it stands for. A linear of a
+            # 3-D input returns a view, and in-place changes of a view bypass its edge, hence the copy.
             output = output.clone()
             captured[layer].append((args[0].detach(), get_gradient_edge(output)))
             return output

@@ -37,7 +37,8 @@ class OBSConfig:
     Attributes:
         pattern: "2:4", "64:2:8", "unstructured:0.9", "block4:0.8"; n:m keeps n of m.
         num_grads: gradients for the Fisher, S. F is divided by the number really received.
-        gradients: "sample" (gradient of each sample's own loss) or "batch" (gradient of the batch mean, as in sparseml).
+        gradients: "sample" (gradient of each sample's own loss) or "batch" (gradient of the batch mean, as in
+            sparseml).
         curvature: "block", the block Fisher.
         fisher_block_size: D; None takes m for n:m and v:n:m, 32 for blocks, 50 for unstructured.
         damp: absolute value added to the diagonal of F; None uses ``dampening_frac``.
@@ -88,7 +89,9 @@ class OBSConfig:
             self._set("damp", _number("damp", self.damp))
         self._set("dampening_frac", _number("dampening_frac", self.dampening_frac))
         if self.damp == 0 or (self.damp is None and self.dampening_frac == 0):
-            raise ConfigError("damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it")
+            raise ConfigError(
+                "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
+            )
         if not isinstance(self.global_sparsity, bool):
             raise ConfigError(f"global_sparsity must be true or false, got {self.global_sparsity!r}")
         if self.curvature in ("row", "layer"):
@@ -110,7 +113,9 @@ class OBSConfig:
         if self.passes:
             raise ConfigError(f"passes must be 0 in this version, got {self.passes}")
         if self.global_sparsity and pattern.fixed_count:
-            raise ConfigError(f"global_sparsity needs an unstructured or block pattern, got {pattern}: its count is fixed per group")
+            raise ConfigError(
+                f"global_sparsity needs an unstructured or block pattern, got {pattern}: its count is fixed per group"
+            )
         if self.method == "pairwise" and not pattern.fixed_count:
             raise ConfigError(f"method='pairwise' needs an n:m or v:n:m pattern, got {pattern}; use 'combinatorial'")
         unit = pattern.m if isinstance(pattern, NMPattern) else pattern.size if isinstance(pattern, BlockPattern) else 1
@@ -157,7 +162,9 @@ class OBSConfig:
             if key in FOREIGN_KEYS:
                 raise ConfigError(f"unknown key {key!r}; here it is {FOREIGN_KEYS[key]}")
             near = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(f"unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(known)}")
+            raise ConfigError(
+                f"unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(known)}"
+            )
         if "pattern" not in values:
             raise ConfigError("pattern is missing; give for example pattern='64:2:8'")
         return cls(**values)

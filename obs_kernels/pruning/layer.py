@@ -70,7 +70,8 @@ class PrunedLayer:
         """[B, D, D] undamped mean of g g^T, a new tensor."""
         if self.fisher_sum is None or self.num_grads == 0:
             raise ConfigError(
-                f"{self.name} has no gradients; call collect(loader, loss_fn), or loss.backward() and accumulate(), before prune()"
+                f"{self.name} has no gradients; call collect(loader, loss_fn), or loss.backward() and "
+                f"accumulate(), before prune()"
             )
         return self.fisher_sum / self.num_grads
 
@@ -90,7 +91,10 @@ class PrunedLayer:
         return values[: self.mask.shape[0], : self.mask.shape[1]]
 
     def live_damp(self, fisher: Tensor, cfg: OBSConfig) -> float:
-        """Absolute damping: ``cfg.damp``, or the share of the mean diagonal of F over live weights (tiny if that is 0)."""
+        """Absolute damping.
+
+        ``cfg.damp``, or the share of the mean diagonal of F over live weights (tiny if that is 0).
+        """
         if cfg.damp is not None:
             return cfg.damp
         diagonal = fisher.diagonal(dim1=1, dim2=2).reshape(-1)
@@ -111,7 +115,8 @@ class SkippedLayer:
 
 
 def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], list[SkippedLayer]]:
-    """Layers of ``model`` that ``cfg`` selects, in the order of their names in the model, and those left out with the reason.
+    """Layers of ``model`` that ``cfg`` selects, in the order of their names in the model, and those left out with the
+    reason.
 
     A shared module is counted once. A weight that an embedding or another module also holds is left out.
 
@@ -131,7 +136,9 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
         if not hits or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
         shape = tuple(weight.shape)
-        shared = [other for other in owners[weight.data_ptr(), weight.numel()] if other != name] if weight.numel() else []
+        shared = (
+            [other for other in owners[weight.data_ptr(), weight.numel()] if other != name] if weight.numel() else []
+        )
         if any(_matches(t, name, module) for t in cfg.ignore):
             skipped.append(SkippedLayer(name, shape, "ignored"))
         elif isinstance(module, nn.Embedding) or shared:
@@ -143,8 +150,12 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
             layers.append(layer) if isinstance(layer, PrunedLayer) else skipped.append(layer)
     missing = [t for t in cfg.targets if t not in matched]
     if missing:
-        kinds = sorted({type(m).__name__ for m in modules.values() if isinstance(getattr(m, "weight", None), nn.Parameter)})
-        raise ConfigError(f"targets {missing} match nothing in {type(model).__name__}; modules with weights: {', '.join(kinds)}")
+        kinds = sorted(
+            {type(m).__name__ for m in modules.values() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+        )
+        raise ConfigError(
+            f"targets {missing} match nothing in {type(model).__name__}; modules with weights: {', '.join(kinds)}"
+        )
     if not layers:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3])
         raise ConfigError(f"no layer is left to prune in {type(model).__name__} ({reasons}); change targets or ignore")
@@ -171,7 +182,9 @@ def _make_layer(
         padded = (rows, -(-cols // size) * size if pattern.fixed_count else cols)
     values = weight.detach()
     if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model")
+        raise NonFiniteError(
+            f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model"
+        )
     return PrunedLayer(name, module, padded, size, values != 0)
 
 
@@ -179,7 +192,8 @@ def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: 
     size = cfg.block_size
     if pattern.fixed_count and shape[1] % size:
         raise ShapeNotSupportedError(
-            f"{name}.weight is [{shape[0]}, {shape[1]}]; fisher_block_size = {size} must divide cols for pattern {pattern}. "
+            f"{name}.weight is [{shape[0]}, {shape[1]}]; fisher_block_size = {size} must divide cols for "
+            f"pattern {pattern}. "
             f"Fix: fisher_block_size = {cfg.parsed_pattern.multiples()[1]}, or on_unsupported='pad' or 'skip'"
         )
     return size
@@ -194,7 +208,9 @@ def _weight_owners(modules: dict[str, nn.Module]) -> dict[tuple[int, int], list[
 
 
 def _matches(rule: str, name: str, module: nn.Module) -> bool:
-    """A rule is a class name, a module name (also below a data-parallel ``module.``), or ``re:`` and a regular expression."""
+    """A rule is a class name, a module name (also below a data-parallel ``module.``), or ``re:`` and a regular
+    expression.
+    """
     bare = name.removeprefix("module.")
     if rule.startswith("re:"):
         try:

@@ -71,10 +71,14 @@ class PruningPlan:
             shape = " x ".join(map(str, row.shape))
             note = row.reason if row.group >= 0 else f"skipped: {row.reason}"
             turn = str(row.group + 1) if row.group >= 0 else "-"
-            lines.append(f"| {row.name} | {shape} | {row.pattern} | {row.block_size} | {row.fisher_bytes / 1e6:.1f} | {turn} | {note} |")
+            lines.append(
+                f"| {row.name} | {shape} | {row.pattern} | {row.block_size} | {row.fisher_bytes / 1e6:.1f} | "
+                f"{turn} | {note} |"
+            )
         lines.append("")
         lines.append(
-            f"{self.num_weights:,} weights; Fisher {self.fisher_bytes / 1e6:,.0f} MB of a budget of {self.budget / 1e6:,.0f} MB; "
+            f"{self.num_weights:,} weights; Fisher {self.fisher_bytes / 1e6:,.0f} MB of a budget of "
+            f"{self.budget / 1e6:,.0f} MB; "
             f"{self.num_groups} pass{'es' if self.num_groups != 1 else ''} over the calibration data"
         )
         return "\n".join(lines)
@@ -83,7 +87,12 @@ class PruningPlan:
 
 
 def make_plan(
-    layers: Sequence[PrunedLayer], skipped: Sequence[SkippedLayer], pattern: str, *, needs_fisher: bool, budget: int | None
+    layers: Sequence[PrunedLayer],
+    skipped: Sequence[SkippedLayer],
+    pattern: str,
+    *,
+    needs_fisher: bool,
+    budget: int | None,
 ) -> PruningPlan:
     """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory)."""
     limit = budget if budget is not None else _free_bytes(layers[0].weight.device)
@@ -107,7 +116,8 @@ def check_fits(layers: Sequence[PrunedLayer], budget: int, *, advice: str) -> No
         return
     largest = max(layers, key=lambda layer: layer.fisher_bytes)
     raise MemoryBudgetError(
-        f"the Fisher of {len(layers)} layers needs {total / 1e6:,.0f} MB (largest: {largest.name} with {largest.fisher_bytes / 1e6:,.0f} "
+        f"the Fisher of {len(layers)} layers needs {total / 1e6:,.0f} MB (largest: {largest.name} with "
+        f"{largest.fisher_bytes / 1e6:,.0f} "
         f"MB at D = {largest.block_size}), the budget is {budget / 1e6:,.0f} MB; {advice}"
     )
 

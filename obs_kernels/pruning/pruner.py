@@ -26,8 +26,8 @@ PRUNED_ATTRIBUTE = "obs_kernels_pruned"
 class OBSPruner:
     """Second-order pruning of the layers of ``model`` that ``config`` selects.
 
-    The first mask is taken from ``w != 0`` here, once; afterwards only the mask counts: zeros stay zero, a live weight that
-    happens to be 0 stays live. An error in any method leaves weights, masks and Fisher as they were.
+    The first mask is taken from ``w != 0`` here, once; afterwards only the mask counts: zeros stay zero, a live weight
+    that happens to be 0 stays live. An error in any method leaves weights, masks and Fisher as they were.
 
     Args:
         model: any ``nn.Module``; changed in place by ``prune`` and ``apply_masks`` only.
@@ -35,7 +35,8 @@ class OBSPruner:
         memory_budget: bytes that Fisher sums may take; None takes a share of the free memory.
 
     Raises:
-        ConfigError: targets that match nothing, or nothing left to prune. ShapeNotSupportedError: a layer that does not fit the
+        ConfigError: targets that match nothing, or nothing left to prune. ShapeNotSupportedError: a layer that does not
+        fit the
             pattern (``on_unsupported="raise"``). NonFiniteError: NaN weights.
     """
 
@@ -67,7 +68,8 @@ class OBSPruner:
             layers: names of the layers to collect for; None takes all.
 
         Raises:
-            MemoryBudgetError: the Fisher does not fit, before the first batch. NonFiniteGradientError: names layer and batch.
+            MemoryBudgetError: the Fisher does not fit, before the first batch. NonFiniteGradientError: names layer and
+            batch.
         """
         chosen = self._named(layers)
         check_fits(
@@ -99,7 +101,10 @@ class OBSPruner:
         return {layer.parameter_name: layer.mean_fisher() for layer in self.layers}
 
     def set_fishers(self, fishers: Mapping[str, Tensor], num_grads: int) -> None:
-        """Take mean Fishers [B, D, D] from elsewhere, as ``fishers`` returns them; ``num_grads`` is the S they are means of."""
+        """Take mean Fishers [B, D, D] from elsewhere, as ``fishers`` returns them.
+
+        ``num_grads`` is the S they are means of.
+        """
         for layer in self.layers:
             shape = (layer.num_blocks, layer.block_size, layer.block_size)
             given = fishers.get(layer.parameter_name)
@@ -121,7 +126,9 @@ class OBSPruner:
     def stage_layers(self, layers: Sequence[str] | None = None) -> list[StagedLayer]:
         """Masks and weights of the next stage without writing them; for ``sparsify_``, which does layers in groups."""
         if self.stage >= len(self.stages):
-            raise ConfigError(f"all {len(self.stages)} stages of pattern {self.config.pattern} are done; build a new pruner to go on")
+            raise ConfigError(
+                f"all {len(self.stages)} stages of pattern {self.config.pattern} are done; build a new pruner to go on"
+            )
         return stage_step(self._named(layers), self.stages[self.stage], self.config)
 
     def commit(self, staged: Sequence[StagedLayer], *, keep_fisher: bool = False) -> PruningReport:
@@ -168,7 +175,10 @@ class OBSPruner:
         return {layer.parameter_name: layer.mask for layer in self.layers}
 
     def verify(self) -> int:
-        """Violations: nonzero weights at pruned places, plus groups, panel rows or blocks that break the stage's pattern."""
+        """Violations.
+
+        Nonzero weights at pruned places, plus groups, panel rows or blocks that break the stage's pattern.
+        """
         pattern = self.stages[min(self.stage, len(self.stages)) - 1] if self.stage else None
         total = 0
         for layer in self.layers:
@@ -179,21 +189,29 @@ class OBSPruner:
         return total
 
     def finalize(self) -> PruningReport:
-        """Apply the masks a last time, check them, and leave pattern and masks on the model for ``compress_``; idempotent.
+        """Apply the masks a last time, check them, and leave pattern and masks on the model for ``compress_``;
+        idempotent.
 
         Raises:
             ConfigError: stages are missing, or a weight breaks its mask.
         """
         if self.stage < len(self.stages):
             raise ConfigError(
-                f"{self.stage} of {len(self.stages)} stages are done, the model is not at pattern {self.config.pattern} yet; "
+                f"{self.stage} of {len(self.stages)} stages are done, the model is not at pattern "
+                f"{self.config.pattern} yet; "
                 f"collect and prune again before finalize()"
             )
         self.apply_masks()
         violations = self.verify()
         if violations:
-            raise ConfigError(f"the model has {violations} violations of pattern {self.config.pattern}; do not edit masks by hand")
-        masks = {layer.name: layer.mask for layer in self.layers if not self._reports[layer.name].outcome.startswith("skipped")}
+            raise ConfigError(
+                f"the model has {violations} violations of pattern {self.config.pattern}; do not edit masks by hand"
+            )
+        masks = {
+            layer.name: layer.mask
+            for layer in self.layers
+            if not self._reports[layer.name].outcome.startswith("skipped")
+        }
         setattr(self.model, PRUNED_ATTRIBUTE, {"pattern": self.config.pattern, "masks": masks})
         return self.report()
 
@@ -204,9 +222,13 @@ class OBSPruner:
             "stage": self.stage,
             "saliency": self._saliency,
             "masks": {layer.name: layer.mask.clone() for layer in self.layers},
-            "fisher_sums": {layer.name: layer.fisher_sum.clone() for layer in self.layers if layer.fisher_sum is not None},
+            "fisher_sums": {
+                layer.name: layer.fisher_sum.clone() for layer in self.layers if layer.fisher_sum is not None
+            },
             "num_grads": {layer.name: layer.num_grads for layer in self.layers},
-            "reports": {name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()},
+            "reports": {
+                name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,10 +241,14 @@ class OBSPruner:
         if theirs != self.config:
             mine, other = self.config.to_dict(), theirs.to_dict()
             differing = [k for k in mine if mine[k] != other[k]]
-            raise ResumeMismatchError(f"the state was made with another config (differs in {', '.join(differing)}); use the same one")
+            raise ResumeMismatchError(
+                f"the state was made with another config (differs in {', '.join(differing)}); use the same one"
+            )
         shapes = {layer.name: tuple(layer.mask.shape) for layer in self.layers}
         if {name: tuple(mask.shape) for name, mask in state["masks"].items()} != shapes:
-            raise ResumeMismatchError("the state holds masks of other layers or shapes; build the pruner on the same model")
+            raise ResumeMismatchError(
+                "the state holds masks of other layers or shapes; build the pruner on the same model"
+            )
         for layer in self.layers:
             device = layer.weight.device
             layer.mask = state["masks"][layer.name].to(device, copy=True)
@@ -245,7 +271,15 @@ class OBSPruner:
         shape = (int(item.mask.shape[0]), int(item.mask.shape[1]))
         sparsity = 1.0 - float(item.mask.double().mean())
         return LayerReport(
-            item.layer.name, shape, pattern, sparsity, item.saliency, item.damp, item.blocks_raised, item.outcome, item.seconds
+            item.layer.name,
+            shape,
+            pattern,
+            sparsity,
+            item.saliency,
+            item.damp,
+            item.blocks_raised,
+            item.outcome,
+            item.seconds,
         )
 
 

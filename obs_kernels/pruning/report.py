@@ -53,7 +53,9 @@ class PruningReport:
         """Share of zeros over all pruned layers."""
         sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
         total = sum(sizes)
-        return sum(layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True)) / total if total else 0.0
+        return (
+            sum(layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True)) / total if total else 0.0
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,14 +74,18 @@ class PruningReport:
         ]
         for row in self.layers:
             lines.append(
-                f"| {row.name} | {row.shape[0]} x {row.shape[1]} | {row.sparsity:.4f} | {row.saliency:.4g} | {row.damp:.3g} | "
+                f"| {row.name} | {row.shape[0]} x {row.shape[1]} | {row.sparsity:.4f} | {row.saliency:.4g} | "
+                f"{row.damp:.3g} | "
                 f"{row.outcome} | {row.seconds:.2f} |"
             )
         lines += [f"| {name} | | | | | left out: {reason} | |" for name, reason in self.skipped]
         return "\n".join(lines) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report by the ending of ``path``: ``.json``, ``.md`` or a self-contained ``.html``; whole or not at all."""
+        """Write the report by the ending of ``path``.
+
+        ``.json``, ``.md`` or a self-contained ``.html``; whole or not at all.
+        """
         target = Path(path)
         match target.suffix:
             case ".json":

@@ -36,12 +36,14 @@ def sparsify_(
 ) -> PruningReport:
     """Prune ``model`` in place: collect, search, update, verify; once for each recomputation.
 
-    Where the Fisher of all layers does not fit the memory at once, layers are collected in groups with a pass over ``loader``
-    for each. All groups of a stage see the model as it was before the stage, so the result does not depend on the grouping.
+    Where the Fisher of all layers does not fit the memory at once, layers are collected in groups with a pass over
+    ``loader`` for each. All groups of a stage see the model as it was before the stage, so the result does not depend
+    on the grouping.
 
     Args:
         model: pruned in place; unchanged if an error comes before the first stage is whole.
-        loader: batches, re-iterable where more than one pass is needed; None only where no gradient is (``cfg.needs_fisher``).
+        loader: batches, re-iterable where more than one pass is needed; None only where no gradient is
+            (``cfg.needs_fisher``).
         loss_fn: ``loss_fn(model, batch)``, see ``OBSPruner.collect``.
         work_dir: folder for finished groups and stages. With ``resume=True`` a run that was cut off goes on there.
         memory_budget: bytes for Fisher sums; None takes a share of the free memory.
@@ -51,11 +53,28 @@ def sparsify_(
         ResumeMismatchError: the folder belongs to another configuration or model.
     """
     pruner = OBSPruner(model, cfg, memory_budget=memory_budget)
+    return run_stages(pruner, loader, loss_fn, work_dir=work_dir, resume=resume)
+
+
+def run_stages(
+    pruner: OBSPruner,
+    loader: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+    *,
+    work_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> PruningReport:
+    """All stages of ``pruner``; what ``sparsify_`` does after building it."""
+    cfg = pruner.config
     if cfg.needs_fisher and (loader is None or loss_fn is None):
-        raise ConfigError(f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None")
+        raise ConfigError(
+            f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
+        )
     groups = _groups(pruner)
     if len(groups) * len(pruner.stages) > 1 and iter(loader or ()) is loader:
-        raise ConfigError("loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable")
+        raise ConfigError(
+            "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
+        )
     folder = None if work_dir is None else _WorkDir(Path(work_dir), pruner, resume=resume)
     while pruner.stage < len(pruner.stages):
         staged: list[StagedLayer] = []
@@ -79,19 +98,21 @@ def _groups(pruner: OBSPruner) -> list[list[str]]:
     for row in plan.layers:
         if row.fisher_bytes > plan.budget:
             raise MemoryBudgetError(
-                f"the Fisher of {row.name} {list(row.shape)} alone needs {row.fisher_bytes / 1e6:,.0f} MB at D = {row.block_size}, "
+                f"the Fisher of {row.name} {list(row.shape)} alone needs {row.fisher_bytes / 1e6:,.0f} MB at D "
+                f"= {row.block_size}, "
                 f"the budget is {plan.budget / 1e6:,.0f} MB; lower fisher_block_size or ignore the layer"
             )
     if pruner.config.global_sparsity and plan.num_groups > 1:
         raise MemoryBudgetError(
-            f"a global threshold needs the Fisher of all layers at once, {plan.fisher_bytes / 1e6:,.0f} MB; the budget is "
+            f"a global threshold needs the Fisher of all layers at once, {plan.fisher_bytes / 1e6:,.0f} MB; the "
+            f"budget is "
             f"{plan.budget / 1e6:,.0f} MB; lower fisher_block_size or set global_sparsity=False"
         )
     return [[row.name for row in plan.layers if row.group == g] for g in range(plan.num_groups)]
 
 
 class _WorkDir:
-    """Finished layers of each stage under ``layers/``, and a manifest that binds them to a configuration and a model."""
+    """Finished layers of each stage under ``layers/``, and a manifest that binds them to a config and a model."""
 
     def __init__(self, folder: Path, pruner: OBSPruner, *, resume: bool) -> None:
         self.folder = folder
@@ -105,11 +126,15 @@ class _WorkDir:
             try:
                 found = json.loads(path.read_text())
             except (OSError, ValueError) as error:
-                raise ResumeMismatchError(f"{path} is not readable ({error}); remove the folder to start anew") from None
+                raise ResumeMismatchError(
+                    f"{path} is not readable ({error}); remove the folder to start anew"
+                ) from None
             if not resume:
                 raise ResumeMismatchError(f"work_dir {folder} already holds a run; pass resume=True, or another folder")
             if found.get("identity") != self.manifest["identity"]:
-                raise ResumeMismatchError(f"work_dir {folder} belongs to another configuration or model; use another folder")
+                raise ResumeMismatchError(
+                    f"work_dir {folder} belongs to another configuration or model; use another folder"
+                )
             return
         write_text(path, json.dumps(self.manifest, indent=2))
 

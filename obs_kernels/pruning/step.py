@@ -54,7 +54,10 @@ def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) 
     """
     if pattern.fixed_count:
         return [_staged(layer, pattern, cfg, None) for layer in layers]
-    return [_staged(layer, pattern, cfg, keep) for layer, keep in zip(layers, _threshold_masks(layers, pattern, cfg), strict=True)]
+    return [
+        _staged(layer, pattern, cfg, keep)
+        for layer, keep in zip(layers, _threshold_masks(layers, pattern, cfg), strict=True)
+    ]
 
 
 def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | None) -> StagedLayer:
@@ -71,7 +74,9 @@ def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor |
     except SingularBlockError as error:
         if cfg.on_singular != "skip":
             raise SingularBlockError(f"{layer.name}: {error}") from None
-        return StagedLayer(layer, layer.mask, old, 0.0, 0.0, 0, f"skipped: {error}", layer.num_grads, time.perf_counter() - start)
+        return StagedLayer(
+            layer, layer.mask, old, 0.0, 0.0, 0, f"skipped: {error}", layer.num_grads, time.perf_counter() - start
+        )
     outcome = "pruned" if damping.blocks_raised == 0 else f"damping raised in {damping.blocks_raised} blocks"
     return StagedLayer(
         layer,
@@ -105,9 +110,13 @@ def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSCo
     groups = [list(range(len(layers)))] if cfg.global_sparsity else [[i] for i in range(len(layers))]
     masks: dict[int, Tensor] = {}
     for group in groups:
-        found = {i: _unit_saliency(layers[i], block, cfg) for i in sorted(group, key=lambda i: layers[i].parameter_name)}
+        found = {
+            i: _unit_saliency(layers[i], block, cfg) for i in sorted(group, key=lambda i: layers[i].parameter_name)
+        }
         masks |= {i: layers[i].mask for i in group}  # stays for a layer whose Fisher is singular (on_singular="skip")
-        scores = {i: s for i, s in found.items() if s is not None}  # by name: the tie rule runs over tensors in that order
+        scores = {
+            i: s for i, s in found.items() if s is not None
+        }  # by name: the tie rule runs over tensors in that order
         if not scores:
             continue
         joined = torch.cat([s.to(layers[group[0]].mask.device) for s in scores.values()])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in plain torch: the oracle of every test and the path on a CPU. Names and parameters equal those of the kernels."""
+"""Every op in plain torch.
+
+The oracle of every test and the path on a CPU. Names and parameters equal those of the kernels.
+"""
 
 from obs_kernels.reference.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.reference.matmul import sparse_linear

@@ -64,8 +64,11 @@ class Groups:
     alive: Tensor
 
 
-def condition_groups(weight: Tensor, fisher: Tensor, alive: Tensor, damp: Tensor, m: int, offset: int = 0) -> tuple[Groups, Tensor | None]:
-    """Cut blocks (``weight``, ``alive`` [b, D]; ``fisher`` [b, D, D]) into groups of m with their conditional curvature.
+def condition_groups(
+    weight: Tensor, fisher: Tensor, alive: Tensor, damp: Tensor, m: int, offset: int = 0
+) -> tuple[Groups, Tensor | None]:
+    """Cut blocks (``weight``, ``alive`` [b, D]; ``fisher`` [b, D, D]) into groups of m with their conditional
+    curvature.
 
     Also returns F^-1 of the groups [N, m, m] (None for D = m, where it is not needed).
     """
@@ -91,5 +94,7 @@ def pair_model(groups: Groups, finv_groups: Tensor | None) -> Groups:
     det = a[..., 0, 0] * a[..., 1, 1] - a[..., 0, 1] * a[..., 1, 0]
     inverse = torch.stack([a[..., 1, 1], -a[..., 0, 1], -a[..., 1, 0], a[..., 0, 0]], -1) / det[..., None]
     curvature = torch.zeros_like(finv_groups)
-    curvature.view(count, m // 2, 2, m // 2, 2).diagonal(dim1=1, dim2=3).copy_(inverse.view(count, -1, 2, 2).permute(0, 2, 3, 1))
+    curvature.view(count, m // 2, 2, m // 2, 2).diagonal(dim1=1, dim2=3).copy_(
+        inverse.view(count, -1, 2, 2).permute(0, 2, 3, 1)
+    )
     return Groups(curvature, (curvature @ groups.weight[:, :, None])[:, :, 0], groups.weight, groups.alive)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of kept sets, and the gain of every kept set of a group.
 
-``gain(K) = u_K^T (F'_KK)^-1 u_K`` (complement identity): an n x n problem for each kept set instead of an (m - n) x (m - n)
-one for each pruned set. Sets are in lexicographic order, so that the first maximum is the lower index.
+``gain(K) = u_K^T (F'_KK)^-1 u_K`` (complement identity): an n x n problem for each kept set instead of an (m - n) x (m
+- n) one for each pruned set. Sets are in lexicographic order, so that the first maximum is the lower index.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ def kept_sets(n: int, m: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def sets_inside_columns(n: int, m: int, num_columns: int) -> Tensor:
-    """For each column set of ``kept_sets(num_columns, m)``, the numbers of the kept sets inside it, [comb(m, c), comb(c, n)]."""
+    """For each column set of ``kept_sets(num_columns, m)``, the numbers of the kept sets inside it, [comb(m, c),
+    comb(c, n)].
+    """
     number = {kept: i for i, kept in enumerate(combinations(range(m), n))}
     return torch.tensor(
-        [[number[kept] for kept in combinations(columns, n)] for columns in combinations(range(m), num_columns)], dtype=torch.int64
+        [[number[kept] for kept in combinations(columns, n)] for columns in combinations(range(m), num_columns)],
+        dtype=torch.int64,
     )
 
 
@@ -71,7 +74,11 @@ def _tree_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
         pivot = torch.tensor([i for _, i in pairs], device=u.device)
         last = [i for _, i in pairs]
         value = linear[:, parent, pivot]  # [N, sets]
-        scale = curvature[:, parent, pivot, pivot] if level < n - 1 else curvature.diagonal(dim1=2, dim2=3)[:, parent, pivot]
+        scale = (
+            curvature[:, parent, pivot, pivot]
+            if level < n - 1
+            else curvature.diagonal(dim1=2, dim2=3)[:, parent, pivot]
+        )
         gain = gain[:, parent] + value * value / scale
         if level == n - 1:
             break

@@ -2,8 +2,8 @@
 """Block Fisher accumulation and batched inverse in plain torch: the oracle of every backend, and the path on a CPU.
 
 The empirical block Fisher is ``F_b = damp * I + 1/S sum_s g_s g_s^T`` over slices g_s of D consecutive weights (oBERT,
-Kurtic et al. 2022, eq. 5). F is accumulated and inverted once, instead of updating F^-1 rank by rank (Sherman-Morrison):
-order-free, additive over ranks, and damp may change after collection.
+Kurtic et al. 2022, eq. 5). F is accumulated and inverted once, instead of updating F^-1 rank by rank
+(Sherman-Morrison): order-free, additive over ranks, and damp may change after collection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float) -> Tensor
 
 
 def invert_spd(matrices: Tensor, *, damp: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of ``matrices + damp * I`` by Cholesky, [B, D, D], and ``info`` [B] int32: 0, or the failing pivot (1-based).
+    """Inverse of ``matrices + damp * I`` by Cholesky, [B, D, D], and ``info`` [B] int32: 0, or the failing pivot
+    (1-based).
 
     ``damp`` is one value or [B]. A block that is not positive definite comes out as zeros, the others right.
     """

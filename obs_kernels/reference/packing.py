@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed form of a pruned weight, stored format version 1, in plain torch.
 
-``values`` [R, K]: kept weights of a row in column order, K = C/m * n. ``codes``: 2-bit positions, four a byte, lowest bits
-first ([R, ceil(K/4)]) for 2:4 and v:2:m; the column inside the group ([R, K]) for other n:m. ``columns`` [R/v, C/m, 4]: the
-panel's columns, ascending (empty without panels). Exactly n slots a group: free ones hold +0.0 at the lowest unused positions.
+``values`` [R, K]: kept weights of a row in column order, K = C/m * n. ``codes``: 2-bit positions, four a byte, lowest
+bits first ([R, ceil(K/4)]) for 2:4 and v:2:m; the column inside the group ([R, K]) for other n:m. ``columns`` [R/v,
+C/m, 4]: the panel's columns, ascending (empty without panels). Exactly n slots a group: free ones hold +0.0 at the
+lowest unused positions.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def unpack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Tens
 
 
 def _lowest(used: Tensor, count: int) -> Tensor:
-    """Positions of the True entries of the last dimension, filled with the lowest False ones to ``count``, ascending."""
+    """Positions of the True entries of the last dimension, filled with the lowest False ones, ascending."""
     return used.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 

@@ -2,8 +2,9 @@
 """Exact minimum of the pairwise model by dynamic programming over adjacent pairs.
 
 VENOM's pairwise search sorts pair costs greedily; on (m = 4, n = 1) it already misses its own model's minimum. Here
-``T_j[q] = min(T_{j+1}[q], S_j + T_{j+1}[q - 1], P_j + T_{j+1}[q - 2])``, with P_j the cost to prune pair j and S_j the cost
-to prune the cheaper of the two. Ties: walk j upward, prefer fewer pruned; of two equal singles the higher index is pruned.
+``T_j[q] = min(T_{j+1}[q], S_j + T_{j+1}[q - 1], P_j + T_{j+1}[q - 2])``, with P_j the cost to prune pair j and S_j the
+cost to prune the cheaper of the two. Ties: walk j upward, prefer fewer pruned; of two equal singles the higher index is
+pruned.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ def keep_by_pairs(pairs: Groups, n: int) -> Tensor:
     table = [torch.cat([costs.new_zeros(count, 1), infinity.expand(count, m)], 1)]
     for j in reversed(range(half)):
         after = table[-1]
-        table.append(torch.minimum(torch.minimum(costs[:, j, :1] + after, costs[:, j, 1:2] + _shift(after, 1)), costs[:, j, 2:] + _shift(after, 2)))
+        table.append(
+            torch.minimum(
+                torch.minimum(costs[:, j, :1] + after, costs[:, j, 1:2] + _shift(after, 1)),
+                costs[:, j, 2:] + _shift(after, 2),
+            )
+        )
     table.reverse()  # table[j][:, q]: least cost of pruning q entries in pairs j ..
 
     keep = torch.ones(count, half, 2, dtype=torch.bool, device=costs.device)
     left = to_prune
     for j in range(half):
-        options = torch.stack([costs[:, j, k] + _shift(table[j + 1], k).gather(1, left[:, None])[:, 0] for k in range(3)], 1)
+        options = torch.stack(
+            [costs[:, j, k] + _shift(table[j + 1], k).gather(1, left[:, None])[:, 0] for k in range(3)], 1
+        )
         pruned = options.argmin(1)
         keep[:, j, 0] = ~((pruned == 2) | ((pruned == 1) & prune_first[:, j]))
         keep[:, j, 1] = ~((pruned == 2) | ((pruned == 1) & ~prune_first[:, j]))
@@ -39,7 +47,7 @@ def keep_by_pairs(pairs: Groups, n: int) -> Tensor:
 
 
 def _pair_costs(pairs: Groups) -> tuple[Tensor, Tensor]:
-    """Costs [N, m/2, 3] of pruning 0, 1 or 2 of each pair, and [N, m/2] whether the first of the two is the one pruned."""
+    """Costs [N, m/2, 3] of pruning 0, 1 or 2 of each pair, and [N, m/2] whether the single is its first entry."""
     count, m = pairs.linear.shape
     f = pairs.curvature.view(count, m // 2, 2, m // 2, 2).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     w = pairs.weight.view(count, -1, 2)

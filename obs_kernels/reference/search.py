@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which weights to keep: exact n:m and v:n:m choice in plain torch.
 
-Loss of keeping K in a group: ``1/2 (w^T F' w - u_K^T (F'_KK)^-1 u_K)`` (see ``candidates``). The least loss is the largest gain.
-A panel takes the columns with the largest sum, over its rows, of the best gain inside them; then each row its best set.
-Ties go to the lower index everywhere.
+Loss of keeping K in a group: ``1/2 (w^T F' w - u_K^T (F'_KK)^-1 u_K)`` (see ``candidates``). The least loss is the
+largest gain. A panel takes the columns with the largest sum, over its rows, of the best gain inside them; then each row
+its best set. Ties go to the lower index everywhere.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ def search_nm(
 
 
 def search_vnm(
-    weight: Tensor, fisher: Tensor | None, pattern: str, *, damp: Tensor, method: str, mask: Tensor | None, num_columns: int
+    weight: Tensor,
+    fisher: Tensor | None,
+    pattern: str,
+    *,
+    damp: Tensor,
+    method: str,
+    mask: Tensor | None,
+    num_columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask [R, C], saliency [R/v, C/m] and columns [R/v, C/m, num_columns] uint8 of the joint v:n:m choice."""
     parsed: VNMPattern = parse_pattern(pattern)
@@ -62,13 +69,17 @@ def search_vnm(
     _check_values(weight, fisher, damp)
     size = m if fisher is None else fisher.shape[1]
     inside = sets_inside_columns(n, m, num_columns).to(weight.device)
-    bytes_each = (v * cols * (4 * size + 2 * kept_sets(n, m).shape[0] / m) + wide * inside.numel()) * saliency.element_size()
+    bytes_each = (
+        v * cols * (4 * size + 2 * kept_sets(n, m).shape[0] / m) + wide * inside.numel()
+    ) * saliency.element_size()
     for part in chunks(panels, int(bytes_each)):
         blocks = slice(part.start * v * cols // size, part.stop * v * cols // size)
         groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks)
         gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks)
         sets, chosen = _choose_panels(gains, groups.alive, v, wide, n, inside, masked=mask is not None)
-        keep[part] = (_as_mask(kept_sets(n, m).to(weight.device)[sets.flatten()], m) & groups.alive).view(-1, v, wide, m)
+        keep[part] = (_as_mask(kept_sets(n, m).to(weight.device)[sets.flatten()], m) & groups.alive).view(
+            -1, v, wide, m
+        )
         columns[part] = kept_sets(num_columns, m).to(weight.device)[chosen].to(torch.uint8)
         loss = _choice_loss(groups, fisher, damp, keep[part].view(-1, m), n, method, blocks)
         saliency[part] = loss.view(-1, v, wide).sum(1)
@@ -83,7 +94,9 @@ def _groups(
     alive = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.reshape(-1, size)[part]
     if fisher is None:
         values = w.to(compute_dtype(weight)).masked_fill(~alive, 0.0)
-        return Groups(torch.eye(m, dtype=values.dtype, device=w.device).expand(w.shape[0], m, m), values, values, alive), None
+        return Groups(
+            torch.eye(m, dtype=values.dtype, device=w.device).expand(w.shape[0], m, m), values, values, alive
+        ), None
     return condition_groups(w, fisher[part], alive, damp if damp.numel() == 1 else damp[part], m, part.start)
 
 
@@ -135,14 +148,17 @@ def _choice_loss(
 ) -> Tensor:
     """[N] loss increase of keeping ``keep`` [N, m]: 1/2 dw^T F' dw with the kept weights re-solved in their group.
 
-    The diagonal and magnitude methods know no compensation: the sum of 1/2 (F_ii + damp) w_i^2, or of 1/2 w_i^2, over the pruned.
+    The diagonal and magnitude methods know no compensation: the sum of 1/2 (F_ii + damp) w_i^2, or of 1/2 w_i^2, over
+    the pruned.
     """
     if method in ("magnitude", "diagonal"):
         cost = 0.5 * groups.weight**2 if method == "magnitude" else _scores(groups, fisher, damp, method, part)
         return cost.masked_fill(keep, 0.0).sum(1)
     index = keep.sort(dim=1, descending=True, stable=True).indices[:, :n]  # kept first, then fillers
     valid = keep.gather(1, index)
-    f = groups.curvature.gather(1, index[:, :, None].expand(-1, -1, keep.shape[1])).gather(2, index[:, None].expand(-1, n, -1))
+    f = groups.curvature.gather(1, index[:, :, None].expand(-1, -1, keep.shape[1])).gather(
+        2, index[:, None].expand(-1, n, -1)
+    )
     f = f.masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0.0)
     f.diagonal(dim1=1, dim2=2).masked_fill_(~valid, 1.0)
     u = groups.linear.gather(1, index).masked_fill(~valid, 0.0)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """OBS update of the kept weights, loss increase of a change, and saliency of blocks, in plain torch.
 
-Joint: minimise ``1/2 dw^T F dw`` with ``dw_P = -w_P`` over the whole Fisher block, so ``w_K += F_KK^-1 F_KP w_P``. The sum of
-single updates of the reference systems (``single``) ignores the cross terms between pruned weights and can be worse than none.
+Joint: minimise ``1/2 dw^T F dw`` with ``dw_P = -w_P`` over the whole Fisher block, so ``w_K += F_KK^-1 F_KP w_P``. The
+sum of single updates of the reference systems (``single``) ignores the cross terms between pruned weights and can be
+worse than none.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def loss_increase(change: Tensor, fisher: Tensor, *, damp: Tensor) -> Tensor:
 def block_saliency(
     weight: Tensor, fisher: Tensor | None, block: int, *, damp: Tensor, method: str, mask: Tensor | None
 ) -> Tensor:
-    """Saliency of each run of ``block`` weights of the flattened weight, [R * C / block]; arguments as in ``ops.block_saliency``."""
+    """Saliency of each run of ``block`` weights of the flattened weight, [R * C / block].
+
+    Arguments as in ``ops.block_saliency``.
+    """
     check_finite("weight", weight)
     dtype = compute_dtype(weight, fisher)
     if method == "magnitude" or fisher is None:

@@ -79,8 +79,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the folder.
-        model: a module of the right architecture to fill, changed only if all is well; None builds the transformers model that
-            ``config.json`` names.
+        model: a module of the right architecture to fill, changed only if all is well; None builds the transformers
+            model that ``config.json`` names.
 
     Raises:
         CheckpointFormatError: not such a folder, another version, or damaged.
@@ -95,7 +95,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     for name, pattern in patterns.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise CheckpointFormatError(f"{folder}: target {name!r} is no nn.Linear of the model; the config does not fit it")
+            raise CheckpointFormatError(
+                f"{folder}: target {name!r} is no nn.Linear of the model; the config does not fit it"
+            )
         parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
         if not {"values", "codes"} <= set(parts):
             raise CheckpointFormatError(f"{folder}: {name}.values or .codes is missing; the file is incomplete")
@@ -108,8 +110,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         parent, _, child = name.rpartition(".")
         setattr(target.get_submodule(parent) if parent else target, child, module)
     target.load_state_dict(state, strict=False, assign=True)
-    if hasattr(target, "tie_weights"):
-        target.tie_weights()
+    tie = getattr(target, "tie_weights", None)
+    if callable(tie):
+        tie()
     return target.eval()
 
 
@@ -124,7 +127,9 @@ def _check_keys(folder: Path, model: nn.Module, replaced: dict[str, SparseLinear
     wrong = [k for k in wanted if k in state and tuple(state[k].shape) != wanted[k]]
     for what, keys in (("missing", missing), ("not part of the model", extra), ("of another shape", wrong)):
         if keys:
-            raise CheckpointFormatError(f"{folder}: {len(keys)} tensors are {what}, the first is {keys[0]}; the file does not fit")
+            raise CheckpointFormatError(
+                f"{folder}: {len(keys)} tensors are {what}, the first is {keys[0]}; the file does not fit"
+            )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -144,10 +149,13 @@ def _target_patterns(config: dict[str, Any]) -> dict[str, NMPattern]:
     if section is None:
         return {}
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
-        raise CheckpointFormatError(f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {section!r:.100}")
+        raise CheckpointFormatError(
+            f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {section!r:.100}"
+        )
     if section.get("format_version") != FORMAT_VERSION:
         raise CheckpointFormatError(
-            f"format_version must be {FORMAT_VERSION}, got {section.get('format_version')!r}; update obs_kernels or pack the model again"
+            f"format_version must be {FORMAT_VERSION}, got {section.get('format_version')!r}; update "
+            f"obs_kernels or pack the model again"
         )
     targets = section.get("targets")
     if isinstance(targets, list):
@@ -191,10 +199,14 @@ def _build_model(config: dict[str, Any]) -> nn.Module:
     try:
         import transformers
     except ImportError:
-        raise MissingDependencyError("transformers is needed to build the model; pip install transformers, or pass model=") from None
+        raise MissingDependencyError(
+            "transformers is needed to build the model; pip install transformers, or pass model="
+        ) from None
     architecture = getattr(transformers, str(names[0]), None)
     if architecture is None or "model_type" not in config:
-        raise CheckpointFormatError(f"architecture {names[0]!r} is not a transformers model; pass model= with the module to fill")
+        raise CheckpointFormatError(
+            f"architecture {names[0]!r} is not a transformers model; pass model= with the module to fill"
+        )
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     settings = transformers.AutoConfig.for_model(**plain)
     dtype = getattr(torch, str(config.get("dtype", "float32")), torch.float32)

@@ -22,13 +22,18 @@ DETECTED = tuple(
 
 
 class SparseLinear(nn.Module):
-    """``nn.Linear`` with a packed weight: buffers ``values``, ``codes``, ``columns`` (panels only) and the bias as before."""
+    """``nn.Linear`` with a packed weight.
+
+    Buffers ``values``, ``codes``, ``columns`` (panels only) and the bias as before.
+    """
 
     values: Tensor
     codes: Tensor
     columns: Tensor | None
 
-    def __init__(self, sparse: SparseWeight, bias: nn.Parameter | None = None, *, activation: str | None = None) -> None:
+    def __init__(
+        self, sparse: SparseWeight, bias: nn.Parameter | None = None, *, activation: str | None = None
+    ) -> None:
         super().__init__()
         self.pattern = sparse.pattern
         self.out_features, self.in_features = sparse.shape
@@ -80,8 +85,8 @@ def detect_pattern(weight: Tensor) -> NMPattern | None:
 def compress_(model: nn.Module, tokens: int | None = None, *, pattern: str | None = None) -> dict[str, str]:
     """Replace pruned ``nn.Linear`` modules by ``SparseLinear``, in place; returns {module name: pattern}.
 
-    Masks and pattern come from ``OBSPruner.finalize``; in a model without them, ``pattern`` or the zeros decide. Layers that
-    are not pruned, or whose pattern has no packed format, stay dense.
+    Masks and pattern come from ``OBSPruner.finalize``; in a model without them, ``pattern`` or the zeros decide. Layers
+    that are not pruned, or whose pattern has no packed format, stay dense.
 
     Args:
         model: changed in place; names, bias, dtype and device stay.
@@ -95,7 +100,9 @@ def compress_(model: nn.Module, tokens: int | None = None, *, pattern: str | Non
     wanted = pattern if pattern is not None else known.get("pattern")
     parsed = None if wanted is None else parse_pattern(wanted)
     if parsed is not None and not isinstance(parsed, NMPattern):
-        raise ConfigError(f"pattern {parsed} has no packed format; only n:m and v:2:m are packed, save it dense with zeros")
+        raise ConfigError(
+            f"pattern {parsed} has no packed format; only n:m and v:2:m are packed, save it dense with zeros"
+        )
     packed: dict[str, SparseLinear] = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:

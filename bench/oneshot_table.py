@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown of the one-shot table, from its JSON alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHOD_ORDER = ("magnitude", "diagonal", "pairwise", "combinatorial")
+UPDATE_ORDER = ("none", "single", "joint")
+
+
+def to_markdown(stored: dict[str, Any]) -> str:
+    """The whole result file: settings, F1 by pattern and method, recomputations, and every cell."""
+    header, dense, cells = stored["header"], stored["dense"], list(stored["cells"].values())
+    lines = ["# One-shot pruning of a SQuAD model", ""]
+    if dense:
+        lines += [f"Dense: EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} on {dense['total']:,} questions.", ""]
+    block_size = header["fisher_block_size"] or "by pattern"
+    lines += [
+        f"Nothing is trained. {header['num_grads']} per-sample gradients, Fisher block D = {block_size}, damping "
+        f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {header['device']}, torch "
+        f"{header['torch']}, "
+        f"commit {header['commit']}. Gradients for one block size: {stored['seconds_gradients']:.1f} s.",
+        "",
+        f"Made by `{header['command']}`.",
+        "",
+        "## F1 by pattern, method and update",
+        "",
+        *f1_table(cells),
+        "",
+        "## Recomputations (combinatorial, joint): F1",
+        "",
+        *_recomputation_table(cells),
+        "",
+        "## Every cell",
+        "",
+        "| pattern | method | update | parts | EM | F1 | % of dense F1 | predicted loss increase | sparsity | "
+        "violations | prune s | eval s |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for c in cells:
+        lines.append(
+            f"| {c['pattern']} | {c['method']} | {c['update']} | {c['recomputations']} | {c['exact_match']:.2f} "
+            f"| {c['f1']:.2f} | "
+            f"{c['f1_share']:.1f} | {c['predicted_loss']:.4g} | {c['sparsity']:.4f} | {c['violations']} | "
+            f"{c['seconds_prune']:.1f} | "
+            f"{c['seconds_eval']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def f1_table(cells: list[dict[str, Any]]) -> list[str]:
+    """Rows: patterns. Columns: method and update. The best of a row is bold; a dash where a method does not apply."""
+    single = {(c["pattern"], c["method"], c["update"]): c["f1"] for c in cells if c["recomputations"] == 1}
+    columns = [(m, u) for m in METHOD_ORDER for u in UPDATE_ORDER if any(k[1:] == (m, u) for k in single)]
+    patterns = list(dict.fromkeys(c["pattern"] for c in cells))
+    lines = ["| pattern | " + " | ".join(f"{m}, {u}" for m, u in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for pattern in patterns:
+        values = [single.get((pattern, m, u)) for m, u in columns]
+        best = max((v for v in values if v is not None), default=None)
+        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
+        lines.append(f"| {pattern} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _recomputation_table(cells: list[dict[str, Any]]) -> list[str]:
+    found = {
+        (c["pattern"], c["recomputations"]): c["f1"]
+        for c in cells
+        if (c["method"], c["update"]) == ("combinatorial", "joint")
+    }
+    parts = sorted({r for _, r in found})
+    lines = [
+        "| pattern | " + " | ".join(f"{r} part{'s' if r > 1 else ''}" for r in parts) + " |",
+        "|---|" + "---:|" * len(parts),
+    ]
+    for pattern in dict.fromkeys(p for p, r in found if r > 1):
+        values = [found.get((pattern, r)) for r in parts]
+        lines.append(f"| {pattern} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
+    return lines

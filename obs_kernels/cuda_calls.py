@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops of the compiled module, with the names and parameters of ``obs_kernels.reference``.
+
+The only file that takes ``data_ptr()``: whatever reaches an address here has been checked for device, dtype, shape and
+contiguity. Outputs are allocated through torch and work is queued on torch's current stream without waiting, so that
+side streams and CUDA graphs behave as they do for torch's own ops.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obs_kernels import _ext
+from obs_kernels.checks import check_pack
+from obs_kernels.errors import (
+    ConfigError,
+    DeviceMismatchError,
+    DTypeNotSupportedError,
+    ShapeNotSupportedError,
+    UnsupportedGPUError,
+)
+from obs_kernels.patterns import NMPattern, VNMPattern
+
+__all__ = ["CudaPlan", "launch_pack", "pack", "runs_on"]
+
+PANEL_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """What the compiled code launched: ``path`` names the kernel variant, "empty" if there was nothing to do."""
+
+    op: str
+    path: str
+    blocks: int
+    threads: int
+
+
+def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, codes, columns) of ``weight`` [R, C] at the kept entries of ``mask``, which must satisfy ``pattern``.
+
+    Raises:
+        BackendUnavailableError: the compiled module is absent.
+        DeviceMismatchError: a tensor is not on a CUDA device.
+        UnsupportedGPUError: the module holds no code for this GPU.
+    """
+    _ext.load()
+    parsed = check_pack(weight, mask, pattern)
+    _check_on_cuda(weight=weight, mask=mask)
+    device = weight.device
+    values_shape, codes_shape, columns_shape = _packed_shapes(parsed, weight.shape[0], weight.shape[1])
+    values = torch.empty(values_shape, dtype=weight.dtype, device=device)
+    codes = torch.empty(codes_shape, dtype=torch.uint8, device=device)
+    columns = torch.empty(columns_shape, dtype=torch.uint8, device=device)
+    launch_pack(weight, mask, values, codes, columns, pattern=parsed)
+    return values, codes, columns
+
+
+def launch_pack(
+    weight: Tensor, mask: Tensor, values: Tensor, codes: Tensor, columns: Tensor, *, pattern: NMPattern
+) -> CudaPlan:
+    """Fill the outputs of ``pack``, which the caller has allocated; returns what was launched."""
+    native = _ext.load()
+    check_pack(weight, mask, pattern)
+    _check_on_cuda(weight=weight, mask=mask, values=values, codes=codes, columns=columns)
+    rows, cols = weight.shape
+    shapes = [tuple(tensor.shape) for tensor in (values, codes, columns)]
+    wanted = list(_packed_shapes(pattern, rows, cols))
+    if shapes != wanted:
+        raise ShapeNotSupportedError(f"values, codes and columns must be {wanted} for pattern {pattern}, got {shapes}")
+    if values.dtype != weight.dtype or codes.dtype != torch.uint8 or columns.dtype != torch.uint8:
+        raise DTypeNotSupportedError(
+            f"values, codes and columns must be {weight.dtype}, uint8 and uint8, "
+            f"got {values.dtype}, {codes.dtype} and {columns.dtype}"
+        )
+    _check_gpu(weight.device.index)
+    plan = native.pack(
+        weight=weight.data_ptr(),
+        mask=mask.data_ptr(),
+        values=values.data_ptr(),
+        codes=codes.data_ptr(),
+        columns=columns.data_ptr(),
+        rows=rows,
+        cols=cols,
+        v=pattern.v if isinstance(pattern, VNMPattern) else 0,
+        n=pattern.n,
+        m=pattern.m,
+        element_size=weight.element_size(),
+        device=weight.device.index,
+        stream=torch.cuda.current_stream(weight.device).cuda_stream,
+    )
+    return CudaPlan(*plan)
+
+
+def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """True if code for ``architectures`` (as CMake writes them: "80", "90a", "86-real") runs on ``capability``."""
+    return any(_covers(architecture, capability) for architecture in architectures)
+
+
+def _covers(architecture: str, capability: tuple[int, int]) -> bool:
+    found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if found is None:
+        raise ConfigError(f"architecture must look like '80', '90a' or '86-real', got {architecture!r}")
+    target = int(found[1]), int(found[2])
+    if found[3] == "a":
+        return capability == target
+    same_family = capability[0] == target[0] and capability[1] >= target[1]
+    if found[3] == "f" or found[4] == "-real":
+        return same_family
+    return capability >= target  # the PTX inside is compiled by the driver of any later GPU
+
+
+@functools.cache
+def _check_gpu(device: int) -> None:
+    architectures = _ext.load().build_info()["architectures"]
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(capability, architectures):
+        raise UnsupportedGPUError(
+            f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the compiled module holds code for "
+            f"{', '.join(architectures)}. Fix: use backend='reference', or build with CMAKE_CUDA_ARCHITECTURES="
+            f"{capability[0]}{capability[1]}"
+        )
+
+
+def _check_on_cuda(**tensors: Tensor) -> None:
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        if not tensor.is_cuda:
+            raise DeviceMismatchError(f"{name} must be on a CUDA device, got {tensor.device}; move it with .to('cuda')")
+        if tensor.device != device:
+            raise DeviceMismatchError(f"tensors must share a device, got {name} on {tensor.device}, others on {device}")
+        if not tensor.is_contiguous():
+            raise ShapeNotSupportedError(
+                f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}; "
+                f"call .contiguous()"
+            )
+
+
+def _packed_shapes(
+    pattern: NMPattern, rows: int, cols: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    kept = cols // pattern.m * pattern.n
+    if isinstance(pattern, VNMPattern):
+        return (rows, kept), (rows, -(-kept // 4)), (rows // pattern.v, cols // pattern.m, PANEL_COLUMNS)
+    two_bits = (pattern.n, pattern.m) == (2, 4)
+    return (rows, kept), (rows, -(-kept // 4) if two_bits else kept), (0,)
