@@ -30,7 +30,7 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "",
         "## Recomputations (combinatorial, joint): F1",
         "",
-        *_recomputation_table(cells),
+        *recomputation_table(cells),
         "",
         "## Every cell",
         "",
@@ -63,7 +63,8 @@ def f1_table(cells: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _recomputation_table(cells: list[dict[str, Any]]) -> list[str]:
+def recomputation_table(cells: list[dict[str, Any]]) -> list[str]:
+    """F1 by pattern and number of parts; for n:m the parts are capped at m - n."""
     found = {
         (c["pattern"], c["recomputations"]): c["f1"]
         for c in cells

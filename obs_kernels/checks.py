@@ -86,6 +86,11 @@ def check_fisher(fisher: Tensor, grads: Tensor) -> None:
             f"got {list(grads.shape)}; pad the last block with zeros"
         )
     check_same_device(fisher=fisher, grads=grads)
+    if any(stride == 0 and size > 1 for stride, size in zip(fisher.stride(), fisher.shape, strict=True)):
+        raise ShapeNotSupportedError(
+            f"fisher must own each of its elements, got an expanded tensor with strides {fisher.stride()}; pass "
+            f"fisher.clone()"
+        )
 
 
 def check_damp(damp: float | Tensor, num_blocks: int) -> None:

@@ -25,11 +25,10 @@ from obs_kernels.errors import (
     ShapeNotSupportedError,
     UnsupportedGPUError,
 )
+from obs_kernels.packed_format import packed_shapes
 from obs_kernels.patterns import NMPattern, VNMPattern
 
 __all__ = ["CudaPlan", "launch_pack", "pack", "runs_on"]
-
-PANEL_COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Te
     parsed = check_pack(weight, mask, pattern)
     _check_on_cuda(weight=weight, mask=mask)
     device = weight.device
-    values_shape, codes_shape, columns_shape = _packed_shapes(parsed, weight.shape[0], weight.shape[1])
+    values_shape, codes_shape, columns_shape = packed_shapes(parsed, *weight.shape)
     values = torch.empty(values_shape, dtype=weight.dtype, device=device)
     codes = torch.empty(codes_shape, dtype=torch.uint8, device=device)
-    columns = torch.empty(columns_shape, dtype=torch.uint8, device=device)
+    columns = torch.empty(columns_shape or (0,), dtype=torch.uint8, device=device)
     launch_pack(weight, mask, values, codes, columns, pattern=parsed)
     return values, codes, columns
 
@@ -71,7 +70,7 @@ def launch_pack(
     _check_on_cuda(weight=weight, mask=mask, values=values, codes=codes, columns=columns)
     rows, cols = weight.shape
     shapes = [tuple(tensor.shape) for tensor in (values, codes, columns)]
-    wanted = list(_packed_shapes(pattern, rows, cols))
+    wanted = [shape or (0,) for shape in packed_shapes(pattern, rows, cols)]
     if shapes != wanted:
         raise ShapeNotSupportedError(f"values, codes and columns must be {wanted} for pattern {pattern}, got {shapes}")
     if values.dtype != weight.dtype or codes.dtype != torch.uint8 or columns.dtype != torch.uint8:
@@ -140,13 +139,3 @@ def _check_on_cuda(**tensors: Tensor) -> None:
                 f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}; "
                 f"call .contiguous()"
             )
-
-
-def _packed_shapes(
-    pattern: NMPattern, rows: int, cols: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    kept = cols // pattern.m * pattern.n
-    if isinstance(pattern, VNMPattern):
-        return (rows, kept), (rows, -(-kept // 4)), (rows // pattern.v, cols // pattern.m, PANEL_COLUMNS)
-    two_bits = (pattern.n, pattern.m) == (2, 4)
-    return (rows, kept), (rows, -(-kept // 4) if two_bits else kept), (0,)

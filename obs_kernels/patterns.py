@@ -189,7 +189,7 @@ class UnstructuredPattern(Pattern):
         _check_sparsity(self.target, "unstructured")
 
     def __str__(self) -> str:
-        return f"unstructured:{self.target:g}"
+        return f"unstructured:{float(self.target)!r}"
 
     @property
     def sparsity(self) -> float:
@@ -231,7 +231,7 @@ class BlockPattern(UnstructuredPattern):
         _check_sparsity(self.target, f"block{self.size}")
 
     def __str__(self) -> str:
-        return f"block{self.size}:{self.target:g}"
+        return f"block{self.size}:{float(self.target)!r}"
 
     @property
     def block(self) -> int:

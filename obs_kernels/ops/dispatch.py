@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from obs_kernels import _ext
@@ -45,7 +46,8 @@ def resolve(op: str, backend: str | None, tensor: Tensor) -> str:
     if asked is None:
         for name in TABLE[op]:
             if unavailable(op, name, tensor.device.type) is None:
-                _log_once(op, name, tensor.device.type)
+                if not torch.compiler.is_compiling():
+                    _log_once(op, name, tensor.device.type)
                 return name
     if asked not in BACKENDS:
         raise ConfigError(f"backend must be None, {', '.join(map(repr, BACKENDS))}, got {asked!r}")
@@ -69,8 +71,18 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
-    """The function of ``backend`` with the name of the op."""
-    return getattr(import_module(MODULES[backend]), op)
+    """The function of ``backend`` with the name of the op.
+
+    Autocast is off inside, the ops choose their own arithmetic.
+    """
+    function = getattr(import_module(MODULES[backend]), op)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @lru_cache(maxsize=256)

@@ -9,8 +9,10 @@ from torch import Tensor
 from obs_kernels import checks
 from obs_kernels.errors import ShapeNotSupportedError
 from obs_kernels.ops.dispatch import kernel, resolve
+from obs_kernels.reference.blocks import compute_dtype
 
 
+@torch.no_grad()
 def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float, backend: str | None = None) -> Tensor:
     """Add ``scale * sum_s g_s g_s^T`` to every diagonal block of the empirical Fisher, in place.
 
@@ -40,6 +42,7 @@ def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float, backend: 
     return fisher
 
 
+@torch.no_grad()
 def invert_spd(
     matrices: Tensor, *, damp: float | Tensor = 0.0, out: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -70,12 +73,14 @@ def invert_spd(
     return (inverse if out is None else out.copy_(inverse)), info
 
 
-def damp_tensor(damp: float | Tensor, like: Tensor) -> Tensor:
-    """``damp`` as a tensor of one value or [B] on the device of ``like``, in f32 or f64."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+def damp_tensor(damp: float | Tensor, *like: Tensor | None) -> Tensor:
+    """``damp`` as a tensor of one value or [B] beside ``like``, in the dtype of the arithmetic on them."""
+    dtype = compute_dtype(*like)
+    device = next(t.device for t in like if t is not None)
     if isinstance(damp, Tensor):
-        return damp.to(device=like.device, dtype=dtype).reshape(-1)
-    return torch.full((1,), float(damp), dtype=dtype, device=like.device)
+        checks.check_same_device(damp=damp, fisher=like[-1])
+        return damp.to(dtype).reshape(-1)
+    return torch.full((1,), float(damp), dtype=dtype, device=device)
 
 
 @torch.library.custom_op("obs_kernels::accumulate_fisher_", mutates_args=("fisher",))

@@ -61,7 +61,7 @@ def sparse_linear(
         raise ConfigError(
             "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
         )
-    flat = x if x_layout == "feature" else x.reshape(-1, cols)
+    flat = x if x_layout == "feature" else x.reshape(x.shape[:-1].numel(), cols)
     y: Tensor = torch.ops.obs_kernels.sparse_linear(
         flat,
         sparse.values,
@@ -74,7 +74,7 @@ def sparse_linear(
         y_layout=y_layout,
         backend=resolve("sparse_linear", backend, x),
     )
-    return y.unflatten(0, x.shape[:-1]) if y_layout == "token" and x_layout == "token" and x.dim() != 2 else y
+    return y.reshape(*x.shape[:-1], rows) if y_layout == "token" and x_layout == "token" else y
 
 
 @torch.library.custom_op("obs_kernels::sparse_linear", mutates_args=())

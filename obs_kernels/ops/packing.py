@@ -8,10 +8,12 @@ from torch import Tensor
 
 from obs_kernels import checks
 from obs_kernels.ops.dispatch import kernel, resolve
-from obs_kernels.ops.sparse_weight import SparseWeight, packed_shapes
+from obs_kernels.ops.sparse_weight import SparseWeight
+from obs_kernels.packed_format import packed_shapes
 from obs_kernels.patterns import Pattern
 
 
+@torch.no_grad()
 def pack(weight: Tensor, mask: Tensor, pattern: str | Pattern, *, backend: str | None = None) -> SparseWeight:
     """Pack the kept entries of a weight; ``unpack`` gives them back bit for bit.
 
@@ -39,11 +41,11 @@ def pack(weight: Tensor, mask: Tensor, pattern: str | Pattern, *, backend: str |
     values, codes, columns = torch.ops.obs_kernels.pack(
         weight, mask, str(parsed), backend=resolve("pack", backend, weight)
     )
-    return SparseWeight(
-        values, codes, columns if columns.numel() or columns.dim() == 3 else None, parsed, (weight.shape[0], weight.shape[1])
-    )
+    panels = columns if columns.dim() == 3 else None
+    return SparseWeight(values, codes, panels, parsed, (weight.shape[0], weight.shape[1]))
 
 
+@torch.no_grad()
 def unpack(sparse: SparseWeight, *, backend: str | None = None) -> Tensor:
     """The dense weight [R, C] of a ``SparseWeight``; pruned entries are +0.0."""
     dense: Tensor = torch.ops.obs_kernels.unpack(
@@ -62,13 +64,13 @@ def _capturing(tensor: Tensor) -> bool:
 
 @torch.library.custom_op("obs_kernels::pack", mutates_args=())
 def _pack(weight: Tensor, mask: Tensor, pattern: str, *, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel("pack", backend)(weight, mask, pattern)
+    return kernel("pack", backend)(weight.contiguous(), mask.contiguous(), pattern)  # kernels demand it
 
 
 @_pack.register_fake
 def _(weight: Tensor, mask: Tensor, pattern: str, *, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     parsed = checks.check_pack(weight, mask, pattern)
-    values, codes, columns = packed_shapes(parsed, tuple(weight.shape))
+    values, codes, columns = packed_shapes(parsed, *weight.shape)
     return (
         weight.new_empty(values),
         weight.new_empty(codes, dtype=torch.uint8),

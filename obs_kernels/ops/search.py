@@ -27,6 +27,7 @@ class Selection:
     """[R/v, C/m, num_columns] uint8, ascending: the kept columns of each panel; None without panels."""
 
 
+@torch.no_grad()
 def search_nm(
     weight: Tensor,
     fisher: Tensor | None,
@@ -68,7 +69,7 @@ def search_nm(
         weight,
         fisher,
         str(parsed),
-        damp_tensor(damp, weight),
+        damp_tensor(damp, weight, fisher),
         method,
         mask,
         backend=resolve("search_nm", backend, weight),
@@ -76,6 +77,7 @@ def search_nm(
     return Selection(chosen, saliency)
 
 
+@torch.no_grad()
 def search_vnm(
     weight: Tensor,
     fisher: Tensor | None,
@@ -106,7 +108,7 @@ def search_vnm(
         weight,
         fisher,
         str(parsed),
-        damp_tensor(damp, weight),
+        damp_tensor(damp, weight, fisher),
         method,
         mask,
         num_columns,

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from obs_kernels.errors import CheckpointFormatError
-from obs_kernels.patterns import NMPattern, VNMPattern
-from obs_kernels.reference.packing import PANEL_COLUMNS, has_two_bit_codes
+from obs_kernels.checks import PACK_DTYPES
+from obs_kernels.errors import CheckpointFormatError, ShapeNotSupportedError
+from obs_kernels.packed_format import has_two_bit_codes, packed_shapes
+from obs_kernels.patterns import NMPattern
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class SparseWeight:
 
     def validate(self, name: str = "weight") -> None:
         """Raise ``CheckpointFormatError`` unless shapes, dtypes, index ranges and order are those of the format."""
-        wanted = dict(zip(("values", "codes", "columns"), packed_shapes(self.pattern, self.shape), strict=True))
+        try:
+            self.pattern.check_shape(self.shape, name=name)
+        except ShapeNotSupportedError as error:
+            raise CheckpointFormatError(f"{name}: {error}") from None
+        wanted = dict(zip(("values", "codes", "columns"), packed_shapes(self.pattern, *self.shape), strict=True))
         for part, shape in wanted.items():
             tensor = getattr(self, part)
             if (tensor is None) != (shape is None) or (tensor is not None and tuple(tensor.shape) != shape):
@@ -63,8 +68,10 @@ class SparseWeight:
                 )
             if tensor is not None and part != "values" and tensor.dtype != torch.uint8:
                 raise CheckpointFormatError(f"{name}.{part} must be uint8, got {tensor.dtype}")
-        if not self.values.is_floating_point():
-            raise CheckpointFormatError(f"{name}.values must be a float dtype, got {self.values.dtype}")
+        if self.values.dtype not in PACK_DTYPES:
+            raise CheckpointFormatError(
+                f"{name}.values must be float16, bfloat16, float32 or float64, got {self.values.dtype}"
+            )
         if self.values.numel():
             self._validate_indices(name)
 
@@ -78,17 +85,6 @@ class SparseWeight:
         _check_ascending(f"{name}.codes", places[:, :kept].reshape(rows, -1, n), 4 if two_bit else m)
         if self.columns is not None:
             _check_ascending(f"{name}.columns", self.columns, m)
-
-
-def packed_shapes(
-    pattern: NMPattern, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
-    """Shapes of (values, codes, columns) for a weight of ``shape``; columns is None without panels."""
-    rows, cols = shape
-    kept = cols // pattern.m * pattern.n
-    codes = (rows, -(-kept // 4)) if has_two_bit_codes(pattern) else (rows, kept)
-    columns = (rows // pattern.v, cols // pattern.m, PANEL_COLUMNS) if isinstance(pattern, VNMPattern) else None
-    return (rows, kept), codes, columns
 
 
 def _check_ascending(name: str, index: Tensor, limit: int) -> None:

@@ -13,6 +13,7 @@ from obs_kernels.ops.fisher import damp_tensor
 from obs_kernels.reference.blocks import compute_dtype
 
 
+@torch.no_grad()
 def obs_update(
     weight: Tensor,
     fisher: Tensor | None,
@@ -43,12 +44,13 @@ def obs_update(
         weight,
         fisher,
         mask,
-        damp_tensor(damp, weight if fisher is None else fisher),
+        damp_tensor(damp, weight, fisher),
         update,
         backend=resolve("obs_update", backend, weight),
     )
 
 
+@torch.no_grad()
 def loss_increase(change: Tensor, fisher: Tensor, *, damp: float | Tensor = 0.0, backend: str | None = None) -> Tensor:
     """``1/2 dw^T (F + damp I) dw`` of every Fisher block, [B], for a ``change`` dw of the weight's shape.
 
@@ -56,15 +58,13 @@ def loss_increase(change: Tensor, fisher: Tensor, *, damp: float | Tensor = 0.0,
         change: new weight minus old, any shape. fisher: [B, D, D], B = ceil(numel / D). damp: a number or [B].
         backend: None, or a name of ``dispatch.BACKENDS``.
     """
-    checks.check_dtype("change", change, checks.FLOAT_DTYPES)
-    checks.check_blocks_of_weight(change, fisher)
-    checks.check_damp(damp, fisher.shape[0])
-    checks.check_same_device(change=change, fisher=fisher)
+    _check_loss_increase(change, fisher, damp)
     return torch.ops.obs_kernels.loss_increase(
-        change, fisher, damp_tensor(damp, fisher), backend=resolve("loss_increase", backend, change)
+        change, fisher, damp_tensor(damp, change, fisher), backend=resolve("loss_increase", backend, change)
     )
 
 
+@torch.no_grad()
 def block_saliency(
     weight: Tensor,
     fisher: Tensor | None,
@@ -93,11 +93,18 @@ def block_saliency(
         weight,
         fisher,
         block,
-        damp_tensor(damp, weight),
+        damp_tensor(damp, weight, fisher),
         method,
         mask,
         backend=resolve("block_saliency", backend, weight),
     )
+
+
+def _check_loss_increase(change: Tensor, fisher: Tensor, damp: float | Tensor) -> None:
+    checks.check_dtype("change", change, checks.FLOAT_DTYPES)
+    checks.check_blocks_of_weight(change, fisher)
+    checks.check_damp(damp, fisher.shape[0])
+    checks.check_same_device(change=change, fisher=fisher)
 
 
 def _check_block_saliency(
@@ -141,6 +148,7 @@ def _loss_increase(change: Tensor, fisher: Tensor, damp: Tensor, *, backend: str
 
 @_loss_increase.register_fake
 def _(change: Tensor, fisher: Tensor, damp: Tensor, *, backend: str) -> Tensor:
+    _check_loss_increase(change, fisher, damp)
     return fisher.new_empty(fisher.shape[0], dtype=compute_dtype(change, fisher))
 
 

@@ -55,13 +55,16 @@ class Groups:
     """Groups of m weights of a chunk of blocks, ready for the choice (math: complement identity).
 
     ``curvature`` [N, m, m]: F' = [(F^-1)_GG]^-1, the curvature with the rest of the block re-optimised (F itself for
-    D = m). ``linear`` [N, m]: u = F' w. ``weight`` [N, m]; ``alive`` [N, m].
+    D = m), divided by ``scale``. ``linear`` [N, m]: u = F' w, likewise. ``weight`` [N, m]; ``alive`` [N, m].
+    ``scale`` [N]: a power of two a block, which brings its largest diagonal to 1/2 .. 1. Gains are of the third order
+    in F and would underflow in f32 below F = 1e-13; a power of two changes no bit otherwise.
     """
 
     curvature: Tensor
     linear: Tensor
     weight: Tensor
     alive: Tensor
+    scale: Tensor
 
 
 def condition_groups(
@@ -76,13 +79,24 @@ def condition_groups(
     dtype = compute_dtype(weight, fisher)
     w = weight.to(dtype).masked_fill(~alive, 0.0).view(-1, m)
     f = damp_blocks(fisher, alive, damp, dtype)
+    unit = _unit_scale(f, alive)
+    f = f / unit[:, None, None]
+    f.diagonal(dim1=1, dim2=2).masked_fill_(~alive, 1.0)
     factor = factor_or_raise(f, "fisher", offset)
+    scale, live = unit.repeat_interleave(size // m), alive.reshape(-1, m)
     if size == m:
-        return Groups(f, (f @ w[:, :, None])[:, :, 0], w, alive.reshape(-1, m)), None
+        return Groups(f, (f @ w[:, :, None])[:, :, 0], w, live, scale), None
     finv = torch.cholesky_inverse(factor).view(-1, size // m, m, size // m, m)
     finv_groups = finv.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, m, m).contiguous()
     curvature = torch.cholesky_inverse(factor_or_raise(finv_groups, "inverse fisher of a group", offset))
-    return Groups(curvature, (curvature @ w[:, :, None])[:, :, 0], w, alive.reshape(-1, m)), finv_groups
+    return Groups(curvature, (curvature @ w[:, :, None])[:, :, 0], w, live, scale), finv_groups
+
+
+def plain_groups(weight: Tensor, alive: Tensor, m: int, dtype: torch.dtype) -> Groups:
+    """Groups without curvature (the identity), for methods that look at single weights only."""
+    w = weight.to(dtype).masked_fill(~alive, 0.0).view(-1, m)
+    identity = torch.eye(m, dtype=dtype, device=w.device).expand(w.shape[0], m, m)
+    return Groups(identity, w, w, alive.reshape(-1, m), w.new_ones(w.shape[0]))
 
 
 def pair_model(groups: Groups, finv_groups: Tensor | None) -> Groups:
@@ -97,4 +111,13 @@ def pair_model(groups: Groups, finv_groups: Tensor | None) -> Groups:
     curvature.view(count, m // 2, 2, m // 2, 2).diagonal(dim1=1, dim2=3).copy_(
         inverse.view(count, -1, 2, 2).permute(0, 2, 3, 1)
     )
-    return Groups(curvature, (curvature @ groups.weight[:, :, None])[:, :, 0], groups.weight, groups.alive)
+    return Groups(
+        curvature, (curvature @ groups.weight[:, :, None])[:, :, 0], groups.weight, groups.alive, groups.scale
+    )
+
+
+def _unit_scale(f: Tensor, alive: Tensor) -> Tensor:
+    """[b] power of two above the largest live diagonal; 1 where there is none (such a block fails to factorise)."""
+    top = f.diagonal(dim1=1, dim2=2).masked_fill(~alive, 0.0).amax(1)
+    exponent = torch.where((top > 0) & torch.isfinite(top), torch.frexp(top).exponent, 0)
+    return torch.ldexp(torch.ones_like(top), exponent)

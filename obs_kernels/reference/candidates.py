@@ -37,8 +37,11 @@ def sets_inside_columns(n: int, m: int, num_columns: int) -> Tensor:
 
 def gain_table(groups: Groups, n: int) -> Tensor:
     """[N, comb(m, n)]: gain of every kept set of every group; a set's dead entries add nothing."""
-    count, m = groups.linear.shape
-    f, u = groups.curvature, groups.linear
+    return _scaled_gains(groups.curvature, groups.linear, n) * groups.scale[:, None]
+
+
+def _scaled_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
+    count, m = u.shape
     if n == 1:
         return u * u / f.diagonal(dim1=1, dim2=2)
     if n == 2:

@@ -64,6 +64,9 @@ def factor_spd(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if matrices.numel() == 0:
         return matrices.clone(), torch.zeros(matrices.shape[0], dtype=torch.int32, device=matrices.device)
     factor, info = torch.linalg.cholesky_ex(matrices)
+    # only the lower triangle is read by the factorisation
+    bad_row = ~torch.isfinite(matrices).all(2)
+    info = torch.where(bad_row.any(1), (bad_row.int().argmax(1) + 1).to(info.dtype), info)
     diagonal = factor.diagonal(dim1=1, dim2=2)
     bad_pivot = ~(torch.isfinite(diagonal) & (diagonal > 0))
     first_bad = (bad_pivot.int().argmax(1) + 1).to(info.dtype)

@@ -13,14 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from obs_kernels.packed_format import PANEL_COLUMNS, has_two_bit_codes
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
-
-PANEL_COLUMNS = 4
-
-
-def has_two_bit_codes(pattern: NMPattern) -> bool:
-    """True for 2:4 and v:2:m, whose codes are sparse tensor-core metadata; False for other n:m (a byte a position)."""
-    return isinstance(pattern, VNMPattern) or (pattern.n, pattern.m) == (2, 4)
 
 
 def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +30,8 @@ def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Te
         groups, kept = groups.gather(2, index), kept.gather(2, index)
         columns = columns.to(torch.uint8)
     place = _lowest(kept, n)  # [R, C/m, n]
-    values = groups.gather(2, place).masked_fill(~kept.gather(2, place), 0.0).reshape(rows, -1)
-    codes = place.reshape(rows, -1).to(torch.uint8)
+    values = groups.gather(2, place).masked_fill(~kept.gather(2, place), 0.0).flatten(1)
+    codes = place.flatten(1).to(torch.uint8)
     return values.contiguous(), _to_bytes(codes) if has_two_bit_codes(parsed) else codes.contiguous(), columns
 
 
@@ -47,11 +41,11 @@ def unpack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Tens
     rows, kept = values.shape
     n, m = parsed.n, parsed.m
     place = _from_bytes(codes, kept) if has_two_bit_codes(parsed) else codes
-    place = place.long().view(rows, -1, n)
+    place = place.long().view(rows, kept // n, n)
     if isinstance(parsed, VNMPattern):
         place = columns.long().repeat_interleave(parsed.v, dim=0).gather(2, place)
     dense = torch.zeros(rows, kept // n, m, dtype=values.dtype, device=values.device)
-    return dense.scatter_(2, place, values.view(rows, -1, n)).view(rows, -1)
+    return dense.scatter_(2, place, values.reshape(rows, kept // n, n)).flatten(1)
 
 
 def _lowest(used: Tensor, count: int) -> Tensor:
@@ -62,7 +56,7 @@ def _lowest(used: Tensor, count: int) -> Tensor:
 def _to_bytes(codes: Tensor) -> Tensor:
     """[R, K] 2-bit codes -> [R, ceil(K/4)] bytes, lowest bits first, unused bits 0."""
     rows, kept = codes.shape
-    quads = F.pad(codes, (0, -kept % 4)).view(rows, -1, 4)
+    quads = F.pad(codes, (0, -kept % 4)).view(rows, -(-kept // 4), 4)
     return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from obs_kernels.checks import check_damp_values, check_finite
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
-from obs_kernels.reference.blocks import Groups, compute_dtype, condition_groups, pair_model
+from obs_kernels.reference.blocks import Groups, compute_dtype, condition_groups, pair_model, plain_groups
 from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets, sets_inside_columns
 from obs_kernels.reference.fisher import chunks
 from obs_kernels.reference.pairwise import keep_by_pairs
+
+SINGLE_WEIGHT_METHODS = ("diagonal", "magnitude")
 
 
 def search_nm(
@@ -32,7 +34,7 @@ def search_nm(
     size = m if fisher is None else fisher.shape[1]
     table = kept_sets(n, m).shape[0] if method == "combinatorial" else m
     for part in chunks(rows * cols // size, (4 * size * size + size // m * table * 3) * saliency.element_size()):
-        groups, finv = _groups(weight, fisher, mask, damp, m, size, part)
+        groups, finv = _groups(weight, fisher, mask, damp, m, size, part, method)
         span = slice(part.start * size // m, part.stop * size // m)
         if method == "combinatorial":
             gains = _forbid_dead(gain_table(groups, n), groups.alive, n)
@@ -67,6 +69,8 @@ def search_vnm(
     saliency = torch.empty(panels, wide, dtype=dtype, device=weight.device)
     columns = torch.empty(panels, wide, num_columns, dtype=torch.uint8, device=weight.device)
     _check_values(weight, fisher, damp)
+    if weight.numel() == 0:
+        return keep.view(rows, cols), saliency, columns
     size = m if fisher is None else fisher.shape[1]
     inside = sets_inside_columns(n, m, num_columns).to(weight.device)
     bytes_each = (
@@ -74,7 +78,7 @@ def search_vnm(
     ) * saliency.element_size()
     for part in chunks(panels, int(bytes_each)):
         blocks = slice(part.start * v * cols // size, part.stop * v * cols // size)
-        groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks)
+        groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks, method)
         gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks)
         sets, chosen = _choose_panels(gains, groups.alive, v, wide, n, inside, masked=mask is not None)
         keep[part] = (_as_mask(kept_sets(n, m).to(weight.device)[sets.flatten()], m) & groups.alive).view(
@@ -87,16 +91,20 @@ def search_vnm(
 
 
 def _groups(
-    weight: Tensor, fisher: Tensor | None, mask: Tensor | None, damp: Tensor, m: int, size: int, part: slice
+    weight: Tensor,
+    fisher: Tensor | None,
+    mask: Tensor | None,
+    damp: Tensor,
+    m: int,
+    size: int,
+    part: slice,
+    method: str,
 ) -> tuple[Groups, Tensor | None]:
-    """Groups of the Fisher blocks ``part``; without a Fisher the curvature is the identity."""
+    """Groups of the Fisher blocks ``part``; methods that look at single weights get no curvature."""
     w = weight.reshape(-1, size)[part]
     alive = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.reshape(-1, size)[part]
-    if fisher is None:
-        values = w.to(compute_dtype(weight)).masked_fill(~alive, 0.0)
-        return Groups(
-            torch.eye(m, dtype=values.dtype, device=w.device).expand(w.shape[0], m, m), values, values, alive
-        ), None
+    if fisher is None or method in SINGLE_WEIGHT_METHODS:
+        return plain_groups(w, alive, m, compute_dtype(weight, fisher)), None
     return condition_groups(w, fisher[part], alive, damp if damp.numel() == 1 else damp[part], m, part.start)
 
 
@@ -151,7 +159,7 @@ def _choice_loss(
     The diagonal and magnitude methods know no compensation: the sum of 1/2 (F_ii + damp) w_i^2, or of 1/2 w_i^2, over
     the pruned.
     """
-    if method in ("magnitude", "diagonal"):
+    if method in SINGLE_WEIGHT_METHODS:
         cost = 0.5 * groups.weight**2 if method == "magnitude" else _scores(groups, fisher, damp, method, part)
         return cost.masked_fill(keep, 0.0).sum(1)
     index = keep.sort(dim=1, descending=True, stable=True).indices[:, :n]  # kept first, then fillers
@@ -165,7 +173,7 @@ def _choice_loss(
     solved = torch.cholesky_solve(u[:, :, None], torch.linalg.cholesky_ex(f)[0])[:, :, 0]
     change = torch.zeros_like(groups.weight).scatter_(1, index, solved).masked_fill(~keep, 0.0) - groups.weight
     # from the change itself, not from E - gain, which cancels
-    return 0.5 * torch.einsum("gi,gij,gj->g", change, groups.curvature, change)
+    return 0.5 * torch.einsum("gi,gij,gj->g", change, groups.curvature, change) * groups.scale
 
 
 def _forbid_dead(gains: Tensor, alive: Tensor, n: int) -> Tensor:

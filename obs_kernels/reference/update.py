@@ -37,6 +37,7 @@ def obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, *, damp: Ten
 
 def loss_increase(change: Tensor, fisher: Tensor, *, damp: Tensor) -> Tensor:
     """``1/2 dw^T (F + damp I) dw`` of each Fisher block, [B], for a ``change`` dw of the weight."""
+    check_damp_values(damp)
     num_blocks, size, _ = fisher.shape
     dtype = compute_dtype(change, fisher)
     dw = weight_blocks(change, num_blocks, size).to(dtype)
@@ -55,13 +56,13 @@ def block_saliency(
     """
     check_finite("weight", weight)
     dtype = compute_dtype(weight, fisher)
+    alive = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
     if method == "magnitude" or fisher is None:
-        units = weight.to(dtype).reshape(-1, block)
+        units = weight.to(dtype).masked_fill(~alive, 0.0).reshape(-1, block)
         return units.abs()[:, 0] if block == 1 else (units * units).sum(1)
     check_finite("fisher", fisher)
     check_damp_values(damp)
     num_blocks, size, _ = fisher.shape
-    alive = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
     live, w = weight_blocks(alive, num_blocks, size), weight_blocks(weight, num_blocks, size).to(dtype)
     w = w.masked_fill(~live, 0.0)
     out = torch.empty(num_blocks, size // block, dtype=dtype, device=weight.device)

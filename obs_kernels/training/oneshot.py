@@ -132,9 +132,9 @@ class OneShotTable:
         )
         return replace(cfg, global_sparsity=not fixed)
 
-    def prune(self, cell: Cell) -> PruningReport:
+    def prune(self, cell: Cell) -> OBSPruner:
         """Prune the model by ``cell`` and leave it so; ``restore`` brings the dense weights back."""
-        return self._prune(self.config(cell))[1]
+        return self._prune(self.config(cell))[0]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evidence that the kernels ran on a GPU: ``python -m bench.gpu_report`` makes it, ``--check`` says if it still holds.
+
+A run builds ``_C``, runs ``pytest -m gpu tests/gpu`` and the four tools of compute-sanitizer, and writes
+``bench/gpu_report.json``. What did not run is written down as such; nothing here turns "not run" into "passed".
+The file is a pytest plugin too (``-p bench.gpu_report``), which notes each result as it comes, so that a crash of the
+interpreter loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "bench" / "gpu_report.json"
+SCHEMA = 1
+SOURCES = ("csrc", "python_bindings", "CMakeLists.txt", "obs_kernels/triton_kernels", "obs_kernels/cuda_calls.py")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TESTS_LIMIT_S = 1800
+TOOL_LIMIT_S = 300
+TOOL_ERROR_STATUS = 99
+LOG_VARIABLE = "OBS_KERNELS_GPU_REPORT_LOG"
+LAUNCHES = "obs_kernels launches:"
+
+
+def source_files(root: Path = ROOT) -> dict[str, str]:
+    """sha256 of each file that the report speaks for, by its path in the repository, sorted."""
+    found: dict[str, str] = {}
+    for source in SOURCES:
+        top = root / source
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+            if path.is_file() and not hidden and path.suffix not in (".pyc", ".so"):
+                found[path.relative_to(root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return dict(sorted(found.items()))
+
+
+def source_hash(files: Mapping[str, str]) -> str:
+    """One hash over the sorted paths and contents of ``source_files``."""
+    text = "".join(f"{path}\0{digest}\n" for path, digest in sorted(files.items()))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def schema_problems(report: Any) -> list[str]:
+    """What is missing or of a wrong type in a report; empty if it can be trusted to be one."""
+    if not isinstance(report, dict):
+        return ["it is no JSON object"]
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "schema": int,
+        "date": str,
+        "commit": str,
+        "dirty": bool,
+        "device": str,
+        "compute_capability": str,
+        "driver": str,
+        "versions": dict,
+        "source_hash": str,
+        "sources": dict,
+        "passed": list,
+        "failed": list,
+        "skipped": list,
+        "sanitizer": dict,
+    }
+    wrong = [key for key, kind in wanted.items() if not isinstance(report.get(key), kind)]
+    problems = [f"{key} is missing or of another type" for key in wrong]
+    if problems:
+        return problems
+    if report["schema"] != SCHEMA:
+        problems.append(f"schema is {report['schema']}, this checker reads {SCHEMA}")
+    if report["source_hash"] != source_hash(report["sources"]):
+        problems.append("source_hash is not the hash of sources")
+    if any(not isinstance(skip, dict) or not skip.get("test") or not skip.get("reason") for skip in report["skipped"]):
+        problems.append("a skip has no test or no reason")
+    problems += [f"sanitizer says nothing of {tool}" for tool in TOOLS if not report["sanitizer"].get(tool)]
+    return problems
+
+
+def verdict(report: Any, files: Mapping[str, str]) -> str:
+    """One line: GPU-verified, NOT VERIFIED with the reason, or STALE with the changed files."""
+    problems = schema_problems(report)
+    if problems:
+        return f"NOT VERIFIED: the report is unusable: {'; '.join(problems)}"
+    then = report["sources"]
+    changed = sorted(path for path in files.keys() | then.keys() if files.get(path) != then.get(path))
+    if changed:
+        return f"STALE: changed since {report['commit']}: {', '.join(changed)}"
+    where = f"{report['commit']} on {report['device']}"
+    broken = [f"{tool} {state}" for tool, state in report["sanitizer"].items() if state.startswith("failed")]
+    if report["dirty"]:
+        return f"NOT VERIFIED: the tests at {where} ran on a dirty tree"
+    if report["failed"] or broken:
+        return f"NOT VERIFIED: failed at {where}: {', '.join([*report['failed'], *broken])}"
+    if not report["passed"]:
+        return f"NOT VERIFIED: no test passed at {where}"
+    clean = [tool for tool in TOOLS if report["sanitizer"][tool] == "passed"]
+    return (
+        f"GPU-verified at {where}: {len(report['passed'])} passed, {len(report['skipped'])} skipped; "
+        f"sanitizers passed: {', '.join(clean) or 'none'}"
+    )
+
+
+def judge_sanitizer(status: int, output: str) -> str:
+    """Outcome of one tool's run: ``passed``, ``failed: ...`` or ``not run: ...``.
+
+    Passed needs exit status 0, the tool's own summary with zero errors, and at least one kernel of ours launched.
+    """
+    summary = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)]
+    launches = [int(count) for count in re.findall(rf"{LAUNCHES} (\d+)", output)]
+    lines = [line.strip("= ") for line in output.splitlines() if line.startswith("=========")]
+    said = next((f": {line}" for line in lines if re.search(r"error:|not supported|unable|fail", line, re.I)), "")
+    if not summary:
+        return f"not run: no summary from the tool (exit status {status}){said}"
+    if not any(launches):
+        return f"not run: no kernel of ours was launched (exit status {status}){said}"
+    if any(summary) or status == TOOL_ERROR_STATUS:
+        return f"failed: {max(summary)} errors (exit status {status})"
+    if status:
+        return f"failed: the tests under the tool ended with exit status {status}"
+    return "passed"
+
+
+def read_results(lines: list[str]) -> dict[str, Any]:
+    """``passed``, ``failed`` and ``skipped`` from the notes of the plugin; a test that never ended counts as failed."""
+    state: dict[str, tuple[str, str]] = {}
+    rank = {"started": 0, "passed": 1, "skipped": 2, "failed": 3}
+    for line in lines:
+        note = json.loads(line)
+        if rank[note["outcome"]] >= rank[state.get(note["test"], ("started", ""))[0]]:
+            state[note["test"]] = note["outcome"], note.get("reason", "")
+    return {
+        "passed": sorted(test for test, (outcome, _) in state.items() if outcome == "passed"),
+        "failed": sorted(test for test, (outcome, _) in state.items() if outcome in ("failed", "started")),
+        "skipped": [{"test": t, "reason": why} for t, (outcome, why) in sorted(state.items()) if outcome == "skipped"],
+    }
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """With one device, tests that need two are skips with a reason, not failures of OBS_KERNELS_REQUIRE_GPU."""
+    import pytest
+    import torch
+
+    found = torch.cuda.device_count()
+    for item in items:
+        if found == 1 and item.get_closest_marker("multigpu"):
+            item.add_marker(pytest.mark.skip(reason="needs 2 CUDA devices, found 1"))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Note that a test has begun."""
+    _note(nodeid, "started")
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Note the outcome of a test; its setup and teardown count when they fail or skip."""
+    if report.failed:
+        _note(report.nodeid, "failed")
+    elif report.skipped:
+        _note(report.nodeid, "skipped", _skip_reason(report))
+    elif report.when == "call":
+        _note(report.nodeid, "passed")
+
+
+def pytest_collectreport(report: Any) -> None:
+    """A file that cannot be collected is a failure; one that skips itself is a skip."""
+    if report.failed:
+        _note(report.nodeid, "failed")
+    elif report.skipped:
+        _note(report.nodeid, "skipped", _skip_reason(report))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many kernels ran, for ``judge_sanitizer``."""
+    from obs_kernels import _ext
+
+    count = _ext.load().launch_count() if _ext.reason() is None else 0
+    terminalreporter.write_line(f"{LAUNCHES} {count}")
+
+
+def _skip_reason(report: Any) -> str:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+    return str(reason).removeprefix("Skipped: ") or "no reason given"
+
+
+def _note(test: str, outcome: str, reason: str = "") -> None:
+    if LOG_VARIABLE in os.environ:
+        with Path(os.environ[LOG_VARIABLE]).open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+
+
+def build() -> str | None:
+    """Build ``_C`` in place; the reason of a failure, or None."""
+    env = {**os.environ, "OBS_KERNELS_BUILD": "on"}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=env, check=False)
+    return f"build of obs_kernels._C (exit status {done.returncode})" if done.returncode else None
+
+
+def run_tests() -> dict[str, Any]:
+    """Run ``pytest -m gpu tests/gpu`` in a process of its own and collect what came out."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "results.jsonl"
+        log.touch()
+        env = {LOG_VARIABLE: str(log), "OBS_KERNELS_REQUIRE_GPU": "1"}
+        status, _ = _run(_pytest("gpu"), env, TESTS_LIMIT_S, echo=True)
+        results = read_results(log.read_text(encoding="utf-8").splitlines())
+    if status not in (0, 1):  # 1 = tests failed, and they are in the list
+        results["failed"].append(f"pytest ended with exit status {status}")
+    return results
+
+
+def run_sanitizer(tool: str) -> str:
+    """Run the tests marked ``sanitizer`` under one tool."""
+    binary = find_sanitizer(os.environ)
+    if binary is None:
+        return "not run: compute-sanitizer was not found on PATH or in CUDA_HOME"
+    options = ["--tool", tool, "--error-exitcode", str(TOOL_ERROR_STATUS), "--target-processes", "all"]
+    # Each tensor an allocation of its own: inside torch's cached blocks the tool cannot see an overrun.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status, output = _run([binary, *options, *_pytest("gpu and sanitizer")], env, TOOL_LIMIT_S, echo=False)
+    state = judge_sanitizer(status, output)
+    if state != "passed":
+        print("\n".join(output.splitlines()[-40:]), flush=True)
+    return state
+
+
+def find_sanitizer(env: Mapping[str, str]) -> str | None:
+    """compute-sanitizer on PATH, or in the toolkit."""
+    found = shutil.which("compute-sanitizer", path=env.get("PATH"))
+    for home in (env.get("CUDA_HOME"), "/usr/local/cuda"):
+        for place in ("bin", "compute-sanitizer"):
+            candidate = Path(home or "/nonexistent") / place / "compute-sanitizer"
+            found = found or (str(candidate) if candidate.is_file() else None)
+    return found
+
+
+def _pytest(marker: str) -> list[str]:
+    # No option of pyproject.toml and no cache: this machine may lack the plugins that they name.
+    plain = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rs"]
+    return [sys.executable, "-m", "pytest", "-p", "bench.gpu_report", *plain, "-m", marker, "tests/gpu"]
+
+
+def _run(command: list[str], env: Mapping[str, str], limit_s: int, *, echo: bool) -> tuple[int, str]:
+    print("+", " ".join(command), flush=True)
+    stdout = None if echo else subprocess.PIPE
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdout=stdout,
+            stderr=None if echo else subprocess.STDOUT,
+            timeout=limit_s,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"========= failed to end within {limit_s} s"
+    except OSError as error:
+        return 126, f"========= failed to start: {error}"
+    return done.returncode, done.stdout or ""
+
+
+def describe_tree(commit: str | None) -> dict[str, Any]:
+    """``commit`` and ``dirty``; a caller who names the commit (where there is no git) answers for it."""
+    if commit is not None:
+        return {"commit": commit, "dirty": False}
+    head = _output(["git", "rev-parse", "HEAD"])
+    changes = _output(["git", "status", "--porcelain", "--", ".", f":!{REPORT.relative_to(ROOT).as_posix()}"])
+    return {"commit": head or "unknown", "dirty": not head or changes is None or changes != ""}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, driver and versions."""
+    import torch
+
+    from obs_kernels import _ext
+
+    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    major, minor = torch.cuda.get_device_capability(0)
+    return {
+        "device": torch.cuda.get_device_name(0),
+        "device_count": torch.cuda.device_count(),
+        "compute_capability": f"{major}.{minor}",
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "versions": {
+            "cuda_toolkit": _ext.build_info()["cuda"] or "none",
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check(path: Path) -> str:
+    """The verdict on the report at ``path``."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "NOT VERIFIED: there is no GPU report; `make gpu-test` on a GPU machine makes one"
+    except ValueError as error:
+        return f"NOT VERIFIED: the report is unusable: {error}"
+    return verdict(report, source_files())
+
+
+def make_report(path: Path, *, commit: str | None, with_build: bool) -> int:
+    """Build, test, sanitize and write; 0 if nothing failed."""
+    import torch
+
+    from obs_kernels.files import write_text
+
+    if not torch.cuda.is_available():
+        print("no CUDA device here: no report is written")
+        return 1
+    files = source_files()  # before the tests, so that an edit meanwhile shows as stale
+    tree = describe_tree(commit)
+    problem = build() if with_build else None
+    results = run_tests()
+    if problem:
+        results["failed"].insert(0, problem)
+    sanitizer = {tool: run_sanitizer(tool) for tool in TOOLS}
+    report = {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **tree,
+        **describe_machine(),
+        "source_hash": source_hash(files),
+        "sources": files,
+        **results,
+        "sanitizer": sanitizer,
+    }
+    write_text(path, json.dumps(report, indent=1) + "\n")
+    for tool, state in sanitizer.items():
+        print(f"{tool}: {state}")
+    print(verdict(report, source_files()))
+    print(f"{len(results['passed'])} passed, {len(results['failed'])} failed, {len(results['skipped'])} skipped")
+    return 1 if results["failed"] or any(state.startswith("failed") for state in sanitizer.values()) else 0
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the report holds; exits 0 either way")
+    parser.add_argument("--out", type=Path, default=REPORT, help="the report (default bench/gpu_report.json)")
+    parser.add_argument("--commit", help="commit of this tree, where there is no git; says that the tree is clean")
+    parser.add_argument("--no-build", action="store_true", help="take the module that is there")
+    options = parser.parse_args()
+    if options.check:
+        print(check(options.out))
+        return 0
+    return make_report(options.out, commit=options.commit, with_build=not options.no_build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

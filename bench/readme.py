@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated parts of the README: no figure there is typed by hand.
+
+``python -m bench.readme`` rewrites them, ``--check`` exits 1 if they are not what the result files and the dispatch
+table say. A part stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.oneshot_squad import RESULTS
+from bench.oneshot_table import f1_table, recomputation_table
+from obs_kernels.files import write_text
+from obs_kernels.ops.dispatch import TABLE
+
+README = Path(__file__).parents[1] / "README.md"
+
+# What each op takes, beside its backends; the dtypes are those of the checks.
+PATTERNS_AND_DTYPES = {
+    "accumulate_fisher_": ("any block size D", "gradients f16 bf16 f32 f64, Fisher f32 f64"),
+    "invert_spd": ("any D", "f32 f64"),
+    "search_nm": ("n:m up to 20,000 kept sets", "weight f16 bf16 f32 f64, Fisher f32 f64"),
+    "search_vnm": ("v:n:m, n to m columns", "as search_nm"),
+    "obs_update": ("any mask", "as search_nm"),
+    "block_saliency": ("unstructured, blockN", "as search_nm"),
+    "loss_increase": ("any", "as search_nm"),
+    "pack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
+    "unpack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
+    "sparse_linear": ("n:m, v:2:m", "f16 bf16 f32 f64"),
+}
+ARCHITECTURES = {"reference": "CPU, and any GPU that torch has", "cuda": "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"}
+
+
+def support_table() -> str:
+    """Op x backend x pattern x dtype x architecture, from the dispatch table."""
+    lines = ["| op | backend | pattern | dtype | runs on |", "|---|---|---|---|---|"]
+    for op, backends in TABLE.items():
+        patterns, dtypes = PATTERNS_AND_DTYPES[op]
+        lines += [f"| `{op}` | {name} | {patterns} | {dtypes} | {ARCHITECTURES[name]} |" for name in reversed(backends)]
+    return "\n".join(lines)
+
+
+def oneshot_table() -> str:
+    """F1 by pattern and method, and by recomputations, from the stored results."""
+    stored = json.loads(RESULTS.read_text())
+    header, dense, cells = stored["header"], stored["dense"], list(stored["cells"].values())
+    core = [c for c in cells if (c["method"], c["update"]) in CORE]
+    lines = [
+        f"Dense EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} ({dense['total']:,} questions). F1 in one "
+        f"shot, nothing trained; "
+        f"{header['num_grads']} per-sample gradients, D = {header['fisher_block_size']}, {header['device']}, "
+        f"seed {header['seed']}:",
+        "",
+        *f1_table(core),
+        "",
+        "The same (combinatorial, joint) in several parts, with new gradients for each:",
+        "",
+        *recomputation_table(cells),
+    ]
+    return "\n".join(lines)
+
+
+CORE = (
+    ("magnitude", "none"),
+    ("magnitude", "joint"),
+    ("diagonal", "none"),
+    ("pairwise", "joint"),
+    ("combinatorial", "none"),
+    ("combinatorial", "single"),
+    ("combinatorial", "joint"),
+)
+PARTS = {"support": support_table, "oneshot": oneshot_table}
+
+
+def render(text: str) -> str:
+    """``text`` with every generated part made anew."""
+    for name, make in PARTS.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"README.md must have one part {name!r}")
+        head, rest = text.split(begin)
+        text = head + begin + make() + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    check = "--check" in (sys.argv[1:] if argv is None else argv)
+    text = README.read_text()
+    fresh = render(text)
+    if check:
+        if fresh != text:
+            print("README.md: generated parts are stale; run python -m bench.readme", file=sys.stderr)
+            return 1
+        return 0
+    write_text(README, fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

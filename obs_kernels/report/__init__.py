@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of runs: plain dicts in, Markdown, plots and one self-contained HTML page out."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``report.html``: one page with tables and plots that needs no other file, no script and no network."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from obs_kernels.errors import MissingDependencyError
+from obs_kernels.report import values
+from obs_kernels.report.plots import comparison_plot, layers_plot
+
+TEMPLATE = Path(__file__).with_name("template.html")
+LIBRARIES = ("jinja2", "matplotlib")
+
+
+def missing_libraries() -> list[str]:
+    """Libraries that ``render_html`` needs and that are not installed."""
+    return [name for name in LIBRARIES if find_spec(name) is None]
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """One self-contained page.
+
+    Args:
+        report: plain values; every section is optional: "pruning" (``PruningReport.to_dict()``), "accuracy"
+            ({"dense": {...}, "pruned": {...}}), "comparison" (list of ``CellResult.to_dict()``), "packed", "sizes"
+            ({name: bytes}), "config", "environment", "notes", and the names "model", "data", "train". All text is
+            escaped.
+
+    Raises:
+        MissingDependencyError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingDependencyError("report.html needs jinja2; pip install 'obs_kernels[report]'") from None
+    pruning = report.get("pruning") or {}
+    accuracy = report.get("accuracy") or {}
+    cells = report.get("comparison") or []
+    plots = {
+        "layers": layers_plot(pruning["layers"]) if pruning.get("layers") else "",
+        "comparison": comparison_plot(cells, (accuracy.get("dense") or {}).get("f1")) if cells else "",
+    }
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page.filters.update(
+        number=values.number,
+        megabytes=values.megabytes,
+        shape=values.shape_text,
+        setting=values.setting,
+        cell_name=values.cell_name,
+    )
+    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=f"Pruning report: {pruning['pattern']}" if pruning else "Report",
+        sources={key: report[key] for key in ("model", "data", "train") if report.get(key)},
+        facts=_facts(report),
+        pruning=pruning,
+        accuracy=accuracy,
+        cells=cells,
+        packed=report.get("packed") or {},
+        sizes=report.get("sizes") or {},
+        notes=report.get("notes") or [],
+        config=report.get("config") or pruning.get("config") or {},
+        environment=report.get("environment") or pruning.get("environment") or {},
+        plots=plots,
+    )
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few numbers that the page begins with."""
+    accuracy, pruning = report.get("accuracy") or {}, report.get("pruning") or {}
+    dense, pruned = accuracy.get("dense") or {}, accuracy.get("pruned") or {}
+    sizes = report.get("sizes") or {}
+    ratio = sizes["packed"] / sizes["dense"] if sizes.get("packed") and sizes.get("dense") else None
+    found = [
+        ("dense F1", values.number(dense.get("f1"), ".2f")),
+        ("pruned F1", values.number(pruned.get("f1"), ".2f")),
+        ("share of dense F1", f"{values.number(pruned.get('f1_share'), '.1f')} %"),
+        ("sparsity", values.number(pruning.get("sparsity"), ".4f")),
+        ("predicted loss increase", values.number(pruning.get("saliency"), ".4g")),
+        ("packed / dense size", values.number(ratio, ".3f")),
+    ]
+    return [(name, text) for name, text in found if not text.startswith(values.MISSING)]

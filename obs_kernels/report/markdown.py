@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``report.md``: the report of a job for reading in a terminal or beside the code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from obs_kernels.report.values import MISSING, cell_name, megabytes, number, setting, shape_text
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The sections that ``report`` has: accuracy, comparison, sizes, layers, notes, settings, environment."""
+    pruning = report.get("pruning") or {}
+    parts = [f"# {_title(report)}", ""]
+    for key in ("model", "data", "train"):
+        if report.get(key):
+            parts.append(f"- {key}: `{report[key]}`")
+    parts += _accuracy(report.get("accuracy") or {})
+    parts += _comparison(report.get("comparison") or [], report.get("accuracy") or {})
+    parts += _sizes(report)
+    if pruning.get("layers"):
+        parts += _layers(pruning)
+    if report.get("notes"):
+        parts += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
+    for title, values in (
+        ("Settings", report.get("config") or pruning.get("config")),
+        ("Environment", report.get("environment") or pruning.get("environment")),
+    ):
+        if values:
+            rows = [(key, setting(value)) for key, value in values.items()]
+            parts += ["", f"## {title}", "", *_table(("name", "value"), rows)]
+    return "\n".join(parts) + "\n"
+
+
+def _title(report: dict[str, Any]) -> str:
+    pattern = (report.get("pruning") or {}).get("pattern")
+    return f"Pruning report: {pattern}" if pattern else "Report"
+
+
+def _accuracy(accuracy: dict[str, Any]) -> list[str]:
+    if not accuracy:
+        return []
+    rows = [
+        (
+            name,
+            number(scores.get("exact_match"), ".2f"),
+            number(scores.get("f1"), ".2f"),
+            number(scores.get("f1_share"), ".1f"),
+            number(scores.get("questions"), ",d"),
+            number(scores.get("seconds"), ".1f"),
+        )
+        for name, scores in accuracy.items()
+    ]
+    return ["", "## Accuracy", "", *_table(("", "EM", "F1", "% of dense F1", "questions", "s"), rows)]
+
+
+def _comparison(cells: Sequence[dict[str, Any]], accuracy: dict[str, Any]) -> list[str]:
+    if not cells:
+        return []
+    rows = [
+        (
+            cell.get("pattern"),
+            cell_name(cell),
+            number(cell.get("exact_match"), ".2f"),
+            number(cell.get("f1"), ".2f"),
+            number(cell.get("f1_share"), ".1f"),
+            number(cell.get("predicted_loss"), ".4g"),
+            number(cell.get("seconds_prune"), ".1f"),
+        )
+        for cell in cells
+    ]
+    dense = number((accuracy.get("dense") or {}).get("f1"), ".2f")
+    head = ("pattern", "method, update", "EM", "F1", "% of dense F1", "predicted loss increase", "s")
+    intro = [] if dense == MISSING else [f"Dense F1: {dense}", ""]
+    return ["", "## Comparison", "", *intro, *_table(head, rows, text_columns=2)]
+
+
+def _sizes(report: dict[str, Any]) -> list[str]:
+    sizes = report.get("sizes") or {}
+    if not sizes:
+        return []
+    dense = sizes.get("dense")
+    rows = [
+        (name, megabytes(size), number(size / dense if dense else None, ".3f"), number(size, ",d"))
+        for name, size in sizes.items()
+    ]
+    lines = ["", "## Sizes", "", *_table(("weights", "size", "of dense", "bytes"), rows)]
+    packed = report.get("packed")
+    if packed and packed.get("max_difference") is not None:
+        lines += ["", f"Packed against dense, read back: largest difference of logits {packed['max_difference']:.3g}."]
+    return lines
+
+
+def _layers(pruning: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            layer["name"],
+            shape_text(layer["shape"]),
+            layer["pattern"],
+            number(layer["sparsity"], ".4f"),
+            number(layer["saliency"], ".4g"),
+            number(layer["damp"], ".3g"),
+            layer["outcome"],
+            number(layer["seconds"], ".2f"),
+        )
+        for layer in pruning["layers"]
+    ]
+    head = ("layer", "shape", "pattern", "sparsity", "predicted loss increase", "damp", "outcome", "s")
+    skipped = [f"- left out: {name}: {reason}" for name, reason in pruning.get("skipped") or ()]
+    sums = (
+        f"Sparsity {number(pruning.get('sparsity'), '.4f')}, predicted loss increase "
+        f"{number(pruning.get('saliency'), '.6g')}, {pruning.get('num_grads', 0)} gradients, "
+        f"stages {', '.join(pruning.get('stages') or ())}, {number(pruning.get('seconds'), '.1f')} s."
+    )
+    return ["", "## Layers", "", sums, "", *_table(head, rows), *([""] if skipped else []), *skipped]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, text_columns: int = 1) -> list[str]:
+    """Columns whose cells are numbers are right-aligned; ``text_columns`` at the left never are."""
+    numeric = [
+        column >= text_columns and all(str(row[column])[:1] in f"-0123456789.{MISSING}" for row in rows)
+        for column in range(len(head))
+    ]
+    rule = ("---:" if right else "---" for right in numeric)
+    return [_line(head), _line(list(rule)), *map(_line, rows)]
+
+
+def _line(cells: Sequence[Any]) -> str:
+    texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(texts)} |"

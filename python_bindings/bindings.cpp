@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module _C: integers in (addresses, sizes, device index, stream), plans out. Tensors
+// stay on the Python side (obs_kernels/cuda_calls.py), so that one build serves every torch.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+
+#include "obs_kernels/errors.h"
+#include "obs_kernels/launch_plan.h"
+#include "obs_kernels/packing.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Raised whenever a signature below changes; _ext.py refuses a module of another number, which is
+// what a checkout sees when sources moved on and nobody built again.
+constexpr int kInterface = 1;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::tuple plan_tuple(const obs_kernels::LaunchPlan& plan) {
+  return py::make_tuple(plan.op, plan.path, plan.blocks, plan.threads);
+}
+
+py::tuple pack(uintptr_t weight,
+               uintptr_t mask,
+               uintptr_t values,
+               uintptr_t codes,
+               uintptr_t columns,
+               int64_t rows,
+               int64_t cols,
+               int64_t v,
+               int64_t n,
+               int64_t m,
+               int64_t element_size,
+               int device,
+               uintptr_t stream) {
+  obs_kernels::PackParams params{};
+  params.weight = pointer<const void>(weight);
+  params.mask = pointer<const uint8_t>(mask);
+  params.values = pointer<void>(values);
+  params.codes = pointer<uint8_t>(codes);
+  params.columns = pointer<uint8_t>(columns);
+  params.rows = rows;
+  params.cols = cols;
+  params.v = v;
+  params.n = n;
+  params.m = m;
+  params.element_size = element_size;
+  obs_kernels::LaunchPlan plan{};
+  {
+    // The first launch loads the kernels, which takes long enough for other threads to care.
+    const py::gil_scoped_release unlocked;
+    plan = obs_kernels::pack(params, device, pointer<CUstream_st>(stream));
+  }
+  return plan_tuple(plan);
+}
+
+py::dict build_info() {
+  py::list architectures;
+  std::istringstream names(OBS_ARCHITECTURES);
+  for (std::string name; std::getline(names, name, ',');) architectures.append(name);
+  py::dict info;
+  info["architectures"] = architectures;
+  info["cuda"] = OBS_CUDA_VERSION;
+  info["compiler"] = OBS_HOST_COMPILER;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled half of obs_kernels; use obs_kernels.cuda_calls, which checks first.";
+  module.attr("INTERFACE") = kInterface;
+  py::register_local_exception_translator([](std::exception_ptr pending) {
+    try {
+      if (pending) std::rethrow_exception(pending);
+    } catch (const obs_kernels::ArgumentError& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const obs_kernels::CudaError& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+  });
+  module.def("build_info", &build_info, "Architectures and toolkit of this build; starts no CUDA.");
+  module.def("launch_count", &obs_kernels::launch_count, "Kernels launched since the import.");
+  module.def("pack",
+             &pack,
+             "(op, path, blocks, threads) of the launch; see obs_kernels/packing.h.",
+             py::kw_only(),
+             py::arg("weight"),
+             py::arg("mask"),
+             py::arg("values"),
+             py::arg("codes"),
+             py::arg("columns"),
+             py::arg("rows"),
+             py::arg("cols"),
+             py::arg("v"),
+             py::arg("n"),
+             py::arg("m"),
+             py::arg("element_size"),
+             py::arg("device"),
+             py::arg("stream"));
+}
