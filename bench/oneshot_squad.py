@@ -135,7 +135,7 @@ def _header(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "obs_kernels": __version__,
-        "commit": _commit(),
+        "commit": args.commit or _commit(),
         "method_hash": method_hash(),
     }
 
@@ -216,6 +216,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=0.0, help="stop after that long; the same command goes on later"
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument("--commit", default="", help="commit to record where there is no git")
     parser.add_argument("--force", action="store_true", help="measure all cells again")
     return parser.parse_args(argv)
 

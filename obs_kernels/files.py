@@ -50,7 +50,13 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.")) / target.name
             os.replace(target, old)
-        os.replace(work, target)
+        try:
+            os.replace(work, target)
+        except BaseException:
+            if old is not None:
+                os.replace(old, target)
+                old.parent.rmdir()
+            raise
         if old is not None:
             shutil.rmtree(old.parent, ignore_errors=True)
     except BaseException:

@@ -76,11 +76,14 @@ class Pattern:
         self.check_shape(mask.shape, name=name)
         self._validate(mask, name)
 
-    def count_violations(self, mask: Tensor) -> int:
-        """Number of groups, rows of panels, or blocks of ``mask`` that break the pattern."""
-        return sum(int(bad.sum()) for bad in self._violations(mask))
+    def count_violations(self, mask: Tensor, *, dead: Tensor | None = None) -> int:
+        """Number of groups, panels or blocks of ``mask`` that break the pattern.
 
-    def _violations(self, mask: Tensor) -> list[Tensor]:
+        ``dead``: entries that were zero before any pruning; a block that keeps all others is whole.
+        """
+        return sum(int(bad.sum()) for bad in self._violations(mask, dead))
+
+    def _violations(self, mask: Tensor, dead: Tensor | None = None) -> list[Tensor]:
         raise NotImplementedError
 
     def _validate(self, mask: Tensor, name: str) -> None:
@@ -114,7 +117,7 @@ class NMPattern(Pattern):
         """(1, m)."""
         return 1, self.m
 
-    def _violations(self, mask: Tensor) -> list[Tensor]:
+    def _violations(self, mask: Tensor, dead: Tensor | None = None) -> list[Tensor]:
         return [mask.unflatten(1, (-1, self.m)).sum(2) > self.n]
 
     def _validate(self, mask: Tensor, name: str) -> None:
@@ -162,7 +165,7 @@ class VNMPattern(NMPattern):
         """[R/v, C/m, m] bool: columns that any row of the panel keeps."""
         return mask.unflatten(0, (-1, self.v)).unflatten(2, (-1, self.m)).any(1)
 
-    def _violations(self, mask: Tensor) -> list[Tensor]:
+    def _violations(self, mask: Tensor, dead: Tensor | None = None) -> list[Tensor]:
         return [*super()._violations(mask), self.panel_columns(mask).sum(2) > self.num_columns]
 
     def _validate(self, mask: Tensor, name: str) -> None:
@@ -210,7 +213,7 @@ class UnstructuredPattern(Pattern):
         """(1, 1): any shape."""
         return 1, 1
 
-    def _violations(self, mask: Tensor) -> list[Tensor]:
+    def _violations(self, mask: Tensor, dead: Tensor | None = None) -> list[Tensor]:
         return []
 
     def _validate(self, mask: Tensor, name: str) -> None:
@@ -242,9 +245,9 @@ class BlockPattern(UnstructuredPattern):
         """(1, size)."""
         return 1, self.size
 
-    def _violations(self, mask: Tensor) -> list[Tensor]:
-        blocks = mask.unflatten(1, (-1, self.size))
-        return [blocks.any(2) & ~blocks.all(2)]
+    def _violations(self, mask: Tensor, dead: Tensor | None = None) -> list[Tensor]:
+        whole = mask if dead is None else mask | dead
+        return [mask.unflatten(1, (-1, self.size)).any(2) & ~whole.unflatten(1, (-1, self.size)).all(2)]
 
     def _validate(self, mask: Tensor, name: str) -> None:
         (bad,) = self._violations(mask)

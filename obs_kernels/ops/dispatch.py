@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from importlib import import_module
 from typing import Any
@@ -79,10 +80,17 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with no_autocast():
             return function(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Autocast off on every device: the ops choose their own arithmetic."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @lru_cache(maxsize=256)

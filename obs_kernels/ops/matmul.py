@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
-from obs_kernels.ops.dispatch import kernel, resolve
+from obs_kernels.ops.dispatch import kernel, no_autocast, resolve
 from obs_kernels.ops.sparse_weight import SparseWeight
 from obs_kernels.reference.matmul import activation_gradient
 
@@ -125,26 +125,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pattern, options = ctx.options
     x, values, codes, columns, bias = ctx.saved_tensors
     backend, x_layout, y_layout = options["backend"], options["x_layout"], options["y_layout"]
-    grad = grad if y_layout == "token" else grad.T  # [T, R]
-    if options["activation"]:
-        before = torch.ops.obs_kernels.sparse_linear(
-            x,
-            values,
-            codes,
-            columns,
-            bias,
-            pattern,
-            activation="",
-            x_layout=x_layout,
-            y_layout="token",
-            backend=backend,
-        )
-        grad = activation_gradient(before, grad.contiguous(), options["activation"])
-    dense = torch.ops.obs_kernels.unpack(values, codes, columns, pattern, backend="reference")
-    grad_x = grad @ dense if ctx.needs_input_grad[0] else None
-    if grad_x is not None and x_layout == "feature":
-        grad_x = grad_x.T
-    grad_bias = grad.sum(0) if bias is not None and ctx.needs_input_grad[4] else None
+    with no_autocast():
+        grad = grad if y_layout == "token" else grad.T  # [T, R]
+        if options["activation"]:
+            before = torch.ops.obs_kernels.sparse_linear(
+                x,
+                values,
+                codes,
+                columns,
+                bias,
+                pattern,
+                activation="",
+                x_layout=x_layout,
+                y_layout="token",
+                backend=backend,
+            )
+            grad = activation_gradient(before, grad.contiguous(), options["activation"])
+        dense = torch.ops.obs_kernels.unpack(values, codes, columns, pattern, backend="reference")
+        grad_x = grad @ dense if ctx.needs_input_grad[0] else None
+        if grad_x is not None and x_layout == "feature":
+            grad_x = grad_x.T
+        grad_bias = grad.sum(0) if bias is not None and ctx.needs_input_grad[4] else None
     return grad_x, None, None, None, grad_bias, None
 
 

@@ -8,6 +8,7 @@ gradients. A batch is added only after all of it was found finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,10 @@ from obs_kernels.pruning.layer import PrunedLayer
 LossFn = Callable[[nn.Module, Any], Tensor]
 GRAD_BYTES = 256 << 20
 """Per-sample gradients of one layer that are held at a time."""
+MAX_SKIPPED = 100
+"""Non-finite batches in a row after which even on_nonfinite="skip_batch" raises."""
+SELF_CHECK_TOLERANCE = 0.05
+"""Share by which the summed per-sample gradients may miss autograd's own; half precision needs most of it."""
 
 
 def collect_gradients(
@@ -53,29 +58,33 @@ def collect_gradients(
 
     device = layers[0].weight.device
     step = _sample_step if gradients == "sample" else _batch_step
-    received = 0
+    received = skipped = 0
     with (
         _eval_mode(model),
         _weights_require_grad(layers),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         tqdm(
             total=num_grads, desc="gradients", unit="grad", leave=False, disable=None if progress else True, delay=2
         ) as bar,
     ):
-        for index, batch in enumerate(loader):
-            if received >= num_grads:
-                break
+        batches = enumerate(loader)
+        while received < num_grads and (item := next(batches, None)) is not None:
+            index, batch = item
             try:
                 count = step(model, layers, move(batch, device), loss_fn, num_grads - received, index)
             except NonFiniteGradientError:
-                if on_nonfinite == "raise":
+                skipped += 1
+                if on_nonfinite == "raise" or skipped >= MAX_SKIPPED:
                     raise
                 continue
+            skipped = 0
             received += count
             bar.update(count)
     if received == 0:
         raise ConfigError(
             "loader gave no gradient; it must yield at least one batch with a finite loss (an iterator can be "
-            "used only once)"
+            "used only "
+            "once)"
         )
     return received
 
@@ -84,6 +93,9 @@ def move(batch: Any, device: torch.device) -> Any:
     """``batch`` with all its tensors on ``device``; dicts, lists and tuples are walked."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    to = getattr(batch, "to", None)
+    if isinstance(batch, Mapping) and callable(to):
+        return to(device)  # transformers' BatchEncoding keeps its attributes so
     if isinstance(batch, Mapping):
         return {k: move(v, device) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -99,25 +111,30 @@ def add_parameter_gradients(layers: Sequence[PrunedLayer], batch: int) -> None:
             raise ConfigError(
                 f"{layer.parameter_name}.grad is None; call accumulate() after loss.backward() and before zero_grad()"
             )
-    _add_batch_gradients(layers, [g for g in grads if g is not None], batch)
+    found = [g for g in grads if g is not None]
+    _require_finite_gradients(layers, found, batch)
+    _add_batch_gradients(layers, found)
 
 
 def _batch_step(
     model: nn.Module, layers: Sequence[PrunedLayer], batch: Any, loss_fn: LossFn, _: int, index: int
 ) -> int:
     loss = _check_loss(loss_fn(model, batch)).float().mean()
-    grads = torch.autograd.grad(loss, [layer.weight for layer in layers], allow_unused=True)
-    _add_batch_gradients(
-        layers,
-        [torch.zeros_like(layer.weight) if g is None else g for layer, g in zip(layers, grads, strict=True)],
-        index,
-    )
+    found = torch.autograd.grad(loss, [layer.weight for layer in layers], allow_unused=True)
+    _require_any(found)
+    grads = [torch.zeros_like(layer.weight) if g is None else g for layer, g in zip(layers, found, strict=True)]
+    _require_finite_gradients(layers, grads, index)
+    _require_finite_loss(loss, index)
+    _add_batch_gradients(layers, grads)
     return 1
 
 
-def _add_batch_gradients(layers: Sequence[PrunedLayer], grads: Sequence[Tensor], batch: int) -> None:
+def _require_finite_gradients(layers: Sequence[PrunedLayer], grads: Sequence[Tensor], batch: int) -> None:
     for layer, grad in zip(layers, grads, strict=True):
         _require_finite(layer, grad.float().square(), batch)  # squared: what the Fisher will hold
+
+
+def _add_batch_gradients(layers: Sequence[PrunedLayer], grads: Sequence[Tensor]) -> None:
     for layer, grad in zip(layers, grads, strict=True):
         layer.add_gradients(grad.detach()[None])
 
@@ -128,11 +145,13 @@ def _sample_step(
     with _capture(layers) as captured:
         loss = _check_loss(loss_fn(model, batch))
     uses = [use for layer in layers for use in captured[layer]]
-    if not uses:
-        raise ConfigError("no selected layer took part in the forward pass with gradients; check targets and loss_fn")
-    edges = [edge for _, edge in uses]
-    dys = torch.autograd.grad(loss.float().sum(), edges, allow_unused=True)
-    samples = loss.shape[0] if loss.dim() else uses[0][0].shape[0]
+    # autograd's own weight gradients of the first batch, to compare with: a weight may be used where no hook sees it
+    checked = [layer.weight for layer in layers] if layers[0].num_grads == 0 else []
+    asked: list[Any] = [*(edge for _, edge in uses), *checked]
+    grads = torch.autograd.grad(loss.float().sum(), asked, allow_unused=True)
+    dys, weight_grads = grads[: len(uses)], grads[len(uses) :]
+    _require_any(dys)
+    samples = loss.shape[0] if loss.dim() else _batch_size(batch, uses[0][0].shape[0])
     scale = 1.0 if loss.dim() else float(samples)  # a mean loss: each sample's own gradient is B times its share
     padding = _attention_mask(batch)
 
@@ -140,13 +159,51 @@ def _sample_step(
     owners = [layer for layer in layers for _ in captured[layer]]
     for layer, (x, _), dy in zip(owners, uses, dys, strict=True):
         if dy is not None:
-            pieces[layer].append(_tokens(layer, x, dy if scale == 1.0 else dy.float() * scale, samples, padding))
+            pieces[layer].append((x, dy))
+    for layer, grad in zip(layers, weight_grads, strict=bool(checked)):
+        _compare_with_autograd(layer, pieces[layer], grad)
+    for layer in layers:
+        pieces[layer] = [_tokens(layer, x, dy, scale, samples, padding) for x, dy in pieces[layer]]
     for layer in layers:
         _require_finite_products(layer, pieces[layer], index)
+    _require_finite_loss(loss, index)
     count = min(samples, room)
     for layer in layers:
         _add_samples(layer, pieces[layer], count)
     return count
+
+
+def _compare_with_autograd(layer: PrunedLayer, pieces: Sequence[tuple[Tensor, Tensor]], grad: Tensor | None) -> None:
+    """Refuse a layer whose activations and output gradients do not make up its weight gradient."""
+    wanted = torch.zeros_like(layer.weight, dtype=torch.float32) if grad is None else grad.float()
+    total = torch.zeros_like(wanted)
+    for x, dy in pieces:
+        if x.shape[-1] == wanted.shape[1] and dy.shape[-1] == wanted.shape[0]:
+            total += dy.reshape(-1, dy.shape[-1]).float().mT @ x.reshape(-1, x.shape[-1]).float()
+    miss, size = float((total - wanted).norm()), float(wanted.norm())
+    if miss > SELF_CHECK_TOLERANCE * size and math.isfinite(miss) and math.isfinite(size):
+        raise ConfigError(
+            f"{layer.name}: per-sample gradients do not add up to its gradient (relative difference "
+            f"{miss / max(size, 1e-30):.2g}); "
+            f"the weight is used outside of its module, or the module is no linear map. Fix: gradients='batch', "
+            f"or ignore it"
+        )
+
+
+def _require_any(grads: Sequence[Tensor | None]) -> None:
+    if all(grad is None for grad in grads):
+        raise ConfigError("the loss reaches no selected layer; check targets, ignore and loss_fn")
+
+
+def _batch_size(batch: Any, default: int) -> int:
+    """Samples of a batch: the first dimension of its first tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else default
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    return default
 
 
 def _add_samples(layer: PrunedLayer, pieces: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
@@ -171,16 +228,20 @@ def _sample_gradients(pieces: Sequence[tuple[Tensor, Tensor]], part: slice) -> T
     return total
 
 
-def _tokens(layer: PrunedLayer, x: Tensor, dy: Tensor, samples: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x [B, T, C] and dy [B, T, R] of one use, tokens outside the attention mask zeroed."""
+def _tokens(
+    layer: PrunedLayer, x: Tensor, dy: Tensor, scale: float, samples: int, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x [B, T, C] and dy [B, T, R] of one use, tokens outside the attention mask zeroed (whatever they hold)."""
     if x.shape[0] != samples:
         raise ShapeNotSupportedError(
             f"{layer.name}: input has {x.shape[0]} rows for {samples} samples; per-sample gradients need the "
-            f"batch in the first "
-            f"dimension. Fix: gradients='batch', or ignore this layer"
+            f"batch in the "
+            f"first dimension. Fix: gradients='batch', or ignore this layer"
         )
+    if scale != 1.0:
+        dy = dy.float() * scale
     if padding is not None and x.dim() == 3 and padding.shape == x.shape[:2]:
-        dy = dy * padding[..., None].to(dy.dtype)
+        x, dy = x.masked_fill(~padding[..., None], 0.0), dy.masked_fill(~padding[..., None], 0.0)
     return x.reshape(samples, -1, x.shape[-1]), dy.reshape(samples, -1, dy.shape[-1])
 
 
@@ -214,6 +275,16 @@ def _require_finite(layer: PrunedLayer, values: Tensor, batch: int) -> None:
         )
 
 
+def _require_finite_loss(loss: Tensor, batch: int) -> None:
+    """After the layers, so that the first of them that is not finite gets named."""
+    if not bool(torch.isfinite(loss).all()):
+        raise NonFiniteGradientError(
+            f"loss_fn gave NaN or Inf for batch {batch} while all gradients are finite; the Fisher is as it was "
+            f"before this "
+            f"batch. Fix: clean the data, or on_nonfinite='skip_batch'"
+        )
+
+
 def _check_loss(loss: Tensor) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() > 1 or (loss.dim() == 1 and not loss.numel()):
         came = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -229,21 +300,22 @@ def _capture(layers: Sequence[PrunedLayer]) -> Iterator[dict[PrunedLayer, list[t
     captured: dict[PrunedLayer, list[tuple[Tensor, GradientEdge]]] = {layer: [] for layer in layers}
     handles = []
 
-    def hook_of(layer: PrunedLayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def hook_of(layer: PrunedLayer) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not output.requires_grad:
                 return None
             # The edge, not the tensor: a later in-place activation must not change what it stands for. A linear of a
             # 3-D input returns a view, and in-place changes of a view bypass its edge, hence the copy.
             output = output.clone()
-            captured[layer].append((args[0].detach(), get_gradient_edge(output)))
+            x = args[0] if args else kwargs["input"]
+            captured[layer].append((x.detach(), get_gradient_edge(output)))
             return output
 
         return hook
 
     try:
         for layer in layers:
-            handles.append(layer.module.register_forward_hook(hook_of(layer)))
+            handles.append(layer.module.register_forward_hook(hook_of(layer), with_kwargs=True))
         yield captured
     finally:
         for handle in handles:

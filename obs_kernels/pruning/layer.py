@@ -26,6 +26,8 @@ class PrunedLayer:
     block_size: int
     mask: Tensor
     """[R, C] bool on the weight's device; from ``w != 0`` once, afterwards only the mask counts."""
+    first_mask: Tensor
+    """[R, C] bool: the mask before any pruning."""
     fisher_sum: Tensor | None = None
     """[B, D, D] float32, sum of g g^T over ``num_grads`` gradients."""
     num_grads: int = 0
@@ -185,7 +187,7 @@ def _make_layer(
         raise NonFiniteError(
             f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model"
         )
-    return PrunedLayer(name, module, padded, size, values != 0)
+    return PrunedLayer(name, module, padded, size, values != 0, values != 0)
 
 
 def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: str) -> int:

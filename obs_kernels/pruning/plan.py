@@ -109,17 +109,29 @@ def make_plan(
     return PruningPlan(tuple(rows), limit)
 
 
-def check_fits(layers: Sequence[PrunedLayer], budget: int, *, advice: str) -> None:
-    """Raise ``MemoryBudgetError`` with the numbers if the Fisher sums of ``layers`` do not fit ``budget``."""
+def check_fits(layers: Sequence[PrunedLayer], budget: int, *, held: int = 0, advice: str) -> None:
+    """Raise ``MemoryBudgetError`` with the numbers if the Fisher sums of ``layers`` do not fit ``budget``.
+
+    ``held``: bytes that sums of other layers hold already.
+    """
     total = sum(layer.fisher_bytes for layer in layers)
-    if total <= budget:
+    if total + held <= budget:
         return
     largest = max(layers, key=lambda layer: layer.fisher_bytes)
+    others = f", {readable(held)} are held by other layers" if held else ""
     raise MemoryBudgetError(
-        f"the Fisher of {len(layers)} layers needs {total / 1e6:,.0f} MB (largest: {largest.name} with "
-        f"{largest.fisher_bytes / 1e6:,.0f} "
-        f"MB at D = {largest.block_size}), the budget is {budget / 1e6:,.0f} MB; {advice}"
+        f"the Fisher of {len(layers)} layers needs {readable(total)} (largest: {largest.name} with "
+        f"{readable(largest.fisher_bytes)} at D = {largest.block_size}), the budget is "
+        f"{readable(budget)}{others}; {advice}"
     )
+
+
+def readable(size: int) -> str:
+    """Bytes as B, kB, MB or GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size} B"
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obs_kernels.errors import ConfigError, ResumeMismatchError
+from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer, find_layers
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
 from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
 from obs_kernels.pruning.schedule import recomputation_stages
+from obs_kernels.pruning.state import check_state
 from obs_kernels.pruning.step import StagedLayer, stage_step
 
 PRUNED_ATTRIBUTE = "obs_kernels_pruned"
@@ -73,8 +74,9 @@ class OBSPruner:
         """
         chosen = self._named(layers)
         check_fits(
-            chosen,
+            [layer for layer in chosen if layer.fisher_sum is None],
             self.plan().budget,
+            held=self._held() if self._budget is not None else 0,
             advice="lower fisher_block_size, collect fewer layers at a time (layers=), or let sparsify_ do groups",
         )
         return collect_gradients(
@@ -86,6 +88,9 @@ class OBSPruner:
             gradients=self.config.gradients,
             on_nonfinite=self.config.on_nonfinite,
         )
+
+    def _held(self) -> int:
+        return sum(layer.fisher_bytes for layer in self.layers if layer.fisher_sum is not None)
 
     def accumulate(self) -> None:
         """Read ``.grad`` of the pruned weights as one gradient; call it after ``loss.backward()``, before any clipping.
@@ -105,6 +110,10 @@ class OBSPruner:
 
         ``num_grads`` is the S they are means of.
         """
+        if num_grads < 1:
+            raise ConfigError(
+                f"num_grads must be at least 1, the number of gradients that fishers are means of, got {num_grads}"
+            )
         for layer in self.layers:
             shape = (layer.num_blocks, layer.block_size, layer.block_size)
             given = fishers.get(layer.parameter_name)
@@ -185,7 +194,7 @@ class OBSPruner:
             total += int((layer.weight.detach().masked_fill(layer.mask, 0.0) != 0).sum())
             report = self._reports.get(layer.name)
             if pattern is not None and report is not None and not report.outcome.startswith("skipped"):
-                total += pattern.count_violations(layer.pad(layer.mask))
+                total += pattern.count_violations(layer.pad(layer.mask), dead=~layer.pad(layer.first_mask))
         return total
 
     def finalize(self) -> PruningReport:
@@ -221,7 +230,10 @@ class OBSPruner:
             "config": self.config.to_dict(),
             "stage": self.stage,
             "saliency": self._saliency,
+            "seconds": self._seconds,
+            "received": self._num_grads,
             "masks": {layer.name: layer.mask.clone() for layer in self.layers},
+            "first_masks": {layer.name: layer.first_mask.clone() for layer in self.layers},
             "fisher_sums": {
                 layer.name: layer.fisher_sum.clone() for layer in self.layers if layer.fisher_sum is not None
             },
@@ -237,25 +249,16 @@ class OBSPruner:
         Raises:
             ResumeMismatchError: another configuration or other layers.
         """
-        theirs = OBSConfig.from_dict(dict(state["config"]))
-        if theirs != self.config:
-            mine, other = self.config.to_dict(), theirs.to_dict()
-            differing = [k for k in mine if mine[k] != other[k]]
-            raise ResumeMismatchError(
-                f"the state was made with another config (differs in {', '.join(differing)}); use the same one"
-            )
-        shapes = {layer.name: tuple(layer.mask.shape) for layer in self.layers}
-        if {name: tuple(mask.shape) for name, mask in state["masks"].items()} != shapes:
-            raise ResumeMismatchError(
-                "the state holds masks of other layers or shapes; build the pruner on the same model"
-            )
+        check_state(state, self.config, self.layers, len(self.stages))
         for layer in self.layers:
             device = layer.weight.device
             layer.mask = state["masks"][layer.name].to(device, copy=True)
+            layer.first_mask = state["first_masks"][layer.name].to(device, copy=True)
             fisher = state["fisher_sums"].get(layer.name)
             layer.fisher_sum = None if fisher is None else fisher.to(device, copy=True)
-            layer.num_grads = int(state["num_grads"][layer.name])
-        self.stage, self._saliency = int(state["stage"]), float(state["saliency"])
+            layer.num_grads = state["num_grads"][layer.name]
+        self.stage, self._saliency = state["stage"], float(state["saliency"])
+        self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}
 
     def _named(self, names: Sequence[str] | None) -> list[PrunedLayer]:

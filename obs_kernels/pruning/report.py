@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,8 +59,11 @@ class PruningReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "sparsity": self.sparsity}
+        """Plain values for JSON; a loss that is not known (NaN) becomes None."""
+        values = {**asdict(self), "sparsity": self.sparsity}
+        for row in (values, *values["layers"]):
+            row["saliency"] = None if math.isnan(row["saliency"]) else row["saliency"]
+        return values
 
     def to_markdown(self) -> str:
         """A table of the layers and a line with the sums."""

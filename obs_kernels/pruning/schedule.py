@@ -21,5 +21,6 @@ def recomputation_stages(pattern: Pattern, recomputations: int) -> tuple[Pattern
         return tuple(replace(pattern, n=n) for n in counts)
     thresholded = cast(UnstructuredPattern, pattern)
     return tuple(
-        replace(thresholded, target=thresholded.target * i / recomputations) for i in range(1, recomputations + 1)
+        replace(thresholded, target=round(thresholded.target * i / recomputations, 12))
+        for i in range(1, recomputations + 1)
     )

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from obs_kernels.errors import ConfigError, MemoryBudgetError, ResumeMismatchError
 from obs_kernels.files import write_bytes, write_text
 from obs_kernels.pruning.calibration import LossFn
 from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.layer import PrunedLayer
+from obs_kernels.pruning.plan import readable
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
 from obs_kernels.pruning.step import StagedLayer
@@ -71,7 +73,7 @@ def run_stages(
             f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
         )
     groups = _groups(pruner)
-    if len(groups) * len(pruner.stages) > 1 and iter(loader or ()) is loader:
+    if len(groups) * len(pruner.stages) > 1 and loader is not None and iter(loader) is loader:
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
@@ -98,15 +100,15 @@ def _groups(pruner: OBSPruner) -> list[list[str]]:
     for row in plan.layers:
         if row.fisher_bytes > plan.budget:
             raise MemoryBudgetError(
-                f"the Fisher of {row.name} {list(row.shape)} alone needs {row.fisher_bytes / 1e6:,.0f} MB at D "
+                f"the Fisher of {row.name} {list(row.shape)} alone needs {readable(row.fisher_bytes)} at D "
                 f"= {row.block_size}, "
-                f"the budget is {plan.budget / 1e6:,.0f} MB; lower fisher_block_size or ignore the layer"
+                f"the budget is {readable(plan.budget)}; lower fisher_block_size or ignore the layer"
             )
     if pruner.config.global_sparsity and plan.num_groups > 1:
         raise MemoryBudgetError(
-            f"a global threshold needs the Fisher of all layers at once, {plan.fisher_bytes / 1e6:,.0f} MB; the "
+            f"a global threshold needs the Fisher of all layers at once, {readable(plan.fisher_bytes)}; the "
             f"budget is "
-            f"{plan.budget / 1e6:,.0f} MB; lower fisher_block_size or set global_sparsity=False"
+            f"{readable(plan.budget)}; lower fisher_block_size or set global_sparsity=False"
         )
     return [[row.name for row in plan.layers if row.group == g] for g in range(plan.num_groups)]
 
@@ -131,11 +133,13 @@ class _WorkDir:
                 ) from None
             if not resume:
                 raise ResumeMismatchError(f"work_dir {folder} already holds a run; pass resume=True, or another folder")
-            if found.get("identity") != self.manifest["identity"]:
+            if not isinstance(found, dict) or found.get("identity") != self.manifest["identity"]:
                 raise ResumeMismatchError(
                     f"work_dir {folder} belongs to another configuration or model; use another folder"
                 )
             return
+        if (folder / "layers").exists():
+            raise ResumeMismatchError(f"{folder}/layers holds layers, but there is no {MANIFEST}; use another folder")
         write_text(path, json.dumps(self.manifest, indent=2))
 
     def _path(self, pruner: OBSPruner, name: str) -> Path:
@@ -144,17 +148,12 @@ class _WorkDir:
 
     def load(self, pruner: OBSPruner, names: list[str]) -> list[StagedLayer] | None:
         """The staged layers of a group, if all of them were stored whole."""
-        from safetensors import safe_open
-
         staged = []
         for layer in pruner._named(names):
             path = self._path(pruner, layer.name)
             if not path.exists():
                 return None
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads((file.metadata() or {})["staged"])
-                tensors: dict[str, Tensor] = {k: file.get_tensor(k).to(layer.weight.device) for k in ("mask", "weight")}
-            staged.append(StagedLayer(layer=layer, mask=tensors["mask"].bool(), weight=tensors["weight"], **meta))
+            staged.append(_read_layer(path, layer))
         return staged
 
     def store(self, pruner: OBSPruner, staged: list[StagedLayer]) -> None:
@@ -166,3 +165,22 @@ class _WorkDir:
             names = ("saliency", "damp", "blocks_raised", "outcome", "num_grads", "seconds")
             meta = json.dumps({name: getattr(item, name) for name in names})
             write_bytes(self._path(pruner, item.layer.name), save(tensors, metadata={"staged": meta}))
+
+
+def _read_layer(path: Path, layer: PrunedLayer) -> StagedLayer:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["staged"])
+            mask, weight = (file.get_tensor(k).to(layer.weight.device) for k in ("mask", "weight"))
+        item = StagedLayer(layer=layer, mask=mask.bool(), weight=weight, **meta)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ResumeMismatchError(
+            f"{path} is damaged ({error}); remove the file to have the layer done again"
+        ) from None
+    if mask.shape != layer.mask.shape or weight.shape != layer.mask.shape or weight.dtype != layer.weight.dtype:
+        raise ResumeMismatchError(
+            f"{path} holds a layer of another shape or dtype; remove the file to have it done again"
+        )
+    return item

@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from obs_kernels import ops
-from obs_kernels.errors import SingularBlockError
+from obs_kernels.errors import NonFiniteError, SingularBlockError
 from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, VNMPattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.threshold import prune_count, select_lowest
 from obs_kernels.reference.blocks import damp_blocks, weight_blocks
 from obs_kernels.reference.fisher import factor_spd
+
+log = logging.getLogger("obs_kernels")
 
 DAMP_GROWTH = 10.0
 MAX_RAISES = 12
@@ -54,9 +57,10 @@ def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) 
     """
     if pattern.fixed_count:
         return [_staged(layer, pattern, cfg, None) for layer in layers]
+    choices = _threshold_masks(layers, pattern, cfg)
     return [
-        _staged(layer, pattern, cfg, keep)
-        for layer, keep in zip(layers, _threshold_masks(layers, pattern, cfg), strict=True)
+        _skipped(layer, choice) if isinstance(choice, str) else _staged(layer, pattern, cfg, choice)
+        for layer, choice in zip(layers, choices, strict=True)
     ]
 
 
@@ -74,8 +78,12 @@ def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor |
     except SingularBlockError as error:
         if cfg.on_singular != "skip":
             raise SingularBlockError(f"{layer.name}: {error}") from None
-        return StagedLayer(
-            layer, layer.mask, old, 0.0, 0.0, 0, f"skipped: {error}", layer.num_grads, time.perf_counter() - start
+        return _skipped(layer, str(error))
+    if not bool(torch.isfinite(new).all()):
+        raise NonFiniteError(
+            f"{layer.name}: the updated weight does not fit {new.dtype}, its largest value would overflow; "
+            f"prune in float32, or raise "
+            f"damp"
         )
     outcome = "pruned" if damping.blocks_raised == 0 else f"damping raised in {damping.blocks_raised} blocks"
     return StagedLayer(
@@ -91,6 +99,12 @@ def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor |
     )
 
 
+def _skipped(layer: PrunedLayer, reason: str) -> StagedLayer:
+    """A layer that stays as it is."""
+    weight = layer.weight.detach()
+    return StagedLayer(layer, layer.mask, weight, 0.0, 0.0, 0, f"skipped: {reason}", layer.num_grads, 0.0)
+
+
 def _choose(
     layer: PrunedLayer, weight: Tensor, fisher: Tensor | None, damping: _Damping, pattern: Pattern, cfg: OBSConfig
 ) -> Tensor:
@@ -104,40 +118,42 @@ def _choose(
     return ops.search_nm(weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive).mask
 
 
-def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> Iterator[Tensor]:
-    """Masks [R, C] of the layers by one threshold over all (global) or one a layer; counts are exact."""
+def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> list[Tensor | str]:
+    """Masks [R, C] by one threshold over all layers (global) or one a layer, counts exact.
+
+    Or why a layer is skipped.
+    """
     block = pattern.size if isinstance(pattern, BlockPattern) else 1
     groups = [list(range(len(layers)))] if cfg.global_sparsity else [[i] for i in range(len(layers))]
-    masks: dict[int, Tensor] = {}
+    masks: dict[int, Tensor | str] = {}
     for group in groups:
-        found = {
-            i: _unit_saliency(layers[i], block, cfg) for i in sorted(group, key=lambda i: layers[i].parameter_name)
-        }
-        masks |= {i: layers[i].mask for i in group}  # stays for a layer whose Fisher is singular (on_singular="skip")
-        scores = {
-            i: s for i, s in found.items() if s is not None
-        }  # by name: the tie rule runs over tensors in that order
+        scores: dict[int, Tensor] = {}
+        for i in sorted(group, key=lambda i: layers[i].parameter_name):  # the tie rule runs over tensors by name
+            try:
+                scores[i] = _unit_saliency(layers[i], block, cfg)
+            except SingularBlockError as error:
+                if cfg.on_singular != "skip":
+                    raise SingularBlockError(f"{layers[i].name}: {error}") from None
+                masks[i] = str(error)
         if not scores:
             continue
         joined = torch.cat([s.to(layers[group[0]].mask.device) for s in scores.values()])
-        pruned = select_lowest(joined, prune_count(pattern.sparsity, joined.numel()))
-        for (i, _), part in zip(scores.items(), pruned.split([s.numel() for s in scores.values()]), strict=True):
-            units = (~part.to(masks[i].device)).repeat_interleave(block).view(layers[i].padded)
+        count, dead = prune_count(pattern.sparsity, joined.numel()), int((joined == -torch.inf).sum())
+        if dead > count:
+            log.warning("pattern %s prunes %d units, %d are zero already and stay so", pattern, count, dead)
+        pruned = select_lowest(joined, max(count, dead))
+        for i, part in zip(scores, pruned.split([s.numel() for s in scores.values()]), strict=True):
+            units = (~part.to(layers[i].mask.device)).repeat_interleave(block).view(layers[i].padded)
             masks[i] = layers[i].crop(units) & layers[i].mask
-    yield from (masks[i] for i in range(len(layers)))
+    return [masks[i] for i in range(len(layers))]
 
 
-def _unit_saliency(layer: PrunedLayer, block: int, cfg: OBSConfig) -> Tensor | None:
-    """Saliency of the layer's units; -inf where all of a unit is pruned already, so that masks nest. None: skipped."""
+def _unit_saliency(layer: PrunedLayer, block: int, cfg: OBSConfig) -> Tensor:
+    """Saliency of the layer's units; -inf where all of a unit is pruned already, so that masks nest."""
     alive = layer.pad(layer.mask)
     weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0))
-    try:
-        fisher, damping = _fisher_of(layer, cfg)
-        scores = ops.block_saliency(weight, fisher, block, damp=damping.value, method=cfg.method, mask=alive)
-    except SingularBlockError as error:
-        if cfg.on_singular == "skip":
-            return None
-        raise SingularBlockError(f"{layer.name}: {error}") from None
+    fisher, damping = _fisher_of(layer, cfg)
+    scores = ops.block_saliency(weight, fisher, block, damp=damping.value, method=cfg.method, mask=alive)
     return scores.masked_fill(~alive.reshape(-1, block).any(1), -torch.inf)
 
 

@@ -78,18 +78,19 @@ def condition_groups(
     size = fisher.shape[1]
     dtype = compute_dtype(weight, fisher)
     w = weight.to(dtype).masked_fill(~alive, 0.0).view(-1, m)
+    live = alive.reshape(-1, m)
     f = damp_blocks(fisher, alive, damp, dtype)
-    unit = _unit_scale(f, alive)
-    f = f / unit[:, None, None]
-    f.diagonal(dim1=1, dim2=2).masked_fill_(~alive, 1.0)
-    factor = factor_or_raise(f, "fisher", offset)
-    scale, live = unit.repeat_interleave(size // m), alive.reshape(-1, m)
     if size == m:
-        return Groups(f, (f @ w[:, :, None])[:, :, 0], w, live, scale), None
+        factor_or_raise(f, "fisher", offset)
+        return _scaled_groups(f, w, live, w.new_ones(w.shape[0])), None
+    f, unit = _rescale(f, alive)
+    factor = factor_or_raise(f, "fisher", offset)
     finv = torch.cholesky_inverse(factor).view(-1, size // m, m, size // m, m)
     finv_groups = finv.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, m, m).contiguous()
     curvature = torch.cholesky_inverse(factor_or_raise(finv_groups, "inverse fisher of a group", offset))
-    return Groups(curvature, (curvature @ w[:, :, None])[:, :, 0], w, live, scale), finv_groups
+    unit = unit.repeat_interleave(size // m)
+    groups = _scaled_groups(curvature, w, live, unit)
+    return groups, finv_groups * (groups.scale / unit)[:, None, None]
 
 
 def plain_groups(weight: Tensor, alive: Tensor, m: int, dtype: torch.dtype) -> Groups:
@@ -116,8 +117,19 @@ def pair_model(groups: Groups, finv_groups: Tensor | None) -> Groups:
     )
 
 
-def _unit_scale(f: Tensor, alive: Tensor) -> Tensor:
-    """[b] power of two above the largest live diagonal; 1 where there is none (such a block fails to factorise)."""
+def _scaled_groups(curvature: Tensor, weight: Tensor, alive: Tensor, unit: Tensor) -> Groups:
+    curvature, own = _rescale(curvature, alive)
+    return Groups(curvature, (curvature @ weight[:, :, None])[:, :, 0], weight, alive, unit * own)
+
+
+def _rescale(f: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """``f`` [b, D, D] over a power of four a block near its largest live diagonal, and those powers [b].
+
+    Of four, because the square roots of a factorisation then scale by a power of two. Dead diagonals stay 1.
+    """
     top = f.diagonal(dim1=1, dim2=2).masked_fill(~alive, 0.0).amax(1)
     exponent = torch.where((top > 0) & torch.isfinite(top), torch.frexp(top).exponent, 0)
-    return torch.ldexp(torch.ones_like(top), exponent)
+    unit = torch.ldexp(torch.ones_like(top), exponent - exponent % 2)
+    f = f / unit[:, None, None]
+    f.diagonal(dim1=1, dim2=2).masked_fill_(~alive, 1.0)
+    return f, unit

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obs_kernels.checks import PACK_DTYPES
 from obs_kernels.errors import CheckpointFormatError, ConfigError, MissingDependencyError
 from obs_kernels.files import whole_folder
 from obs_kernels.patterns import NMPattern, parse_pattern
-from obs_kernels.sparse.linear import SparseLinear, empty_sparse_linear
+from obs_kernels.sparse.linear import SparseLinear, empty_sparse_linear, replace_module
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "obs_kernels"
@@ -107,9 +108,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             raise CheckpointFormatError(f"{folder}: {name}: {error}") from None
     _check_keys(folder, target, replaced, state)
     for name, module in replaced.items():
-        parent, _, child = name.rpartition(".")
-        setattr(target.get_submodule(parent) if parent else target, child, module)
-    target.load_state_dict(state, strict=False, assign=True)
+        replace_module(target, target.get_submodule(name), module)
+    target.load_state_dict(_tied_again(target, state), strict=False, assign=True)
     tie = getattr(target, "tie_weights", None)
     if callable(tie):
         tie()
@@ -125,6 +125,11 @@ def _check_keys(folder: Path, model: nn.Module, replaced: dict[str, SparseLinear
     missing = [k for k in wanted if k not in state and k not in tied]
     extra = [k for k in state if k not in wanted]
     wrong = [k for k in wanted if k in state and tuple(state[k].shape) != wanted[k]]
+    floats = {state[k].dtype for k in wanted if k in state and (k.endswith((".values", ".bias", ".weight")))}
+    if len(floats) > 1 or not floats <= set(PACK_DTYPES):
+        raise CheckpointFormatError(
+            f"{folder}: weights must share one float dtype, got {sorted(map(str, floats))}; save it again"
+        )
     for what, keys in (("missing", missing), ("not part of the model", extra), ("of another shape", wrong)):
         if keys:
             raise CheckpointFormatError(
@@ -137,7 +142,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointFormatError(f"{folder} has no config.json; give a folder written by save_pretrained")
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{folder}/config.json is not readable: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointFormatError(f"{folder}/config.json must hold an object, got {type(config).__name__}")
@@ -152,7 +157,7 @@ def _target_patterns(config: dict[str, Any]) -> dict[str, NMPattern]:
         raise CheckpointFormatError(
             f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {section!r:.100}"
         )
-    if section.get("format_version") != FORMAT_VERSION:
+    if type(section.get("format_version")) is not int or section["format_version"] != FORMAT_VERSION:
         raise CheckpointFormatError(
             f"format_version must be {FORMAT_VERSION}, got {section.get('format_version')!r}; update "
             f"obs_kernels or pack the model again"
@@ -195,23 +200,45 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _build_model(config: dict[str, Any]) -> nn.Module:
-    names = config.get("architectures") or [None]
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     try:
         import transformers
     except ImportError:
         raise MissingDependencyError(
             "transformers is needed to build the model; pip install transformers, or pass model="
         ) from None
-    architecture = getattr(transformers, str(names[0]), None)
-    if architecture is None or "model_type" not in config:
+    architecture = getattr(transformers, name, None) if isinstance(name, str) else None
+    # nothing but a model class of transformers is ever called, whatever the file says
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise CheckpointFormatError(
-            f"architecture {names[0]!r} is not a transformers model; pass model= with the module to fill"
+            f"architecture {name!r} is not a transformers model; pass model= with the module to fill"
+        )
+    dtype = getattr(torch, str(config.get("dtype", "float32")), None)
+    if dtype not in PACK_DTYPES:
+        raise CheckpointFormatError(
+            f"config.json: dtype must be float16, bfloat16, float32 or float64, got {config.get('dtype')!r}"
         )
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    settings = transformers.AutoConfig.for_model(**plain)
-    dtype = getattr(torch, str(config.get("dtype", "float32")), torch.float32)
-    model: nn.Module = architecture(settings).to(dtype)
+    try:
+        settings = transformers.AutoConfig.for_model(**plain)
+        if architecture.config_class is not type(settings):
+            raise ValueError(f"{name} takes another config than model_type {config.get('model_type')!r}")
+        model: nn.Module = nn.Module.to(architecture(settings), dtype)
+    except Exception as error:  # whatever a damaged config makes the library raise
+        raise CheckpointFormatError(f"config.json does not describe a model: {type(error).__name__}: {error}") from None
     return model
+
+
+def _tied_again(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the parameters that ``model`` ties as one tensor: assigning two would part them."""
+    first: dict[int, str] = {}
+    tied = dict(state)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name and owner in state:
+            tied[name] = tied[owner] = nn.Parameter(state[owner], requires_grad=parameter.requires_grad)
+    return tied
 
 
 def _unshared(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

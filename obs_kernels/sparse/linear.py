@@ -14,10 +14,16 @@ from obs_kernels.patterns import NMPattern, Pattern, VNMPattern, parse_pattern
 PRUNED_ATTRIBUTE = "obs_kernels_pruned"
 """Set by ``OBSPruner.finalize``: {"pattern": text, "masks": {module name: mask}}."""
 
-# from the sparsest down; a weight that fits none of them stays dense
-DETECTED = tuple(
-    [VNMPattern(v=v, n=2, m=m) for m in (32, 16, 8) for v in (256, 128, 64, 32, 16)]
-    + [NMPattern(2, 32), NMPattern(2, 16), NMPattern(2, 8), NMPattern(1, 4), NMPattern(2, 4), NMPattern(4, 8)]
+# from the sparsest down, panels before rows of their own; a weight that fits none of them stays dense
+DETECTED: tuple[NMPattern, ...] = (
+    *(
+        pattern
+        for m in (32, 16, 8)
+        for pattern in (*(VNMPattern(v=v, n=2, m=m) for v in (256, 128, 64, 32, 16)), NMPattern(2, m))
+    ),
+    NMPattern(1, 4),
+    NMPattern(2, 4),
+    NMPattern(4, 8),
 )
 
 
@@ -103,6 +109,7 @@ def compress_(model: nn.Module, tokens: int | None = None, *, pattern: str | Non
         raise ConfigError(
             f"pattern {parsed} has no packed format; only n:m and v:2:m are packed, save it dense with zeros"
         )
+    _check_has_parents(model)
     packed: dict[str, SparseLinear] = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
@@ -113,6 +120,10 @@ def compress_(model: nn.Module, tokens: int | None = None, *, pattern: str | Non
         fits = parsed if parsed is not None else detect_pattern(module.weight.detach())
         if fits is None or (not known and parsed is not None and bool((module.weight != 0).all())):
             continue
+        if mask is not None and bool((module.weight.detach().masked_fill(mask, 0.0) != 0).any()):
+            raise SparsityPatternError(
+                f"{name}: pruned weights are no longer zero; call pruner.apply_masks() before compress_"
+            )
         try:
             packed[name] = SparseLinear.from_linear(module, fits, mask)
         except SparsityPatternError as error:
@@ -120,24 +131,38 @@ def compress_(model: nn.Module, tokens: int | None = None, *, pattern: str | Non
     if not packed:
         raise ConfigError("no pruned nn.Linear in the model; prune it first, or give pattern=")
     for name, sparse in packed.items():
-        _replace(model, name, sparse)
+        replace_module(model, model.get_submodule(name), sparse)
     return {name: str(sparse.pattern) for name, sparse in packed.items()}
 
 
 def decompress_(model: nn.Module) -> list[str]:
     """Replace every ``SparseLinear`` by an ``nn.Linear`` with zeros, in place; returns their names."""
-    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, SparseLinear)
-        _replace(model, name, module.to_linear())
-    return names
+    _check_has_parents(model)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for module in found.values():
+        replace_module(model, module, module.to_linear())
+    return list(found)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    module.train(model.training)
-    setattr(model.get_submodule(parent) if parent else model, child, module)
+def _check_has_parents(model: nn.Module) -> None:
+    if isinstance(model, (nn.Linear, SparseLinear)):
+        raise ConfigError(
+            f"model must contain the layers to replace, got a bare {type(model).__name__}; wrap it in nn.Sequential"
+        )
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands; a shared module stays shared."""
+    new.train(old.training)
+    for parent in model.modules():
+        for child, module in _children(parent):
+            if module is old:
+                setattr(parent, child, new)
+
+
+def _children(parent: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All children, also those that ``named_children`` leaves out because the module came before under another name."""
+    return [(name, module) for name, module in parent._modules.items() if module is not None]
 
 
 def empty_sparse_linear(linear: nn.Linear, pattern: NMPattern, tensors: dict[str, Tensor]) -> SparseLinear:
@@ -148,4 +173,12 @@ def empty_sparse_linear(linear: nn.Linear, pattern: NMPattern, tensors: dict[str
     return SparseLinear(sparse, linear.bias)
 
 
-__all__ = ["PRUNED_ATTRIBUTE", "SparseLinear", "compress_", "decompress_", "detect_pattern", "empty_sparse_linear"]
+__all__ = [
+    "PRUNED_ATTRIBUTE",
+    "SparseLinear",
+    "compress_",
+    "decompress_",
+    "detect_pattern",
+    "empty_sparse_linear",
+    "replace_module",
+]

@@ -53,8 +53,10 @@ def evaluate_squad(
 ) -> SquadResult:
     """Answer every question of ``data`` and score the answers.
 
-    The answer of a question is the span with the highest start logit + end logit over all its windows, inside the
-    context and at most ``max_answer_length`` tokens long; ties go to the earlier window, start and end.
+    The answer of a window is the span with the highest start logit + end logit inside the context, at most
+    ``max_answer_length`` tokens long. Of several windows of a question the one with the highest log odds of its span
+    against "no answer here" counts (the logits of [CLS] taken off, which windows without the answer are trained to
+    point at). Ties go to the earlier window, start and end.
 
     Args:
         model: a Hugging Face question answering model, or any module with the same inputs and outputs. It runs in eval
@@ -141,7 +143,9 @@ def _find_spans(
                 batch["token_type_ids"] = types[part, :width].long()
             start_logits, end_logits = span_logits(model(**model_inputs(model, batch)))
             allowed = (column >= first[part]) & (column < first[part] + count[part])
-            found.append(best_spans(start_logits, end_logits, allowed, max_answer_length=max_answer_length))
+            score, start, end = best_spans(start_logits, end_logits, allowed, max_answer_length=max_answer_length)
+            # Logits of two windows have no common zero. Their no-answer logits, [CLS] twice, give them one.
+            found.append((score - start_logits[:, 0] - end_logits[:, 0], start, end))
             bar.update(len(batch["input_ids"]))
         back = order.argsort()
         score, start, end = (torch.cat(parts).cpu()[back] for parts in zip(*found, strict=True))

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a pruner's saved state whole, and does it belong to this pruner? Asked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obs_kernels.errors import ConfigError, ResumeMismatchError
+from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.layer import PrunedLayer
+from obs_kernels.pruning.report import LayerReport
+
+NUMBERS = ("stage", "saliency", "seconds", "received")
+TABLES = ("config", "masks", "first_masks", "fisher_sums", "num_grads", "reports")
+
+
+def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer], num_stages: int) -> None:
+    """Raise ``ResumeMismatchError`` unless ``state`` is a whole state of a pruner of ``config`` over ``layers``."""
+    for key in (*NUMBERS, *TABLES):
+        kind = (int, float) if key in NUMBERS else Mapping
+        if not isinstance(state.get(key), kind):
+            raise ResumeMismatchError(
+                f"state[{key!r}] is missing or damaged, got {type(state.get(key)).__name__}; save it again"
+            )
+    _check_config(state["config"], config)
+    if not isinstance(state["stage"], int) or not 0 <= state["stage"] <= num_stages:
+        raise ResumeMismatchError(f"state['stage'] must be 0 to {num_stages}, got {state['stage']!r}; save it again")
+    names = {layer.name for layer in layers}
+    for key in ("masks", "first_masks", "num_grads"):
+        if set(state[key]) != names:
+            raise ResumeMismatchError(
+                f"state[{key!r}] is of other layers or shapes; build the pruner on the same model"
+            )
+    for layer in layers:
+        for key in ("masks", "first_masks"):
+            _check_tensor(
+                f"state[{key!r}][{layer.name!r}]", state[key][layer.name], tuple(layer.mask.shape), torch.bool
+            )
+        count = state["num_grads"][layer.name]
+        if not isinstance(count, int) or count < 0:
+            raise ResumeMismatchError(f"state['num_grads'][{layer.name!r}] must be a count, got {count!r}")
+        fisher = state["fisher_sums"].get(layer.name)
+        if fisher is not None:
+            shape = (layer.num_blocks, layer.block_size, layer.block_size)
+            _check_tensor(f"state['fisher_sums'][{layer.name!r}]", fisher, shape, torch.float32)
+    wanted = {field.name for field in fields(LayerReport)}
+    for name, report in state["reports"].items():
+        if name not in names or not isinstance(report, Mapping) or set(report) != wanted:
+            raise ResumeMismatchError(f"state['reports'][{name!r}] is damaged; save the state again")
+
+
+def _check_config(theirs: Mapping[str, Any], mine: OBSConfig) -> None:
+    try:
+        other = OBSConfig.from_dict(dict(theirs))
+    except ConfigError as error:
+        raise ResumeMismatchError(f"state['config'] is damaged: {error}") from None
+    if other != mine:
+        differing = [key for key, value in mine.to_dict().items() if value != other.to_dict()[key]]
+        raise ResumeMismatchError(
+            f"the state was made with another config (differs in {', '.join(differing)}); use the same"
+        )
+
+
+def _check_tensor(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+        came = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ResumeMismatchError(
+            f"{name} must be {list(shape)} {dtype}, got {came}; build the pruner on the same model"
+        )

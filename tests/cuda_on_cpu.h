@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a CUDA kernel on the CPU, one host thread a CUDA thread, block after block, so that the real
+// kernels meet the address and thread sanitizers of the host compiler where there is no GPU.
+// test_compiled.py compiles a .cu file against this in place of <cuda_runtime.h>.
+#pragma once
+
+#include <atomic>
+#include <barrier>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using cudaError_t = int;
+using cudaStream_t = struct CUstream_st*;
+constexpr cudaError_t cudaSuccess = 0;
+inline const char* cudaGetErrorName(cudaError_t) {
+  return "none";
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "none";
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct Index {
+  unsigned x;
+};
+inline thread_local Index threadIdx, blockIdx;
+inline Index blockDim, gridDim;
+
+namespace emulation {
+
+constexpr unsigned kWarp = 32;
+inline std::unique_ptr<std::barrier<>> block;
+inline std::vector<std::unique_ptr<std::barrier<>>> warps;
+inline std::vector<std::uint32_t> exchange;
+
+template <typename Kernel>
+void launch(unsigned grid, int threads, const Kernel& kernel) {
+  const auto count = static_cast<unsigned>(threads);
+  gridDim.x = grid;
+  blockDim.x = count;
+  block = std::make_unique<std::barrier<>>(threads);
+  warps.clear();
+  for (unsigned warp = 0; warp < count / kWarp; ++warp) {
+    warps.push_back(std::make_unique<std::barrier<>>(kWarp));
+  }
+  exchange.assign(count, 0);
+  std::vector<std::thread> workers;
+  for (unsigned thread = 0; thread < count; ++thread) {
+    workers.emplace_back([&, thread] {
+      threadIdx.x = thread;
+      for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+        kernel();
+        block->arrive_and_wait();
+      }
+    });
+  }
+  for (auto& worker : workers) worker.join();
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() {
+  emulation::block->arrive_and_wait();
+}
+
+inline std::uint32_t __reduce_or_sync(unsigned, std::uint32_t value) {
+  const unsigned warp = threadIdx.x / emulation::kWarp;
+  emulation::exchange[threadIdx.x] = value;
+  emulation::warps[warp]->arrive_and_wait();
+  std::uint32_t all = 0;
+  for (unsigned lane = 0; lane < emulation::kWarp; ++lane) {
+    all |= emulation::exchange[warp * emulation::kWarp + lane];
+  }
+  emulation::warps[warp]->arrive_and_wait();
+  return all;
+}
+
+inline void atomicOr(unsigned long long* target, unsigned long long bits) {
+  std::atomic_ref<unsigned long long>(*target).fetch_or(bits, std::memory_order_relaxed);
+}

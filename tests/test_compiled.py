@@ -1,0 +1,667 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled half without a GPU: it compiles for every target, obeys the rules of csrc/, its absence is explained.
+
+The kernels themselves run here too, as host code under the compiler's sanitizers (cuda_on_cpu.h).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import gpu_report
+from obs_kernels import _ext, cuda_calls, reference
+from obs_kernels.errors import BackendUnavailableError, ConfigError, DeviceMismatchError
+from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CUDA_SOURCES = sorted(CSRC.rglob("*.cu"))
+BINDINGS = ROOT / "python_bindings"
+SOURCES = [path for path in [*sorted(CSRC.rglob("*")), *sorted(BINDINGS.rglob("*"))] if path.is_file()]
+SHARED = {"include", "common"}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("obs_kernels_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Compiling
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_kernel_compiles_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
+    nvcc = load_setup().find_nvcc(os.environ)
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    if f"compute_{architecture.rstrip('a')}" not in known:
+        pytest.skip(f"this nvcc knows no sm_{architecture}")
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    includes = ["-I", str(CSRC / "include"), "-I", str(CSRC)]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "--Werror=all-warnings", "-Xptxas", "-v", "-gencode", target, "-cubin"]
+    command = [str(nvcc), *flags, *includes, "-o", str(tmp_path / "kernel.cubin"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert frames, "ptxas said nothing of its kernels"
+    assert all(frame == ("0", "0", "0") for frame in frames), done.stderr
+
+
+# Rules of the sources
+
+
+def test_every_launch_names_its_stream() -> None:
+    launches = [
+        (path.name, arguments)
+        for path in CUDA_SOURCES
+        for arguments in re.findall(r"<<<(.*?)>>>", path.read_text(encoding="utf-8"), re.S)
+    ]
+    assert launches
+    for name, arguments in launches:
+        flat = re.sub(r"<[^<>]*>|\([^()]*\)", "", arguments)
+        parts = [part.strip() for part in flat.split(",")]
+        assert len(parts) == 4 and parts[3] == "stream", f"{name}: <<<{arguments}>>>"
+
+
+def test_nothing_waits_for_a_device() -> None:
+    for path in SOURCES:
+        found = re.findall(r"cuda(?:Device|Stream|Event)Synchronize|cudaMemcpy\b", path.read_text(encoding="utf-8"))
+        assert not found, f"{path.name}: {found}"
+
+
+def test_csrc_knows_neither_torch_nor_python() -> None:
+    for path in SOURCES:
+        if CSRC in path.parents:
+            included = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
+            assert not [name for name in included if re.match(r"torch|ATen|c10|pybind11|Python\.h", name)], path.name
+
+
+def test_topics_do_not_include_each_other() -> None:
+    topics = {folder.name for folder in CSRC.iterdir() if folder.is_dir()} - SHARED
+    assert "packing" in topics
+    for path in SOURCES:
+        if CSRC not in path.parents:
+            continue
+        own = path.relative_to(CSRC).parts[0]
+        foreign = topics - {own} if own in topics else topics
+        for name in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8")):
+            assert name.split("/")[0] not in foreign, f"{path.name} includes {name}"
+            assert own not in topics or Path(name).stem not in foreign, f"{path.name} includes {name}"
+
+
+def test_sources_begin_with_their_licence() -> None:
+    for path in [*SOURCES, ROOT / "CMakeLists.txt", ROOT / "setup.py", ROOT / "bench" / "gpu_report.py"]:
+        assert "SPDX-License-Identifier: Apache-2.0" in path.read_text(encoding="utf-8").splitlines()[0], path.name
+
+
+# The module, absent, damaged or built
+
+
+def run_in_copy(tmp_path: Path, code: str, arrange: Callable[[Path], object] = lambda folder: None) -> str:
+    """Run ``code`` with a copy of the package that holds no compiled module but what ``arrange`` puts there."""
+    package = tmp_path / "obs_kernels"
+    if not package.exists():
+        ignore = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "demo_data")
+        shutil.copytree(ROOT / "obs_kernels", package, ignore=ignore)
+    arrange(package)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CALL = """
+import obs_kernels, torch
+from obs_kernels import _ext, cuda_calls
+from obs_kernels.errors import BackendUnavailableError
+assert not torch.cuda.is_initialized()
+assert _ext.build_info()["built"] is False
+try:
+    cuda_calls.pack(torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.bool), "2:4")
+except BackendUnavailableError as error:
+    assert isinstance(error, ImportError) and _ext.reason() in str(error)
+    print(error)
+assert not torch.cuda.is_initialized()
+"""
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+ABSENT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "never built": (lambda folder: None, "never built"),
+    "kept reason": (
+        lambda folder: (folder / "_build_info.json").write_text('{"built": false, "reason": "the moon was full"}'),
+        "the moon was full",
+    ),
+    "damaged info": (lambda folder: (folder / "_build_info.json").write_text("{"), "never built"),
+    "file gone": (lambda folder: (folder / "_build_info.json").write_text('{"built": true}'), "the file is gone"),
+    "empty": (lambda folder: (folder / f"_C{SUFFIX}").write_bytes(b""), "does not load"),
+    "corrupt": (lambda folder: (folder / f"_C{SUFFIX}").write_bytes(b"\x7fELF" + b"\0" * 4096), "does not load"),
+    "other Python": (lambda folder: (folder / "_C.cpython-399-x86_64-linux-gnu.so").write_bytes(b""), "another Python"),
+    "other sources": (lambda folder: (folder / "_C.py").write_text("INTERFACE = -1\n"), "other sources"),
+    "raises": (lambda folder: (folder / "_C.py").write_text("raise OSError('torn page')\n"), "torn page"),
+}
+
+
+@pytest.mark.parametrize("case", ABSENT)
+def test_absence_is_explained_by_the_first_call(case: str, tmp_path: Path) -> None:
+    arrange, reason = ABSENT[case]
+    text = run_in_copy(tmp_path, CALL, arrange)
+    assert reason in text
+    assert "OBS_KERNELS_BUILD=on python" in text, "one command that fixes it"
+
+
+def test_fix_of_a_checkout_builds_in_place(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").touch()
+    assert "setup.py build_ext --inplace" in run_in_copy(tmp_path, CALL)
+
+
+@pytest.fixture
+def native() -> ModuleType:
+    if _ext.reason() is not None:
+        pytest.skip(f"no compiled module: {_ext.reason()}")
+    return _ext.load()
+
+
+GOOD = {
+    "weight": 64, "mask": 64, "values": 64, "codes": 64, "columns": 64, "rows": 2, "cols": 8, "v": 0, "n": 2, "m": 4,
+    "element_size": 2, "device": 0, "stream": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"cols": 6}, "cols must be a multiple of m = 4, got 6"),
+        ({"cols": -8}, "must not be negative"),
+        ({"rows": -1}, "must not be negative"),
+        ({"n": 0}, "0 < n < m"),
+        ({"n": 4}, "0 < n < m"),
+        ({"m": 65, "cols": 65}, "0 < n < m <= 64"),
+        ({"v": -1}, "v must be"),
+        ({"v": 3}, "rows must be a multiple of v = 3, got 2"),
+        ({"v": 2, "n": 1}, "panels are packed for n = 2 and m >= 4"),
+        ({"v": 2, "m": 3, "cols": 9}, "panels are packed for n = 2 and m >= 4"),
+        ({"v": 2, "columns": 0}, "columns must not be null"),
+        ({"element_size": 1}, "element_size must be 2, 4 or 8"),
+        ({"rows": 2**62}, "must fit 64 bits"),
+        ({"mask": 0}, "must not be null"),
+        ({"weight": 65}, "aligned to their elements of 2"),
+        ({"element_size": 8, "values": 68}, "aligned to their elements of 8"),
+        ({"device": -1}, "device must be an index, got -1"),
+    ],
+)
+def test_native_refuses_bad_sizes(native: ModuleType, change: dict[str, int], text: str) -> None:
+    before = native.launch_count()
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        native.pack(**{**GOOD, **change})
+    assert re.search(r"is false, csrc/packing/packing\.cu:\d+\]$", str(caught.value)), "condition, file and line"
+    assert native.launch_count() == before
+
+
+@pytest.mark.parametrize("change", [{"rows": 0}, {"cols": 0}, {"rows": 0, "v": 64}])
+def test_native_launches_nothing_for_nothing(native: ModuleType, change: dict[str, int]) -> None:
+    before = native.launch_count()
+    assert native.pack(**{**GOOD, "weight": 0, "mask": 0, **change}) == ("pack", "empty", 0, 0)
+    assert native.launch_count() == before
+
+
+def test_native_without_gpu_says_so(native: ModuleType) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(RuntimeError, match=r"cudaError\w+: .*csrc/common/device_guard\.h:\d+\]$"):
+        native.pack(**GOOD)
+
+
+def test_native_tells_its_build(native: ModuleType) -> None:
+    info = _ext.build_info()
+    assert info["built"] and info["reason"] is None
+    assert re.fullmatch(r"\d+\.\d+.*", info["cuda"])
+    assert info["architectures"] and not cuda_calls.runs_on((7, 5), info["architectures"])
+
+
+def test_cpu_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "load", lambda: None)
+    with pytest.raises(DeviceMismatchError, match=r"weight must be on a CUDA device, got cpu"):
+        cuda_calls.pack(torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.bool), "2:4")
+
+
+def test_missing_module_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "_try_load", lambda: (None, "no nvcc"))
+    with pytest.raises(BackendUnavailableError, match="no nvcc"):
+        _ext.load()
+    assert _ext.reason() == "no nvcc"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "wanted"),
+    [
+        ((8, 0), ["80"], True),
+        ((8, 6), ["80-real"], True),  # same major, later minor
+        ((8, 0), ["86"], False),
+        ((9, 0), ["80"], True),  # by its PTX
+        ((9, 0), ["80-real"], False),
+        ((9, 0), ["90a-real"], True),
+        ((10, 0), ["90a"], False),  # neither code nor PTX of sm_90a moves on
+        ((12, 0), ["100", "120"], True),
+        ((10, 3), ["100f"], True),
+        ((11, 0), ["100f"], False),
+        ((7, 5), ["80", "90a"], False),
+        ((9, 0), ["80-virtual"], True),
+        ((9, 0), [], False),
+    ],
+)
+def test_runs_on(capability: tuple[int, int], architectures: list[str], wanted: bool) -> None:
+    assert cuda_calls.runs_on(capability, architectures) is wanted
+
+
+def test_runs_on_refuses_words() -> None:
+    with pytest.raises(ConfigError, match="got 'native'"):
+        cuda_calls.runs_on((9, 0), ["native"])
+
+
+# setup.py
+
+
+def test_build_mode() -> None:
+    setup = load_setup()
+    modes = [setup.build_mode({"OBS_KERNELS_BUILD": text}) for text in ("", "auto", "ON", "off")]
+    assert modes == ["auto", "auto", "on", "off"]
+    with pytest.raises(SystemExit, match="must be auto, on or off, got 'yes'"):
+        setup.build_mode({"OBS_KERNELS_BUILD": "yes"})
+
+
+def test_cuda_home_is_asked_before_path(tmp_path: Path) -> None:
+    setup = load_setup()
+    for home in ("first", "second"):
+        nvcc = tmp_path / home / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+    path = str(tmp_path / "second" / "bin")
+    assert setup.find_nvcc({"CUDA_HOME": str(tmp_path / "first"), "PATH": path}) == tmp_path / "first" / "bin" / "nvcc"
+    assert setup.find_nvcc({"PATH": path}) == tmp_path / "second" / "bin" / "nvcc"
+    assert setup.find_nvcc({"CUDA_HOME": str(tmp_path), "PATH": path}) is None
+
+
+def test_why_not(tmp_path: Path) -> None:
+    setup = load_setup()
+    hidden = {"CUDA_HOME": str(tmp_path)}
+    assert "OBS_KERNELS_BUILD=off" in setup.why_not({"OBS_KERNELS_BUILD": "off"})
+    assert f"CUDA_HOME={tmp_path}" in setup.why_not(hidden)
+    with pytest.raises(SystemExit, match="OBS_KERNELS_BUILD=on, but"):
+        setup.why_not({"OBS_KERNELS_BUILD": "on", **hidden})
+
+
+def test_count_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    monkeypatch.setattr(setup, "free_gb", lambda: 9.0)
+    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert setup.count_jobs({}) == 2
+    assert setup.count_jobs({"MAX_JOBS": "7"}) == 7
+    monkeypatch.setattr(setup, "free_gb", lambda: 0.5)
+    assert setup.count_jobs({}) == 1
+
+
+def test_failed_build_keeps_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = load_setup()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    env = {"CUDA_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / setup.MODULE_FILE).touch()
+    setup.build_into(package, tmp_path / "build", env)  # no cmake on that PATH
+    info = json.loads((package / "_build_info.json").read_text())
+    reason = "cmake is not installed (pip install cmake)"
+    assert info == {"built": False, "reason": reason, "architectures": [], "cuda": None}
+    assert not (package / setup.MODULE_FILE).exists(), "an older module must not stand in for one that failed"
+    assert "WITHOUT compiled kernels: cmake is not installed" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="cmake is not installed"):
+        setup.build_into(package, tmp_path / "build", {**env, "OBS_KERNELS_BUILD": "on"})
+
+
+def test_first_error_line_is_the_reason() -> None:
+    setup = load_setup()
+    script = "print('c++ -Werror x.cpp'); print('x.cpp:1: error: bad'); raise SystemExit(3)"
+    with pytest.raises(setup.BuildError, match=r"the build failed with exit status 3: x\.cpp:1: error: bad"):
+        setup.run_step("the build", [sys.executable, "-c", script])
+    with pytest.raises(setup.BuildError, match="the build failed"):
+        setup.run_step("the build", ["/nonexistent/cmake"])
+
+
+# The kernels as host code
+
+
+def as_host_code(source: Path) -> str:
+    """Kernel launches become calls of the emulation; everything else stays as it is."""
+    text = source.read_text(encoding="utf-8")
+    launch = re.compile(r"(\w+<[\w, ]+>)\s*<<<(.+?), ([\w:]+), 0, stream>>>\((.+?)\);", re.S)
+    host, count = launch.subn(r"emulation::launch(\2, \3, [&] { \1(\4); });", text)
+    assert count == text.count("<<<")
+    return host
+
+
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def pack_on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ was not found")
+    folder = tmp_path_factory.mktemp("emulation")
+    shutil.copytree(CSRC, folder / "csrc")
+    for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
+        (folder / name).write_text(f'#pragma once\n#include "{ROOT}/tests/cuda_on_cpu.h"\n')
+    config = folder / "csrc" / "packing" / "packing_config.h"
+    small, count = re.subn(r"kMaxBlocks = \d+", "kMaxBlocks = 2", config.read_text())
+    assert count == 2  # so that small weights walk in strides too
+    config.write_text(small)
+    host = folder / "packing.cpp"
+    host.write_text(as_host_code(CSRC / "packing" / "packing.cu"))
+    program = folder / "pack_on_cpu"
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
+    includes = [f"-I{folder}", f"-I{folder}/csrc/include", f"-I{folder}/csrc"]
+    sources = [host, folder / "csrc" / "common" / "launch.cpp", ROOT / "tests" / "pack_on_cpu.cpp"]
+    subprocess.run([compiler, *flags, *includes, *map(str, sources), "-o", str(program)], check=True)
+    empty = subprocess.run([program, "0", "8", "0", "2", "4", "2", "0", "0", "0"], capture_output=True, check=False)
+    if empty.returncode:
+        pytest.skip(f"the {request.param} sanitizer does not start here: {empty.stderr[:200]!r}")
+    yield program
+
+
+def random_mask(gen: torch.Generator, rows: int, cols: int, pattern: NMPattern, *, drop: float = 0.0) -> Tensor:
+    """A mask that obeys ``pattern`` and leaves a share ``drop`` of its slots free."""
+    groups = cols // pattern.m
+    score = torch.rand(rows, groups, pattern.m, generator=gen)
+    if isinstance(pattern, VNMPattern):
+        open_columns = torch.rand(rows // pattern.v, groups, pattern.m, generator=gen).argsort(-1).argsort(-1) < 4
+        score = score - (~open_columns).float().repeat_interleave(pattern.v, 0)
+    kept = score.argsort(-1, descending=True).argsort(-1) < pattern.n
+    return (kept & (torch.rand(kept.shape, generator=gen) >= drop)).reshape(rows, cols)
+
+
+def emulate(
+    program: Path, weight: Tensor, mask: Tensor, pattern: NMPattern, shifts: tuple[int, int, int]
+) -> tuple[str, Tensor, Tensor, Tensor]:
+    """(path, values, codes, columns) of the kernels on the CPU; ``weight`` holds bits as integers."""
+    rows, cols = weight.shape
+    v = pattern.v if isinstance(pattern, VNMPattern) else 0
+    arguments = [rows, cols, v, pattern.n, pattern.m, weight.element_size(), *shifts]
+    given = weight.numpy().tobytes() + mask.numpy().tobytes()
+    done = subprocess.run([program, *map(str, arguments)], input=given, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    path, _, rest = done.stdout.partition(b"\n")
+    kept = cols // pattern.m * pattern.n
+    two_bits = v > 0 or (pattern.n, pattern.m) == (2, 4)
+    values_size = rows * kept * weight.element_size()
+    codes_size = rows * (-(-kept // 4) if two_bits else kept)
+    values = torch.frombuffer(bytearray(rest[:values_size]), dtype=weight.dtype).view(rows, kept)
+    codes = torch.frombuffer(bytearray(rest[values_size : values_size + codes_size]), dtype=torch.uint8).view(rows, -1)
+    columns = torch.tensor(list(rest[values_size + codes_size :]), dtype=torch.uint8)
+    return path.decode(), values, codes, columns.view(rows // v, cols // pattern.m, 4) if v else columns
+
+
+def assert_emulation_is_reference(
+    program: Path, weight: Tensor, mask: Tensor, pattern: NMPattern, shifts: tuple[int, int, int] = (0, 0, 0)
+) -> str:
+    path, *got = emulate(program, weight, mask, pattern, shifts)
+    wanted = reference.pack(weight, mask, str(pattern))
+    for name, ours, theirs in zip(("values", "codes", "columns"), got, wanted, strict=True):
+        assert torch.equal(ours, theirs), f"{name} of {pattern} on {list(weight.shape)}"
+    return path
+
+
+def random_bits(gen: torch.Generator, rows: int, cols: int, size: int) -> Tensor:
+    return torch.randint(-(2 ** (8 * size - 1)), 2 ** (8 * size - 1) - 1, (rows, cols), dtype=BITS[size], generator=gen)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows", "cols", "size", "shift", "path"),
+    [
+        ("2:4", 37, 80, 2, 0, "octets"),
+        ("2:4", 40, 256, 4, 0, "octets"),
+        ("2:4", 33, 144, 8, 0, "octets"),
+        ("2:4", 33, 140, 2, 0, "quads"),  # an odd number of groups: the last byte of a row is half empty
+        ("2:4", 5, 4, 2, 0, "quads"),
+        ("2:4", 40, 256, 2, 1, "quads"),  # off its alignment
+        ("2:8", 37, 264, 2, 0, "groups"),
+        ("2:8", 3, 8, 4, 3, "groups"),
+        ("1:4", 37, 132, 2, 0, "groups"),
+        ("4:8", 37, 136, 4, 0, "groups"),
+        ("2:16", 17, 48, 8, 0, "groups"),
+        ("3:5", 9, 35, 2, 0, "groups"),
+        ("2:64", 9, 192, 2, 0, "groups"),
+        ("64:2:8", 128, 48, 2, 0, "panels_words"),  # 2 by 3 pairs on 2 blocks
+        ("64:2:8", 64, 40, 2, 0, "panels_words"),  # five panels: the last is alone
+        ("64:2:8", 64, 40, 2, 1, "panels_bytes"),
+        ("128:2:8", 128, 16, 4, 0, "panels_words"),
+        ("64:2:16", 64, 48, 4, 0, "panels_words"),
+        ("16:2:32", 48, 64, 2, 0, "panels_words"),
+        ("8:2:64", 16, 192, 8, 0, "panels_words"),
+        ("4:2:6", 8, 30, 2, 0, "panels_bytes"),
+        ("1:2:4", 5, 12, 2, 0, "panels_words"),
+        ("3:2:5", 9, 25, 4, 0, "panels_bytes"),
+        ("300:2:8", 600, 16, 2, 0, "panels_words"),  # more rows than threads
+    ],
+)
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_kernels_on_cpu_are_the_reference(
+    pack_on_cpu: Path,
+    gen: torch.Generator,
+    pattern: str,
+    rows: int,
+    cols: int,
+    size: int,
+    shift: int,
+    path: str,
+    drop: float,
+) -> None:
+    parsed = parse_pattern(pattern)
+    weight = random_bits(gen, rows, cols, size)
+    mask = random_mask(gen, rows, cols, parsed, drop=drop)
+    parsed.validate_mask(mask)
+    assert assert_emulation_is_reference(pack_on_cpu, weight, mask, parsed, (shift, shift, shift)) == path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shifts", "path"),
+    [
+        ("2:4", (1, 0, 0), "quads"),
+        ("2:4", (0, 4, 0), "quads"),
+        ("2:4", (0, 0, 2), "quads"),
+        ("2:4", (8, 8, 4), "octets"),  # off by whole words: as good as aligned
+        ("64:2:8", (1, 4, 1), "panels_words"),
+        ("64:2:8", (0, 2, 0), "panels_bytes"),
+    ],
+)
+def test_each_misaligned_pointer_counts(
+    pack_on_cpu: Path, gen: torch.Generator, pattern: str, shifts: tuple[int, int, int], path: str
+) -> None:
+    weight = random_bits(gen, 64, 64, 2)
+    mask = random_mask(gen, 64, 64, parse_pattern(pattern))
+    assert assert_emulation_is_reference(pack_on_cpu, weight, mask, parse_pattern(pattern), shifts) == path
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:8", "8:2:8", "4:2:64"])
+def test_kernels_on_cpu_meet_every_small_mask(pack_on_cpu: Path, gen: torch.Generator, pattern: str) -> None:
+    """All 256 bytes of mask, legal or not: the lowest positions win, and nothing is written elsewhere."""
+    parsed = parse_pattern(pattern)
+    byte = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    mask = byte.bool().repeat(1, max(1, 2 * parsed.m // 8))
+    weight = random_bits(gen, mask.shape[0], mask.shape[1], 2)
+    assert_emulation_is_reference(pack_on_cpu, weight, mask, parsed)
+
+
+def test_kernels_on_cpu_walk_in_strides(pack_on_cpu: Path, gen: torch.Generator) -> None:
+    """More work than two blocks do at once, on each path without shared memory."""
+    for pattern, cols in (("2:4", 264), ("2:4", 260), ("2:8", 64)):
+        parsed = parse_pattern(pattern)
+        mask = random_mask(gen, 131, cols, parsed)
+        assert_emulation_is_reference(pack_on_cpu, random_bits(gen, 131, cols, 2), mask, parsed)
+
+
+# The evidence file
+
+
+def good_report() -> dict[str, object]:
+    files = gpu_report.source_files()
+    return {
+        "schema": 1,
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "abc",
+        "dirty": False,
+        "device": "NVIDIA H100",
+        "compute_capability": "9.0",
+        "driver": "580",
+        "versions": {},
+        "source_hash": gpu_report.source_hash(files),
+        "sources": files,
+        "passed": ["tests/gpu/a.py::test_a"],
+        "failed": [],
+        "skipped": [{"test": "tests/gpu/a.py::test_b", "reason": "needs 2 CUDA devices"}],
+        "sanitizer": {tool: "passed" for tool in gpu_report.TOOLS},
+    }
+
+
+def test_source_hash_is_stable(tmp_path: Path) -> None:
+    wanted = ["CMakeLists.txt", "csrc/a.h", "csrc/b.cu", "obs_kernels/cuda_calls.py", "python_bindings/x.cpp"]
+    for name in ["README.md", *reversed(wanted)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    first = gpu_report.source_files(tmp_path)
+    assert list(first) == wanted
+    # a fixed number: the hash must not depend on the machine, the order of a walk or this version of Python
+    assert gpu_report.source_hash(first) == "sha256:5c9ede03869dda892a2594bb349434ac6f3ae6e20716c5b5894c3eb04c768c26"
+    assert gpu_report.source_hash(dict(reversed(first.items()))) == gpu_report.source_hash(first)
+    cache = tmp_path / "csrc" / "__pycache__" / "junk"
+    cache.parent.mkdir()
+    cache.touch()
+    assert gpu_report.source_files(tmp_path) == first
+    (tmp_path / "csrc" / "a.h").write_text("changed")
+    assert gpu_report.source_hash(gpu_report.source_files(tmp_path)) != gpu_report.source_hash(first)
+
+
+def test_verdicts() -> None:
+    report, files = good_report(), gpu_report.source_files()
+    assert gpu_report.verdict(report, files).startswith("GPU-verified at abc on NVIDIA H100: 1 passed, 1 skipped")
+    changed = {**files, "csrc/new.cu": "0", "CMakeLists.txt": "0"}
+    assert gpu_report.verdict(report, changed) == "STALE: changed since abc: CMakeLists.txt, csrc/new.cu"
+    assert "dirty tree" in gpu_report.verdict({**report, "dirty": True}, files)
+    assert "failed at abc" in gpu_report.verdict({**report, "failed": ["x"]}, files)
+    assert "no test passed" in gpu_report.verdict({**report, "passed": []}, files)
+    broken = {**good_report()["sanitizer"], "memcheck": "failed: 3 errors"}  # type: ignore[dict-item]
+    assert "memcheck failed: 3 errors" in gpu_report.verdict({**report, "sanitizer": broken}, files)
+    refused = {tool: "not run: tool refused by this machine" for tool in gpu_report.TOOLS}
+    assert "sanitizers passed: none" in gpu_report.verdict({**report, "sanitizer": refused}, files)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"schema": 2}, "schema is 2"),
+        ({"passed": None}, "passed is missing"),
+        ({"source_hash": "sha256:0"}, "source_hash is not the hash of sources"),
+        ({"skipped": [{"test": "a"}]}, "no reason"),
+        ({"sanitizer": {"memcheck": "passed"}}, "nothing of racecheck"),
+    ],
+)
+def test_schema_problems(change: dict[str, object], text: str) -> None:
+    assert gpu_report.schema_problems(good_report()) == []
+    problems = gpu_report.schema_problems({**good_report(), **change})
+    assert any(text in problem for problem in problems), problems
+    assert "NOT VERIFIED" in gpu_report.verdict({**good_report(), **change}, gpu_report.source_files())
+
+
+def test_committed_report_obeys_the_schema() -> None:
+    if not gpu_report.REPORT.exists():
+        pytest.skip("there is no bench/gpu_report.json")
+    assert gpu_report.schema_problems(json.loads(gpu_report.REPORT.read_text())) == []
+
+
+def test_check_never_fails(tmp_path: Path) -> None:
+    missing, damaged = tmp_path / "missing.json", tmp_path / "damaged.json"
+    damaged.write_text("[1, ")
+    for path in (missing, damaged):
+        command = [sys.executable, "-m", "bench.gpu_report", "--check", "--out", str(path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith("NOT VERIFIED"), done.stderr
+
+
+CLEAN = "========= ERROR SUMMARY: 0 errors\nobs_kernels launches: 12\n"
+RACES = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\nobs_kernels launches: 1\n"
+NO_SUMMARY = "not run: no summary from the tool"
+NO_KERNEL = "not run: no kernel of ours was launched"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "wanted"),
+    [
+        (0, CLEAN, "passed"),
+        (0, RACES, "passed"),
+        (0, "obs_kernels launches: 12", f"{NO_SUMMARY} (exit status 0)"),
+        (0, CLEAN.replace("12", "0"), f"{NO_KERNEL} (exit status 0)"),
+        (0, "========= ERROR SUMMARY: 0 errors", f"{NO_KERNEL} (exit status 0)"),
+        (99, CLEAN.replace("0 errors", "2 errors"), "failed: 2 errors (exit status 99)"),
+        (0, CLEAN.replace("0 errors", "1 error"), "failed: 1 errors (exit status 0)"),
+        (1, CLEAN, "failed: the tests under the tool ended with exit status 1"),
+        (1, "========= Error: Device not supported\n", f"{NO_SUMMARY} (exit status 1): Error: Device not supported"),
+        (124, "========= failed to end within 9 s", f"{NO_SUMMARY} (exit status 124): failed to end within 9 s"),
+    ],
+)
+def test_judge_sanitizer(status: int, output: str, wanted: str) -> None:
+    assert gpu_report.judge_sanitizer(status, output) == wanted
+
+
+def test_results_count_a_crash_as_failure() -> None:
+    notes = [
+        ("a", "started", ""), ("a", "passed", ""), ("b", "started", ""), ("b", "skipped", "why"), ("c", "started", ""),
+        ("d", "started", ""), ("d", "passed", ""), ("d", "failed", ""), ("e", "failed", ""),
+    ]  # fmt: skip
+    lines = [json.dumps({"test": test, "outcome": outcome, "reason": reason}) for test, outcome, reason in notes]
+    assert gpu_report.read_results(lines) == {
+        "passed": ["a"],
+        "failed": ["c", "d", "e"],
+        "skipped": [{"test": "b", "reason": "why"}],
+    }
+
+
+def test_plugin_notes_what_pytest_says(tmp_path: Path) -> None:
+    """A run of its own: each outcome ends where it belongs, and the number of launches is printed."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_skip(): pytest.skip('no reason to run')\n"
+        "@pytest.fixture\ndef broken():\n    yield\n    raise OSError\n"
+        "def test_teardown(broken): pass\n"
+        "@pytest.mark.xfail\ndef test_xfail(): assert False\n"
+    )
+    (tmp_path / "test_import.py").write_text("import nothing_of_that_name\n")
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu_report", "-q", "--continue-on-collection-errors"]
+    command += ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)]
+    env = {**os.environ, gpu_report.LOG_VARIABLE: str(log)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    results = gpu_report.read_results(log.read_text().splitlines())
+    assert results["passed"] == ["test_it.py::test_good"]
+    assert results["failed"] == ["test_import.py", "test_it.py::test_bad", "test_it.py::test_teardown"]
+    assert results["skipped"][0] == {"test": "test_it.py::test_skip", "reason": "no reason to run"}
+    assert [skip["test"] for skip in results["skipped"]] == ["test_it.py::test_skip", "test_it.py::test_xfail"]
+    assert re.search(rf"{gpu_report.LAUNCHES} \d+", done.stdout)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tolerances of the tests, each with its reason. Measured on the reference backend, then tightened."""
+
+from __future__ import annotations
+
+import torch
+
+EPS32 = torch.finfo(torch.float32).eps
+EPS64 = torch.finfo(torch.float64).eps
+
+EXAMPLE_F32 = 1e-5
+"""Relative; worked numbers of math.md in f32 (its section 13)."""
+EXAMPLE_F64 = 1e-6
+"""Absolute; the worked numbers are printed with six decimals."""
+
+FISHER_RMS_PER_SQRT_SAMPLE = 1e-6
+"""RMS error / RMS reference, times sqrt(S): S rounded products are summed in f32."""
+
+INVERSE_RESIDUAL = 2.0
+"""max |F finv - I| <= this * sqrt(D) * eps * cond(F): single entries mean little if ill-conditioned. Measured without
+sqrt(D): 1.4 at D = 1 (a root, a quotient, two products), 0.3 to 0.7 at D = 4 to 50; tighter than c * D * eps * cond."""
+
+SEARCH_LOSS_EQUAL_BLOCK = 1e-4
+"""Relative excess of the chosen loss over the f64 optimum for D = m: near-ties may fall either way."""
+SEARCH_LOSS_CONDITIONAL = 1e-3
+"""The same for D > m, where two f32 inversions stand before the choice."""
+SEARCH_GAP_F64 = 1e-9
+"""In f64 the set must be the optimum's unless the runner-up is closer than this (relative)."""
+
+SALIENCY_EQUAL_BLOCK = 1e-4
+"""Relative; reported saliency (f32) against the f64 loss of the same set, D = m (math.md 13: 4e-5 at condition 6e5)."""
+SALIENCY_CONDITIONAL = 2e-3
+"""The same for D > m (math.md 13, condition <= 1e6)."""
+SALIENCY_F64 = 1e-9
+"""Relative; f64 against the definition by another route, well-conditioned blocks."""
+
+UPDATE_RMS_F32 = 2e-5
+"""RMS error / RMS weight of an f32 update against the f64 solve, condition <= 1e3; measured 1e-6."""
+UPDATE_F64 = 1e-9
+"""Relative; an f64 update against the f64 constrained minimiser."""
+
+MATMUL_SUM = 2.0
+"""Absolute error <= this * sqrt(cols) * eps32 * (|x| |W|' + |b|) + half an ulp of y: f32 sums, rounded once."""
+
+
+def output_rounding(dtype: torch.dtype) -> float:
+    """Relative rounding of one result stored in ``dtype``."""
+    return 0.5 * torch.finfo(dtype).eps
