@@ -66,6 +66,20 @@ class Groups:
     alive: Tensor
     scale: Tensor
 
+    def take(self, index: Tensor) -> Groups:
+        """The groups restricted to the positions ``index`` [N, L], in that order; the rest counts as pruned."""
+        length, m = index.shape[1], self.alive.shape[1]
+        if length == m and bool((index == torch.arange(m, device=index.device)).all()):
+            return self
+        rows = self.curvature.gather(1, index[:, :, None].expand(-1, -1, m))
+        return Groups(
+            rows.gather(2, index[:, None].expand(-1, length, -1)),
+            self.linear.gather(1, index),
+            self.weight.gather(1, index),
+            self.alive.gather(1, index),
+            self.scale,
+        )
+
 
 def condition_groups(
     weight: Tensor, fisher: Tensor, alive: Tensor, damp: Tensor, m: int, offset: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
@@ -46,8 +47,9 @@ def _scaled_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
         return u * u / f.diagonal(dim1=1, dim2=2)
     if n == 2:
         return _pair_gains(f, u)
-    widest = max(1, kept_sets(n - 2, m).shape[0])
-    parts = [_tree_gains(f[part], u[part], n) for part in chunks(count, 3 * widest * m * m * f.element_size())]
+    widest = comb(m - 2, n - 2)  # sets of the last level that carries matrices
+    per_group = 3 * widest * m * m * f.element_size()
+    parts = [_tree_gains(f[part], u[part], n) for part in chunks(count, per_group, f.device)]
     return torch.cat(parts) if parts else u.new_zeros(0, kept_sets(n, m).shape[0])
 
 

@@ -37,8 +37,11 @@ def search_nm(
         groups, finv = _groups(weight, fisher, mask, damp, m, size, part, method)
         span = slice(part.start * size // m, part.stop * size // m)
         if method == "combinatorial":
-            gains = _forbid_dead(gain_table(groups, n), groups.alive, n)
-            keep[span] = _as_mask(kept_sets(n, m).to(weight.device)[gains.argmax(1)], m)
+            index = _live_first(groups.alive, n)
+            live = groups.take(index)
+            gains = _forbid_dead(gain_table(live, n), live.alive, n)
+            places = kept_sets(n, index.shape[1]).to(weight.device)[gains.argmax(1)]
+            keep[span] = _as_mask(index.gather(1, places), m)
         elif method == "pairwise":
             keep[span] = keep_by_pairs(pair_model(groups, finv), n)
         else:
@@ -72,19 +75,25 @@ def search_vnm(
     if weight.numel() == 0:
         return keep.view(rows, cols), saliency, columns
     size = m if fisher is None else fisher.shape[1]
-    inside = sets_inside_columns(n, m, num_columns).to(weight.device)
+    sets_per_panel = sets_inside_columns(n, m, num_columns).numel() if mask is None else 0
     bytes_each = (
-        v * cols * (4 * size + 2 * kept_sets(n, m).shape[0] / m) + wide * inside.numel()
+        v * cols * (4 * size + 2 * kept_sets(n, m).shape[0] / m) + wide * sets_per_panel
     ) * saliency.element_size()
     for part in chunks(panels, int(bytes_each)):
         blocks = slice(part.start * v * cols // size, part.stop * v * cols // size)
         groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks, method)
-        gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks)
-        sets, chosen = _choose_panels(gains, groups.alive, v, wide, n, inside, masked=mask is not None)
-        keep[part] = (_as_mask(kept_sets(n, m).to(weight.device)[sets.flatten()], m) & groups.alive).view(
-            -1, v, wide, m
-        )
-        columns[part] = kept_sets(num_columns, m).to(weight.device)[chosen].to(torch.uint8)
+        used = groups.alive.view(-1, v, wide, m).any(1)
+        panel_index = _live_first(used.view(-1, m), num_columns).view(*used.shape[:2], -1)  # [P, C/m, L]
+        index = panel_index[:, None].expand(-1, v, -1, -1).reshape(groups.alive.shape[0], -1)
+        gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks, index)
+        length = index.shape[1]
+        inside = sets_inside_columns(n, length, num_columns).to(weight.device)
+        alive = groups.alive.gather(1, index)
+        sets, chosen = _choose_panels(gains, alive, v, wide, n, inside, masked=mask is not None)
+        places = index.gather(1, kept_sets(n, length).to(weight.device)[sets.flatten()])
+        keep[part] = (_as_mask(places, m) & groups.alive).view(-1, v, wide, m)
+        kept_columns = panel_index.gather(2, kept_sets(num_columns, length).to(weight.device)[chosen])
+        columns[part] = kept_columns.sort(-1).values.to(torch.uint8)
         loss = _choice_loss(groups, fisher, damp, keep[part].view(-1, m), n, method, blocks)
         saliency[part] = loss.view(-1, v, wide).sum(1)
     return keep.view(rows, cols), saliency, columns
@@ -132,13 +141,21 @@ def _fewest_dead(gains: Tensor, dead: Tensor | None) -> Tensor:
 
 
 def _gains_by_method(
-    groups: Groups, finv: Tensor | None, fisher: Tensor | None, damp: Tensor, n: int, method: str, part: slice
+    groups: Groups,
+    finv: Tensor | None,
+    fisher: Tensor | None,
+    damp: Tensor,
+    n: int,
+    method: str,
+    part: slice,
+    index: Tensor,
 ) -> Tensor:
+    """[N, comb(L, n)] gains of the kept sets among the columns ``index`` [N, L]."""
     if method == "combinatorial":
-        return gain_table(groups, n)
+        return gain_table(groups.take(index), n)
     if method == "pairwise":
-        return gain_table(pair_model(groups, finv), n)
-    scores = _scores(groups, fisher, damp, method, part)
+        return gain_table(pair_model(groups, finv).take(index), n)
+    scores = _scores(groups, fisher, damp, method, part).gather(1, index)
     return scores[:, kept_sets(n, scores.shape[1]).to(scores.device)].sum(-1)
 
 
@@ -174,6 +191,16 @@ def _choice_loss(
     change = torch.zeros_like(groups.weight).scatter_(1, index, solved).masked_fill(~keep, 0.0) - groups.weight
     # from the change itself, not from E - gain, which cancels
     return 0.5 * torch.einsum("gi,gij,gj->g", change, groups.curvature, change) * groups.scale
+
+
+def _live_first(alive: Tensor, least: int) -> Tensor:
+    """[N, L] positions: the live ones of ``alive`` [N, m], ascending, then the lowest dead ones.
+
+    L is the largest number of live positions, at least ``least``: in later stages of a schedule the search runs over
+    what the stages before left, 10 kept sets instead of 11,440 from 10 to 9 of 16.
+    """
+    length = max(least, int(alive.sum(1).max()) if alive.numel() else 0)
+    return alive.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :length]
 
 
 def _forbid_dead(gains: Tensor, alive: Tensor, n: int) -> Tensor:
