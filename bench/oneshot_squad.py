@@ -124,7 +124,7 @@ def _dense(table: OneShotTable, stored: dict[str, Any]) -> None:
 
 def _header(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {
-        "command": "python -m bench.oneshot_squad --model DIR --data dev.json.gz --train train.json.gz",
+        "command": _command(args),
         "model": _digest(Path(args.model) / "model.safetensors"),
         "data": _digest(Path(args.data)),
         "train": _digest(Path(args.train)),
@@ -138,6 +138,12 @@ def _header(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "commit": args.commit or _commit(),
         "method_hash": method_hash(),
     }
+
+
+def _command(args: argparse.Namespace) -> str:
+    options = {"num-grads": args.num_grads, "fisher-block-size": args.fisher_block_size, "seed": args.seed}
+    shown = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+    return f"python -m bench.oneshot_squad --model DIR --data dev.json.gz --train train.json.gz {shown}"
 
 
 def method_hash() -> str:
