@@ -52,7 +52,7 @@ $(STAMP): $(SOURCES)
 gpu-test bench: GPU_PYTHON = $(shell $(SEES_CUDA) && echo $(GPU_VENV)/bin/python || echo $(VENV)/bin/python)
 
 gpu-test: gpu-env
-	OBS_KERNELS_REQUIRE_GPU=1 OMP_NUM_THREADS=8 $(GPU_PYTHON) -m bench.gpu_report
+	OBS_KERNELS_REQUIRE_GPU=1 OMP_NUM_THREADS=8 $(GPU_PYTHON) -m bench.gpu_report $(GPU_REPORT_ARGS)
 
 bench: gpu-env
 	@echo "python -m bench.oneshot_squad --help   one-shot accuracy table (the kernel benches come with the kernels)"

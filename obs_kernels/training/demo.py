@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,11 @@ from obs_kernels.sparse import SparseLinear, compress_, load, save_pretrained
 from obs_kernels.training.demo_corpus import make_corpus
 from obs_kernels.training.demo_model import demo_model_dir
 from obs_kernels.training.evaluate import SquadResult, evaluate_squad
+from obs_kernels.training.job_questions import job_windows, load_questions
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, CellResult, OneShotTable
 from obs_kernels.training.recover import recover_
-from obs_kernels.training.squad import (
-    SquadExample,
-    SquadLoader,
-    SquadWindows,
-    calibration_loader,
-    load_squad,
-    prepare_windows,
-)
+from obs_kernels.training.squad import SquadExample, SquadLoader, SquadWindows, calibration_loader, load_squad
 
 PATTERNS = ("2:4", "2:8", "64:2:8", "unstructured:0.75")
 METHODS = (("magnitude", "none"), ("diagonal", "none"), ("pairwise", "joint"), ("combinatorial", "joint"))
@@ -75,14 +70,23 @@ def run_demo(
     if (model is None) != (data is None):
         raise ConfigError("model and data go together: give both, or neither for the synthetic demo")
     network, tokenizer = load_qa_model(demo_model_dir() if model is None else model, device=pick_device(device))
-    dev, calibration = _windows(tokenizer, data, train, max_eval)
+    base = OBSConfig(pattern="2:4", num_grads=NUM_GRADS, fisher_block_size=BLOCK_SIZE)
+    notes: list[str] = []
+    if data is None:
+        notes.append(
+            "Corpus and model are synthetic: made by the package from a seed. Figures say nothing about SQuAD."
+        )
+        examples = corpus_examples(num_paragraphs=EVAL_PARAGRAPHS, split="heldout", seed=0)
+        source = corpus_examples(num_paragraphs=TRAIN_PARAGRAPHS, split="train", seed=1)
+    else:
+        examples, source = load_questions(data, train, base, notes)
+    dev = job_windows(examples[:max_eval], network, tokenizer, with_labels=False)
+    calibration = job_windows(source, network, tokenizer, with_labels=True)
     num_grads = min(NUM_GRADS, len(calibration))
-    table = OneShotTable(
-        network,
-        calibration_loader(calibration, num_samples=num_grads, batch_size=32, seed=0),
-        lambda m: evaluate_squad(m, tokenizer, dev),
-        OBSConfig(pattern="2:4", num_grads=num_grads, fisher_block_size=BLOCK_SIZE),
-    )
+    base = replace(base, num_grads=num_grads)
+    notes.append(f"One shot, nothing trained; {num_grads} per-sample gradients, Fisher block {BLOCK_SIZE}.")
+    loader = calibration_loader(calibration, num_samples=num_grads, batch_size=32, seed=0)
+    table = OneShotTable(network, loader, lambda m: evaluate_squad(m, tokenizer, dev), base)
     dense = table.dense_result()
     rows = []
     for pattern in PATTERNS:
@@ -97,11 +101,11 @@ def run_demo(
         packed = _pack_and_reload(network, tokenizer, dev, Path(out) / "packed" if out else Path(scratch) / "packed")
     recovered = None
     if recover:
-        loader = SquadLoader(calibration, batch_size=32, order="shuffle")
+        batches = SquadLoader(calibration, batch_size=32, order="shuffle")
         teacher = copy.deepcopy(network)
         _fill(teacher, table)
         before = evaluate_squad(network, tokenizer, dev)
-        done = recover_(network, pruner, loader, teacher=teacher.eval(), seconds=RECOVER_SECONDS)
+        done = recover_(network, pruner, batches, teacher=teacher.eval(), seconds=RECOVER_SECONDS)
         after = evaluate_squad(network, tokenizer, dev)
         recovered = {
             "pattern": PACKED.pattern,
@@ -116,7 +120,7 @@ def run_demo(
         "comparison": [row.to_dict() for row in rows],
         "packed": packed,
         "recovered": recovered,
-        "notes": _notes(model is None, num_grads),
+        "notes": notes,
         "seconds": time.perf_counter() - start,
     }
 
@@ -127,21 +131,6 @@ def corpus_examples(*, num_paragraphs: int, split: str, seed: int) -> list[Squad
         json.dump(make_corpus(num_paragraphs=num_paragraphs, split=split, seed=seed), file)  # type: ignore[arg-type]
         file.flush()
         return load_squad(file.name)
-
-
-def _windows(
-    tokenizer: Any, data: str | None, train: str | None, max_eval: int | None
-) -> tuple[SquadWindows, SquadWindows]:
-    if data is None:
-        examples = corpus_examples(num_paragraphs=EVAL_PARAGRAPHS, split="heldout", seed=0)
-        source = corpus_examples(num_paragraphs=TRAIN_PARAGRAPHS, split="train", seed=1)
-        sizes = {"max_length": 136, "doc_stride": 32}
-    else:
-        examples = load_squad(data, split="validation")
-        source = load_squad(train if train is not None else data, split="train")
-        sizes = {"max_length": 384, "doc_stride": 128}
-    dev = prepare_windows(examples[:max_eval], tokenizer, with_labels=False, **sizes)
-    return dev, prepare_windows(source, tokenizer, with_labels=True, **sizes)
 
 
 def _pack_and_reload(network: nn.Module, tokenizer: Any, dev: SquadWindows, folder: Path) -> dict[str, Any]:
@@ -175,13 +164,3 @@ def _fill(model: nn.Module, table: OneShotTable) -> None:
 
 def _scores(result: SquadResult) -> dict[str, float]:
     return {"exact_match": result.exact_match, "f1": result.f1, "total": result.total, "seconds": result.seconds}
-
-
-def _notes(synthetic: bool, num_grads: int) -> list[str]:
-    notes = [f"One shot, nothing trained; {num_grads} per-sample gradients, Fisher block {BLOCK_SIZE}."]
-    if synthetic:
-        notes.insert(
-            0, "Corpus and model are synthetic: made by the package from a seed. Figures say nothing about SQuAD."
-        )
-    notes.append("CPU: not timed for speed." if not torch.cuda.is_available() else "See the benches for speed.")
-    return notes
