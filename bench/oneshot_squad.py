@@ -31,7 +31,8 @@ from obs_kernels.files import write_text
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, OneShotTable, standard_cells
-from obs_kernels.training.squad import calibration_loader, load_squad, prepare_windows
+from obs_kernels.training.squad import load_squad, prepare_windows
+from obs_kernels.training.squad_batches import calibration_loader
 
 RESULTS = Path(__file__).parent / "results" / "oneshot_squad.json"
 METHODS = ("magnitude", "diagonal", "pairwise", "combinatorial")

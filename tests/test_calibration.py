@@ -438,7 +438,8 @@ def bert_batch(gen: torch.Generator, lengths: list[int]) -> tuple[dict[str, Tens
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_padded_bert_equals_single_unpadded_samples(gen, bert, attention):
-    squad_loss = pytest.importorskip("obs_kernels.training.squad").squad_loss
+    from obs_kernels.training.squad_batches import squad_loss
+
     bert.set_attn_implementation(attention)
     batch, samples = bert_batch(gen, [9, 4, 6, 2])
     cfg = config(ignore=("re:.*qa_outputs",))

@@ -117,6 +117,13 @@ def test_sources_begin_with_their_licence() -> None:
 # The module, absent, damaged or built
 
 
+# the finder of an editable install offers the checkout's own _C beside the copy
+NO_EDITABLE_INSTALL = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+"""
+
+
 def run_in_copy(tmp_path: Path, code: str, arrange: Callable[[Path], object] = lambda folder: None) -> str:
     """Run ``code`` with a copy of the package that holds no compiled module but what ``arrange`` puts there."""
     package = tmp_path / "obs_kernels"
@@ -125,7 +132,7 @@ def run_in_copy(tmp_path: Path, code: str, arrange: Callable[[Path], object] = l
         shutil.copytree(ROOT / "obs_kernels", package, ignore=ignore)
     arrange(package)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", NO_EDITABLE_INSTALL + code]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -255,3 +255,10 @@ def test_a_missing_library_is_named_with_its_fix(name: str, report: dict[str, An
     with pytest.raises(MissingDependencyError, match=rf"{name}.*obs_kernels\[report\]"):
         render_html(report)
     assert name in missing_libraries()
+
+
+def test_a_logarithmic_axis_has_plain_labels() -> None:
+    """The default formatter writes mathtext, which is off so that a $ in a name stays one."""
+    rows = [{"name": f"layer{i}", "sparsity": 0.5, "saliency": 10.0**-i} for i in range(6)]
+    svg = plots.layers_plot(rows)
+    assert isinstance(svg, str) and "mathdefault" not in svg and "1e-04" in svg

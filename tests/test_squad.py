@@ -23,17 +23,8 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError, DataFormatError, MissingDependencyError, NonFiniteError
 from obs_kernels.training.evaluate import best_spans, evaluate_squad
 from obs_kernels.training.metric import exact_match_score, f1_score, normalize_answer, squad_metrics
-from obs_kernels.training.squad import (
-    Answer,
-    SquadExample,
-    SquadLoader,
-    SquadWindows,
-    calibration_loader,
-    load_squad,
-    model_inputs,
-    prepare_windows,
-    squad_loss,
-)
+from obs_kernels.training.squad import Answer, SquadExample, SquadWindows, load_squad, prepare_windows
+from obs_kernels.training.squad_batches import SquadLoader, calibration_loader, model_inputs, squad_loss
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 CONTEXT = (

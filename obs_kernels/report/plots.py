@@ -54,6 +54,7 @@ def layers_plot(layers: Sequence[dict[str, Any]], *, file_format: str = "svg") -
         positive = [value for value in saliency if value > 0]
         if positive and max(positive) > 100 * min(positive):
             right.set_xscale("log")
+            right.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")  # the default writes mathtext, off here
         for axes in (left, right):
             axes.grid(axis="x", color=_INK, alpha=0.15)
             axes.set_axisbelow(True)

@@ -29,7 +29,8 @@ from obs_kernels.training.job_questions import job_windows, load_questions
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, CellResult, OneShotTable
 from obs_kernels.training.recover import recover_
-from obs_kernels.training.squad import SquadExample, SquadLoader, SquadWindows, calibration_loader, load_squad
+from obs_kernels.training.squad import SquadExample, SquadWindows, load_squad
+from obs_kernels.training.squad_batches import SquadLoader, calibration_loader
 
 PATTERNS = ("2:4", "2:8", "64:2:8", "unstructured:0.75")
 METHODS = (("magnitude", "none"), ("diagonal", "none"), ("pairwise", "joint"), ("combinatorial", "joint"))

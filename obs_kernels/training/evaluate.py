@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from obs_kernels.errors import ConfigError, NonFiniteError
 from obs_kernels.training.metric import squad_metrics
-from obs_kernels.training.squad import SquadExample, SquadWindows, model_inputs, prepare_windows, span_logits
+from obs_kernels.training.squad import SquadExample, SquadWindows, prepare_windows
+from obs_kernels.training.squad_batches import model_inputs, span_logits
 
 _PAD_TO = 8
 

@@ -13,14 +13,8 @@ from torch import nn
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.pruning import OBSConfig
-from obs_kernels.training.squad import (
-    SquadExample,
-    SquadLoader,
-    SquadWindows,
-    calibration_loader,
-    load_squad,
-    prepare_windows,
-)
+from obs_kernels.training.squad import SquadExample, SquadWindows, load_squad, prepare_windows
+from obs_kernels.training.squad_batches import SquadLoader, calibration_loader
 
 MAX_LENGTH, DOC_STRIDE = 384, 128
 """The usual ones for SQuAD; less where the model or its tokenizer takes less."""

@@ -20,7 +20,7 @@ from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning import OBSConfig, OBSPruner, PruningReport
 from obs_kernels.pruning.sparsify import run_stages
 from obs_kernels.training.evaluate import SquadResult
-from obs_kernels.training.squad import SquadLoader, squad_loss
+from obs_kernels.training.squad_batches import SquadLoader, squad_loss
 
 
 @dataclass(frozen=True)

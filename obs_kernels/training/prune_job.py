@@ -34,16 +34,8 @@ from obs_kernels.training.environment import environment
 from obs_kernels.training.evaluate import SquadResult, evaluate_squad
 from obs_kernels.training.job_questions import calibration_of, choose_questions, job_windows, load_questions
 from obs_kernels.training.models import load_qa_model, pick_device
-from obs_kernels.training.squad import (
-    Batch,
-    SquadExample,
-    SquadLoader,
-    SquadWindows,
-    load_squad,
-    model_inputs,
-    span_logits,
-    squad_loss,
-)
+from obs_kernels.training.squad import Batch, SquadExample, SquadWindows, load_squad
+from obs_kernels.training.squad_batches import SquadLoader, model_inputs, span_logits, squad_loss
 
 REPORT = "report.json"
 _COMPARED_WINDOWS = 16

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obs_kernels.pruning import OBSPruner
-from obs_kernels.training.squad import Batch, SquadLoader, model_inputs, span_logits, squad_loss
+from obs_kernels.training.squad import Batch
+from obs_kernels.training.squad_batches import SquadLoader, model_inputs, span_logits, squad_loss
 
 TEMPERATURE = 2.0
 
