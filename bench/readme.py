@@ -68,6 +68,7 @@ CORE = (
     ("magnitude", "none"),
     ("magnitude", "joint"),
     ("diagonal", "none"),
+    ("diagonal", "joint"),
     ("pairwise", "joint"),
     ("combinatorial", "none"),
     ("combinatorial", "single"),
