@@ -153,7 +153,7 @@ def test_empty(pattern: str, shape: tuple[int, int]) -> None:
     before = _ext.load().launch_count()
     weight = torch.zeros(shape, dtype=torch.float16, device="cuda")
     got = cuda_calls.pack(weight, torch.zeros(shape, dtype=torch.bool, device="cuda"), pattern)
-    wanted = packed_shapes(parse_pattern(pattern), shape)
+    wanted = packed_shapes(parse_pattern(pattern), *shape)
     assert [tuple(tensor.shape) for tensor in got] == [*wanted[:2], wanted[2] or (0,)]
     assert [tensor.dtype for tensor in got] == [torch.float16, torch.uint8, torch.uint8]
     assert _ext.load().launch_count() == before
