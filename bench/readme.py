@@ -57,7 +57,7 @@ def oneshot_table() -> str:
         "",
         *f1_table(core),
         "",
-        "The same (combinatorial, joint) in several parts, with new gradients for each:",
+        "The same (combinatorial, joint) in several parts, with new gradients for each (n:m takes at most m - n parts):",
         "",
         *recomputation_table(cells),
     ]

@@ -28,7 +28,8 @@ class OBSPruner:
     """Second-order pruning of the layers of ``model`` that ``config`` selects.
 
     The first mask is taken from ``w != 0`` here, once; afterwards only the mask counts: zeros stay zero, a live weight
-    that happens to be 0 stays live. An error in any method leaves weights, masks and Fisher as they were.
+    that happens to be 0 stays live. An error in any method leaves weights and masks as they were; the
+    Fisher keeps the batches before a bad one and nothing of it.
 
     Args:
         model: any ``nn.Module``; changed in place by ``prune`` and ``apply_masks`` only.
