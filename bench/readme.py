@@ -57,7 +57,7 @@ def oneshot_table() -> str:
         "",
         *f1_table(core),
         "",
-        "The same (combinatorial, joint) in several parts, with new gradients for each (n:m takes at most m - n parts):",
+        "The same (combinatorial, joint) in parts, with new gradients for each (n:m takes at most m - n):",
         "",
         *recomputation_table(cells),
     ]
