@@ -8,6 +8,7 @@
 #include <string>
 
 #include "obs_kernels/errors.h"
+#include "obs_kernels/inverse.h"
 #include "obs_kernels/launch_plan.h"
 #include "obs_kernels/packing.h"
 
@@ -17,7 +18,7 @@ namespace {
 
 // Raised whenever a signature below changes; _ext.py refuses a module of another number, which is
 // what a checkout sees when sources moved on and nobody built again.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 template <typename T>
 T* pointer(uintptr_t address) {
@@ -58,6 +59,31 @@ py::tuple pack(uintptr_t weight,
     // The first launch loads the kernels, which takes long enough for other threads to care.
     const py::gil_scoped_release unlocked;
     plan = obs_kernels::pack(params, device, pointer<CUstream_st>(stream));
+  }
+  return plan_tuple(plan);
+}
+
+py::tuple invert_spd(uintptr_t matrices,
+                     uintptr_t damp,
+                     bool damp_each,
+                     uintptr_t inverse,
+                     uintptr_t info,
+                     int64_t num_blocks,
+                     int64_t size,
+                     int device,
+                     uintptr_t stream) {
+  obs_kernels::InvertParams params{};
+  params.matrices = pointer<const float>(matrices);
+  params.damp = pointer<const float>(damp);
+  params.damp_each = damp_each;
+  params.inverse = pointer<float>(inverse);
+  params.info = pointer<int32_t>(info);
+  params.num_blocks = num_blocks;
+  params.size = size;
+  obs_kernels::LaunchPlan plan{};
+  {
+    const py::gil_scoped_release unlocked;
+    plan = obs_kernels::invert_spd(params, device, pointer<CUstream_st>(stream));
   }
   return plan_tuple(plan);
 }
@@ -104,6 +130,20 @@ PYBIND11_MODULE(_C, module) {
              py::arg("n"),
              py::arg("m"),
              py::arg("element_size"),
+             py::arg("device"),
+             py::arg("stream"));
+  module.attr("MAX_INVERT_SIZE") = obs_kernels::kMaxInvertSize;
+  module.def("invert_spd",
+             &invert_spd,
+             "(op, path, blocks, threads) of the launch; see obs_kernels/inverse.h.",
+             py::kw_only(),
+             py::arg("matrices"),
+             py::arg("damp"),
+             py::arg("damp_each"),
+             py::arg("inverse"),
+             py::arg("info"),
+             py::arg("num_blocks"),
+             py::arg("size"),
              py::arg("device"),
              py::arg("stream"));
 }

@@ -6,6 +6,8 @@
 
 #include <atomic>
 #include <barrier>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -95,6 +97,24 @@ inline std::uint32_t __reduce_or_sync(unsigned, std::uint32_t value) {
   }
   emulation::warps[warp]->arrive_and_wait();
   return all;
+}
+
+inline void __syncwarp() {
+  emulation::warps[threadIdx.x / emulation::kWarp]->arrive_and_wait();
+}
+
+// The value of lane `source` of the `width` lanes that the caller belongs to.
+inline float __shfl_sync(unsigned, float value, int source, int width) {
+  emulation::exchange[threadIdx.x] = std::bit_cast<std::uint32_t>(value);
+  __syncwarp();
+  const unsigned group = threadIdx.x / static_cast<unsigned>(width) * static_cast<unsigned>(width);
+  const auto got = std::bit_cast<float>(emulation::exchange[group + static_cast<unsigned>(source)]);
+  __syncwarp();
+  return got;
+}
+
+inline float __frsqrt_rn(float value) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(value)));
 }
 
 inline void atomicOr(unsigned long long* target, unsigned long long bits) {

@@ -6,37 +6,9 @@
 // overrun meets a red zone.
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
 
+#include "buffer_on_cpu.h"
 #include "obs_kernels/packing.h"
-
-namespace {
-
-class Buffer {
- public:
-  Buffer(std::size_t size, std::size_t offset)
-      : size_(size),
-        offset_(offset),
-        memory_(new (std::align_val_t{64}) unsigned char[size + offset]) {
-    std::memset(memory_, 0xA5, size + offset);
-  }
-  ~Buffer() { ::operator delete[](memory_, std::align_val_t{64}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  unsigned char* data() { return memory_ + offset_; }
-  void read() {
-    if (std::fread(data(), 1, size_, stdin) != size_) std::exit(2);
-  }
-  void write() { std::fwrite(data(), 1, size_, stdout); }
-
- private:
-  std::size_t size_;
-  std::size_t offset_;
-  unsigned char* memory_;
-};
-
-}  // namespace
 
 int main(int, char** argv) {
   obs_kernels::PackParams params{};

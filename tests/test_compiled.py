@@ -14,12 +14,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from emulation import SANITIZERS, build
 from torch import Tensor
 
 from bench import gpu_report
@@ -358,39 +359,17 @@ def test_first_error_line_is_the_reason() -> None:
 # The kernels as host code
 
 
-def as_host_code(source: Path) -> str:
-    """Kernel launches become calls of the emulation; everything else stays as it is."""
-    text = source.read_text(encoding="utf-8")
-    launch = re.compile(r"(\w+<[\w, ]+>)\s*<<<(.+?), ([\w:]+), 0, stream>>>\((.+?)\);", re.S)
-    host, count = launch.subn(r"emulation::launch(\2, \3, [&] { \1(\4); });", text)
-    assert count == text.count("<<<")
-    return host
-
-
-@pytest.fixture(scope="module", params=["address,undefined", "thread"])
-def pack_on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ was not found")
-    folder = tmp_path_factory.mktemp("emulation")
-    shutil.copytree(CSRC, folder / "csrc")
-    for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
-        (folder / name).write_text(f'#pragma once\n#include "{ROOT}/tests/cuda_on_cpu.h"\n')
-    config = folder / "csrc" / "packing" / "packing_config.h"
-    small, count = re.subn(r"kMaxBlocks = \d+", "kMaxBlocks = 2", config.read_text())
-    assert count == 2  # so that small weights walk in strides too
-    config.write_text(small)
-    host = folder / "packing.cpp"
-    host.write_text(as_host_code(CSRC / "packing" / "packing.cu"))
-    program = folder / "pack_on_cpu"
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
-    includes = [f"-I{folder}", f"-I{folder}/csrc/include", f"-I{folder}/csrc"]
-    sources = [host, folder / "csrc" / "common" / "launch.cpp", ROOT / "tests" / "pack_on_cpu.cpp"]
-    subprocess.run([compiler, *flags, *includes, *map(str, sources), "-o", str(program)], check=True)
-    empty = subprocess.run([program, "0", "8", "0", "2", "4", "2", "0", "0", "0"], capture_output=True, check=False)
-    if empty.returncode:
-        pytest.skip(f"the {request.param} sanitizer does not start here: {empty.stderr[:200]!r}")
-    yield program
+@pytest.fixture(scope="module", params=SANITIZERS)
+def pack_on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(
+        "packing/packing.cu",
+        "pack_on_cpu.cpp",
+        tmp_path_factory.mktemp("emulation") / "pack",
+        sanitizer=request.param,
+        empty=["0", "8", "0", "2", "4", "2", "0", "0", "0"],
+        # so that small weights walk in strides too
+        replaced={"packing/packing_config.h": (r"kMaxBlocks = \d+", "kMaxBlocks = 2", 2)},
+    )
 
 
 def random_mask(gen: torch.Generator, rows: int, cols: int, pattern: NMPattern, *, drop: float = 0.0) -> Tensor:

@@ -64,6 +64,7 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((spd(2, 4).double(), randn(8, 3).half().T), {"scale": 0.5, **REFERENCE}),
     ],
     "invert_spd": [((spd(3, 4), ONE), REFERENCE), ((spd(3, 4).mT, torch.rand(3)), REFERENCE)],
+    "invert_spd_into": [((spd(3, 4), ONE, torch.empty(3, 4, 4)), REFERENCE)],
     "search_nm": [
         ((randn(4, 16), spd(8, 8), "2:8", ONE, "combinatorial", None), REFERENCE),
         ((randn(16, 4).T, spd(4, 16), "3:8", ONE, "pairwise", half_mask(4, 16)), REFERENCE),

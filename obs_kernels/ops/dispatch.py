@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,11 +23,19 @@ from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
 
 BACKENDS = ("reference", "triton", "cuda")
-MODULES = {"reference": "obs_kernels.reference", "cuda": "obs_kernels.cuda_calls"}
+MODULES = {
+    "reference": "obs_kernels.reference",
+    "triton": "obs_kernels.triton_kernels",
+    "cuda": "obs_kernels.cuda_calls",
+}
+TRITON_CAPABILITY = (8, 0)
+"""Oldest GPU of the Triton kernels: bf16 and tf32 products came with it."""
+MAX_INVERT_SIZE = 128
+"""Widest block of the cuda kernel of ``invert_spd``."""
 
 TABLE: dict[str, tuple[str, ...]] = {
-    "accumulate_fisher_": ("reference",),
-    "invert_spd": ("reference",),
+    "accumulate_fisher_": ("triton", "reference"),
+    "invert_spd": ("cuda", "reference"),
     "search_nm": ("reference",),
     "search_vnm": ("reference",),
     "obs_update": ("reference",),
@@ -38,21 +47,43 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 """Backends of each op in the order of preference."""
 
+
+def _accumulate_limit(fisher: Tensor, grads: Tensor) -> str | None:
+    if fisher.dtype != torch.float32 or grads.dtype == torch.float64:
+        return f"it takes a float32 fisher and grads of at most 32 bits, got {fisher.dtype} and {grads.dtype}"
+    return None
+
+
+def _invert_limit(matrices: Tensor) -> str | None:
+    if matrices.dtype != torch.float32 or matrices.shape[-1] > MAX_INVERT_SIZE:
+        return (
+            f"it takes float32 blocks of at most {MAX_INVERT_SIZE}, got {matrices.dtype} blocks of {matrices.shape[-1]}"
+        )
+    return None
+
+
+LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
+    ("accumulate_fisher_", "triton"): _accumulate_limit,
+    ("invert_spd", "cuda"): _invert_limit,
+}
+"""Why a backend cannot run an op on given tensors (None: it can), where it takes less than the reference."""
+
 log = logging.getLogger("obs_kernels")
 
 
-def resolve(op: str, backend: str | None, tensor: Tensor) -> str:
-    """The backend that will run ``op`` on ``tensor``; a concrete name, never None."""
+def resolve(op: str, backend: str | None, *tensors: Tensor) -> str:
+    """The backend that will run ``op`` on ``tensors`` (all on one device); a concrete name, never None."""
+    device_type = tensors[0].device.type
     asked = backend if backend is not None else os.environ.get("OBS_KERNELS_BACKEND") or None
     if asked is None:
         for name in TABLE[op]:
-            if unavailable(op, name, tensor.device.type) is None:
+            if unavailable(op, name, device_type, *tensors) is None:
                 if not torch.compiler.is_compiling():
-                    _log_once(op, name, tensor.device.type)
+                    _log_once(op, name, device_type)
                 return name
     if asked not in BACKENDS:
         raise ConfigError(f"backend must be None, {', '.join(map(repr, BACKENDS))}, got {asked!r}")
-    reason = unavailable(op, asked, tensor.device.type)
+    reason = unavailable(op, asked, device_type, *tensors)
     if reason is not None:
         raise BackendUnavailableError(
             f"backend {asked!r} cannot run {op}: {reason}; pass backend=None to let the package choose"
@@ -60,15 +91,32 @@ def resolve(op: str, backend: str | None, tensor: Tensor) -> str:
     return asked
 
 
-def unavailable(op: str, backend: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` on that kind of device, or None if it can."""
+def unavailable(op: str, backend: str, device_type: str, *tensors: Tensor) -> str | None:
+    """Why ``backend`` cannot run ``op`` on that kind of device (and on ``tensors``, if given), or None if it can."""
     if backend not in TABLE[op]:
         return f"this version has no {backend} kernel for it"
     if backend == "reference":
         return None
-    if device_type != "cuda":
+    reason = _no_triton(device_type) if backend == "triton" else _no_cuda(device_type)
+    limit = LIMITS.get((op, backend))
+    return limit(*tensors) if reason is None and limit is not None and tensors else reason
+
+
+def _no_cuda(device_type: str) -> str | None:
+    return f"it needs a CUDA tensor, got {device_type}" if device_type != "cuda" else _ext.reason()
+
+
+def _no_triton(device_type: str) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # runs on tensors of any device
+    if device_type != "cuda" and not interpreted:
         return f"it needs a CUDA tensor, got {device_type}"
-    return _ext.reason() if backend == "cuda" else None
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if interpreted:
+        return None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < TRITON_CAPABILITY:
+        return f"it needs compute capability {TRITON_CAPABILITY[0]}.{TRITON_CAPABILITY[1]} or newer"
+    return None
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:

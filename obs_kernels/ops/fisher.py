@@ -37,7 +37,7 @@ def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float, backend: 
     """
     checks.check_fisher(fisher, grads)
     torch.ops.obs_kernels.accumulate_fisher_(
-        fisher, grads, scale=float(scale), backend=resolve("accumulate_fisher_", backend, fisher)
+        fisher, grads, scale=float(scale), backend=resolve("accumulate_fisher_", backend, fisher, grads)
     )
     return fisher
 
@@ -49,9 +49,9 @@ def invert_spd(
     """Inverse of ``matrices + damp * I`` for symmetric positive definite blocks.
 
     Args:
-        matrices: [B, D, D] float32 or float64.
+        matrices: [B, D, D] float32 or float64, symmetric; a backend may read one triangle only.
         damp: added to the diagonal; a number or one value a block, [B].
-        out: optional result of the same shape and dtype; may be ``matrices`` itself.
+        out: optional result of the same shape and dtype; may be ``matrices`` itself, but not overlap it otherwise.
         backend: None, or a name of ``dispatch.BACKENDS``.
 
     Returns:
@@ -67,10 +67,13 @@ def invert_spd(
             raise ShapeNotSupportedError(
                 f"out must have the shape of matrices {list(matrices.shape)}, got {list(out.shape)}"
             )
-    inverse, info = torch.ops.obs_kernels.invert_spd(
-        matrices, damp_tensor(damp, matrices), backend=resolve("invert_spd", backend, matrices)
-    )
-    return (inverse if out is None else out.copy_(inverse)), info
+    if isinstance(damp, Tensor) and damp.is_cuda and damp.numel() == 1:
+        checks.check_damp_values(damp)  # in the op one value counts as checked
+    damps, chosen = damp_tensor(damp, matrices), resolve("invert_spd", backend, matrices)
+    if out is None:
+        inverse, info = torch.ops.obs_kernels.invert_spd(matrices, damps, backend=chosen)
+        return inverse, info
+    return out, torch.ops.obs_kernels.invert_spd_into(matrices, damps, out, backend=chosen)
 
 
 def damp_tensor(damp: float | Tensor, *like: Tensor | None) -> Tensor:
@@ -95,7 +98,7 @@ def _(fisher: Tensor, grads: Tensor, *, scale: float, backend: str) -> None:
 
 @torch.library.custom_op("obs_kernels::invert_spd", mutates_args=())
 def _invert_spd(matrices: Tensor, damp: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
-    checks.check_damp_values(damp)
+    _check_damp_values(damp)
     return kernel("invert_spd", backend)(matrices, damp=damp)
 
 
@@ -104,3 +107,27 @@ def _(matrices: Tensor, damp: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
     checks.check_square_blocks("matrices", matrices)
     inverse = torch.empty_like(matrices, memory_format=torch.contiguous_format)
     return inverse, matrices.new_empty(matrices.shape[0], dtype=torch.int32)
+
+
+def _check_damp_values(damp: Tensor) -> None:
+    """Look at the values, which waits for a GPU, unless they came from a number or a CUDA graph is being captured."""
+    checked = damp.is_cuda and (damp.numel() == 1 or torch.cuda.is_current_stream_capturing())
+    if not checked:
+        checks.check_damp_values(damp)
+
+
+@torch.library.custom_op("obs_kernels::invert_spd_into", mutates_args=("out",))
+def _invert_spd_into(matrices: Tensor, damp: Tensor, out: Tensor, *, backend: str) -> Tensor:
+    """``info``; the inverse goes into ``out``, on the cuda backend without a second pass over memory."""
+    _check_damp_values(damp)
+    if backend == "cuda" and out.is_contiguous():
+        info: Tensor = kernel("invert_spd_into", backend)(matrices, damp, out)
+        return info
+    inverse, info = kernel("invert_spd", backend)(matrices, damp=damp)
+    out.copy_(inverse)
+    return info
+
+
+@_invert_spd_into.register_fake
+def _(matrices: Tensor, damp: Tensor, out: Tensor, *, backend: str) -> Tensor:
+    return matrices.new_empty(matrices.shape[0], dtype=torch.int32)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds a program that runs the kernels of one .cu file on the CPU, under the host compiler's sanitizers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SANITIZERS = ("address,undefined", "thread")
+
+
+def as_host_code(source: Path) -> str:
+    """Kernel launches become calls of the emulation; everything else stays as it is."""
+    text = source.read_text(encoding="utf-8")
+    launch = re.compile(r"((?:\w+::)*\w+<[\w, ]+>)\s*<<<(.+?), ([\w:]+), 0, stream>>>\((.+?)\);", re.S)
+    host, count = launch.subn(r"emulation::launch(\2, \3, [&] { \1(\4); });", text)
+    assert count == text.count("<<<")
+    return host
+
+
+def build(
+    source: str,
+    main: str,
+    folder: Path,
+    *,
+    sanitizer: str,
+    empty: Sequence[str],
+    replaced: Mapping[str, tuple[str, str, int]] | None = None,
+) -> Path:
+    """Program of ``csrc/source`` and ``tests/main`` in ``folder``; skips where compiler or sanitizer is missing.
+
+    ``empty`` are arguments that ask for no work; ``replaced`` maps a file of csrc/ to (regular expression, new text,
+    times that it must be found).
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ was not found")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(CSRC, folder / "csrc")
+    for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
+        (folder / name).write_text(f'#pragma once\n#include "{ROOT}/tests/cuda_on_cpu.h"\n')
+    for name, (old, new, times) in (replaced or {}).items():
+        text, count = re.subn(old, new, (folder / "csrc" / name).read_text())
+        assert count == times
+        (folder / "csrc" / name).write_text(text)
+    host = folder / "kernels.cpp"
+    host.write_text(as_host_code(CSRC / source))
+    program = folder / "program"
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    includes = [f"-I{folder}", f"-I{folder}/csrc/include", f"-I{folder}/csrc", f"-I{ROOT}/tests"]
+    sources = [host, folder / "csrc" / "common" / "launch.cpp", ROOT / "tests" / main]
+    subprocess.run([compiler, *flags, *includes, *map(str, sources), "-o", str(program)], check=True)
+    started = subprocess.run([program, *empty], capture_output=True, check=False)
+    if started.returncode:
+        pytest.skip(f"the {sanitizer} sanitizer does not start here: {started.stderr[:200]!r}")
+    return program
