@@ -32,15 +32,25 @@ PATTERNS_AND_DTYPES = {
     "unpack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
     "sparse_linear": ("n:m, v:2:m", "f16 bf16 f32 f64"),
 }
-ARCHITECTURES = {"reference": "CPU, and any GPU that torch has", "cuda": "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"}
+# What a kernel takes where that is less than the op takes.
+LESS = {
+    ("accumulate_fisher_", "triton"): ("any block size D", "gradients f16 bf16 f32, Fisher f32"),
+    ("invert_spd", "cuda"): ("D up to 128", "f32"),
+}
+ARCHITECTURES = {
+    "reference": "CPU, and any GPU that torch has",
+    "triton": "sm_80 and newer",
+    "cuda": "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120",
+}
 
 
 def support_table() -> str:
     """Op x backend x pattern x dtype x architecture, from the dispatch table."""
     lines = ["| op | backend | pattern | dtype | runs on |", "|---|---|---|---|---|"]
     for op, backends in TABLE.items():
-        patterns, dtypes = PATTERNS_AND_DTYPES[op]
-        lines += [f"| `{op}` | {name} | {patterns} | {dtypes} | {ARCHITECTURES[name]} |" for name in reversed(backends)]
+        for name in reversed(backends):
+            patterns, dtypes = LESS.get((op, name), PATTERNS_AND_DTYPES[op])
+            lines.append(f"| `{op}` | {name} | {patterns} | {dtypes} | {ARCHITECTURES[name]} |")
     return "\n".join(lines)
 
 

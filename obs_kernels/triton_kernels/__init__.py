@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels, with the names and parameters of ``obs_kernels.reference``.
+
+Imported inside functions only: it needs triton. Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors.
+"""
+
+from obs_kernels.triton_kernels.fisher import accumulate_fisher_
+
+__all__ = ["accumulate_fisher_"]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile a Triton kernel works on, by shape: plain data, apart from the mathematics.
+
+A launcher takes a record made here, or one that a test or a bench forces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from obs_kernels.errors import ConfigError
+
+__all__ = ["FISHER_CONFIGS", "FisherConfig", "fisher_config"]
+
+MIN_TILE = 16
+"""Smallest side of a tensor-core product in Triton."""
+
+
+@dataclass(frozen=True)
+class FisherConfig:
+    """Tiles of ``accumulate_fisher_``.
+
+    A tile is ``side`` x ``side`` of the outer product: several Fisher blocks on its diagonal if they are smaller, a
+    part of one block if that is larger.
+    """
+
+    side: int
+    """16, 32, 64 or 128."""
+    tiles: int
+    """Tiles of a program, from neighbouring Fisher blocks."""
+    samples: int
+    """Gradients of one product, at least 16."""
+    warps: int
+    stages: int
+    precision: str = "tf32x3"
+    """How f32 gradients are multiplied; 16-bit products are exact in any case. "tf32x3" carries 22 bits."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.side}x{self.side} tiles={self.tiles} samples={self.samples} warps={self.warps} "
+            f"stages={self.stages} {self.precision}"
+        )
+
+
+FISHER_CONFIGS: dict[int, FisherConfig] = {
+    # A program moves some 16 KB of F each way: enough bytes in flight an SM with six to eight programs on it, few
+    # enough registers (32 of F and 32 of sums a thread) that they fit.
+    16: FisherConfig(side=16, tiles=16, samples=32, warps=4, stages=2),
+    32: FisherConfig(side=32, tiles=4, samples=32, warps=4, stages=2),
+    64: FisherConfig(side=64, tiles=1, samples=32, warps=4, stages=2),
+}
+"""By side of the tile."""
+
+
+def fisher_config(block_size: int, num_samples: int, *, config: FisherConfig | None = None) -> FisherConfig:
+    """The record for Fisher blocks of ``block_size`` weights; ``config`` forces one, which must be possible.
+
+    Raises:
+        ConfigError: the forced record cannot run.
+    """
+    if config is not None:
+        powers = all(value > 0 and value & (value - 1) == 0 for value in (config.side, config.tiles, config.samples))
+        if not powers or config.side < MIN_TILE or config.samples < MIN_TILE:
+            raise ConfigError(f"config needs powers of two, side and samples at least {MIN_TILE}, got {config}")
+        return config
+    # Larger than 64: parts of 64 x 64, so that sums and F stay in registers; the gradients of a block are read once
+    # for each part, from L2 after the first time.
+    side = min(max(slot_width(block_size), MIN_TILE), 64)
+    chosen = FISHER_CONFIGS[side]
+    # one gradient must not pay for 32
+    return replace(chosen, samples=MIN_TILE) if num_samples <= MIN_TILE else chosen
+
+
+def slot_width(block_size: int) -> int:
+    """``block_size`` rounded up to a power of two."""
+    return 1 << (block_size - 1).bit_length()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs Triton kernels under the interpreter, in a process of its own: ``python interpreted.py CASES RESULTS``.
+
+TRITON_INTERPRET changes what ``triton.jit`` makes at import, and which backend the dispatch chooses, so it must not
+leak into the tests. CASES is a list of (function of triton_kernels, tensors, options), RESULTS a list of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Case = tuple[str, tuple[Tensor, ...], dict[str, Any]]
+
+
+def interpret(cases: list[Case], folder: Path) -> list[Tensor]:
+    """The result of each case, computed by the interpreter on the CPU."""
+    torch.save(cases, folder / "cases.pt")
+    command = [sys.executable, __file__, str(folder / "cases.pt"), str(folder / "results.pt")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results: list[Tensor] = torch.load(folder / "results.pt")
+    return results
+
+
+def _run(given: str, wanted: str) -> None:
+    from obs_kernels import triton_kernels
+    from obs_kernels.triton_kernels import fisher
+    from obs_kernels.triton_kernels.tuning import FisherConfig
+
+    results = []
+    for name, tensors, options in torch.load(given):
+        if "config" in options:
+            options["config"] = FisherConfig(**options["config"])
+            fisher.launch_accumulate_fisher(*tensors, **options)
+            results.append(tensors[0])
+        else:
+            results.append(getattr(triton_kernels, name)(*tensors, **options))
+    torch.save(results, wanted)
+
+
+if __name__ == "__main__":
+    _run(*sys.argv[1:])
