@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Each target sets up all it needs. PYTHON names the interpreter to start from (3.11 or newer).
 #   make demo | test | lint     in .venv, with the versions of constraints.txt
-#   make gpu-test | bench       with the interpreter's own torch where it sees CUDA, else in .venv
+#   make gpu-test | bench       (BENCH_ARGS="--op fisher --json DIR") with the interpreter's own torch where it sees CUDA, else in .venv
 PYTHON ?= python3
 VENV := .venv
 GPU_VENV := .venv-gpu
@@ -55,8 +55,7 @@ gpu-test: gpu-env
 	OBS_KERNELS_REQUIRE_GPU=1 OMP_NUM_THREADS=8 $(GPU_PYTHON) -m bench.gpu_report $(GPU_REPORT_ARGS)
 
 bench: gpu-env
-	@echo "python -m bench.oneshot_squad --help   one-shot accuracy table (the kernel benches come with the kernels)"
-	$(GPU_PYTHON) -m bench.oneshot_squad $(BENCH_ARGS)
+	$(GPU_PYTHON) -m bench.run $(BENCH_ARGS)
 
 .PHONY: gpu-env
 gpu-env:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``obs-kernels``: prune, eval, plan, doctor, demo.
+"""``obs-kernels``: prune, eval, plan, doctor, demo, report.
 
 A thin layer over ``obs_kernels.training``: options in, tables out. With ``--json`` stdout holds one JSON object and
 nothing else; progress goes to stderr. Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted.
@@ -254,6 +254,23 @@ def demo(
             if folder is not None:
                 write_reports(folder, report)
         _show(report, as_json)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Results of python -m bench.run: bench/results/*.json.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write: report.md, report.html, plots with CSV.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tables and roofline plots from bench results. Other JSON files among them are named and left out."""
+    with _errors(as_json, debug):
+        from obs_kernels.report.bench_files import read_results, write_reports
+
+        found = read_results(files)
+        if out is not None:
+            found["written"] = [str(path) for path in write_reports(out, found)]
+        _show(found, as_json)
 
 
 @contextmanager

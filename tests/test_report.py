@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -15,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from obs_kernels.errors import MissingDependencyError
-from obs_kernels.report import plots, tables, values
+from obs_kernels.report import bench, plots, tables, values
 from obs_kernels.report.html import missing_libraries, render_html
 from obs_kernels.report.markdown import render_markdown
 
@@ -89,6 +90,48 @@ def report() -> dict[str, Any]:
         "packed": {"max_difference": 1e-6},
         "notes": [EVIL, "a second note"],
         "environment": {"torch": "2", "device": EVIL},
+    }
+
+
+def bench_row(peer: str | None = None, *, us: float, op: str = "op_", **other: Any) -> dict[str, Any]:
+    return {
+        "op": op,
+        "shape": {"B": 100, "D": 8},
+        "pattern": None,
+        "dtype": "f32",
+        "path": "kernel",
+        "config": {"peer": peer} if peer else {"backend": "triton", "path": EVIL, "blocks": 7},
+        "us": us,
+        "p20": us,
+        "p80": us,
+        "gbps": 8000 / us,
+        "tflops": 40 / us,
+        "limit_share": 2 / us,
+        "x_dense": None,
+        "x_peer": {} if peer else {"torch | it": 5 / us},
+        "ok": True,
+        **other,
+    }
+
+
+@pytest.fixture
+def bench_doc() -> dict[str, Any]:
+    """A result as ``bench.run`` writes it."""
+    keys = ("compute_capability", "driver", "cuda", "triton", "commit", "dirty", "clocks")
+    return {
+        "env": dict.fromkeys(keys)
+        | {"label": "CPU", "device": EVIL, "torch": "2", "python": "3", "date": "today"}
+        | {"unavailable": {"op_": {"cuda": "no GPU"}}},
+        "ceilings": {"copy_gbps": 4000.0, "matmul_tflops": 800.0},
+        "command": "python -m bench.run",
+        "rows": [
+            bench_row(us=10.0),
+            bench_row(us=4.0, path="call"),
+            bench_row("torch | it", us=5.0),
+            bench_row(us=1e6, op="job", path="model", p20=None, p80=None, gbps=None, parts={"first": 7e5, "then": 3e5}),
+        ],
+        "refused": [{"op": "op_", "shape": {"B": 1}, "variant": "cuda", "why": "error 2 is above 1"}],
+        "skipped": [],
     }
 
 
@@ -262,3 +305,100 @@ def test_a_logarithmic_axis_has_plain_labels() -> None:
     rows = [{"name": f"layer{i}", "sparsity": 0.5, "saliency": 10.0**-i} for i in range(6)]
     svg = plots.layers_plot(rows)
     assert isinstance(svg, str) and "mathdefault" not in svg and "1e-04" in svg
+
+
+# results of the bench
+
+
+def test_a_bench_result_in_markdown(bench_doc: dict[str, Any]):
+    text = render_markdown({"job": "bench", "bench": [bench_doc], "notes": ["x.json left out"]})
+    assert text.startswith("# Kernel bench\n") and "on the CPU" in text and "- x.json left out" in text
+    assert "copy 4,000.0 GB/s" in text and "op_: no cuda rows: no GPU." in text
+    assert "RED, no row: op_ B=1, cuda: error 2 is above 1." in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in lines}) == 1, "whole tables"
+    assert "0.50 slower" in lines[2] and "1.25" in lines[3] and "first 700.0 ms, then 300.0 ms" in lines[5]
+    assert "---: |" in lines[1] and lines[1].startswith("| --- | --- |")
+
+
+def test_a_bench_result_on_a_page(bench_doc: dict[str, Any]):
+    text = render_html({"job": "bench", "bench": [bench_doc, bench_doc]})
+    page = Page(text)
+    assert not page.open and page.tags.count("svg") == 2 and "<script" not in text
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) > 10, "two plots of one page share no id"
+    shown = "".join(page.text)
+    assert "Kernel bench" in shown and "0.50 slower" in shown and shown.count("× torch | it") == 2 and EVIL in shown
+
+
+def test_a_bench_result_on_a_terminal(bench_doc: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    tables.print_report({"job": "bench", "bench": [bench_doc], "notes": ["a note"], "written": ["report.md"]})
+    shown = capsys.readouterr().out
+    assert (
+        "on the CPU" in shown and "0.50 slower" in shown and "note: a note" in shown and "written: report.md" in shown
+    )
+
+
+def test_the_roofline_has_a_mark_for_every_row_and_says_cpu(bench_doc: dict[str, Any]):
+    drawn = str(plots.roofline_plot(bench_doc))
+    assert "CPU; roof" in drawn and "triton, call" in drawn and "peer: torch | it" in drawn and "job" not in drawn
+    bench_doc["env"] |= {"label": "GPU", "device": "NVIDIA H100"}
+    drawn = str(plots.roofline_plot(bench_doc))
+    assert "NVIDIA H100" in drawn and "CPU" not in drawn and "mathdefault" not in drawn
+    assert isinstance(plots.roofline_plot(bench_doc, file_format="png"), bytes)
+
+
+def test_csv_of_a_bench_result(bench_doc: dict[str, Any]):
+    rows = list(csv.DictReader(bench.csv_text(bench_doc).splitlines()))
+    assert (
+        len(rows) == 4 and rows[0]["B"] == "100" and float(rows[0]["us"]) == 10.0 and rows[0]["x torch | it"] == "0.5"
+    )
+    assert float(rows[0]["flops_per_byte"]) == pytest.approx(5.0) and rows[3]["flops_per_byte"] == rows[3]["p20"] == ""
+
+
+def report_command(*arguments: object) -> Any:
+    from typer.testing import CliRunner
+
+    from obs_kernels.cli import app
+
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def test_the_command_writes_all_it_names(bench_doc: dict[str, Any], tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "op.json").write_text(json.dumps(bench_doc))
+    (tmp_path / "other.json").write_text('{"cells": {}}')
+    (tmp_path / "plain.json").write_text(json.dumps(bench_doc | {"rows": bench_doc["rows"][3:]}))
+    files = [tmp_path / name for name in ("a/op.json", "b/op.json", "other.json", "plain.json")]
+    done = report_command(*files, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    plots_of = [f"op-{i}.{kind}" for i in (1, 2) for kind in ("csv", "png", "svg")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["report.md", "report.html", "plain.csv", *plots_of]
+    )
+    assert {Path(path).name for path in found["written"]} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert found["files"] == ["op.json", "op.json", "plain.json"] and "other.json left out" in found["notes"][0]
+    assert "currentColor" not in (tmp_path / "out" / "op-1.svg").read_text()
+    ElementTree.parse(tmp_path / "out" / "op-1.svg")
+    shown = report_command(files[0])
+    assert shown.exit_code == 0 and "0.50 slower" in shown.stdout and not list(tmp_path.glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("not json", "must be a JSON file"),
+        (None, "check the path"),
+        ('{"cells": {}}', "at least one result"),
+        ('{"rows": [], "ceilings": {}}', "env is missing"),
+    ],
+)
+def test_files_that_are_no_result(text: str | None, said: str, tmp_path: Path):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    done = report_command(path, "--out", tmp_path / "out")
+    assert done.exit_code == 1 and "DataFormatError" in done.stderr and said in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from obs_kernels.errors import MissingDependencyError
-from obs_kernels.report import values
-from obs_kernels.report.plots import comparison_plot, layers_plot
+from obs_kernels.report import bench, values
+from obs_kernels.report.plots import comparison_plot, layers_plot, roofline_plot
 
 TEMPLATE = Path(__file__).with_name("template.html")
 LIBRARIES = ("jinja2", "matplotlib")
@@ -26,8 +26,8 @@ def render_html(report: dict[str, Any]) -> str:
     Args:
         report: plain values; every section is optional: "pruning" (``PruningReport.to_dict()``), "accuracy"
             ({"dense": {...}, "pruned": {...}}), "comparison" (list of ``CellResult.to_dict()``), "packed", "sizes"
-            ({name: bytes}), "config", "environment", "notes", and the names "model", "data", "train". All text is
-            escaped.
+            ({name: bytes}), "bench" (list of results of ``bench.run``), "config", "environment", "notes", and the
+            names "model", "data", "train". All text is escaped.
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
@@ -43,6 +43,7 @@ def render_html(report: dict[str, Any]) -> str:
         "layers": layers_plot(pruning["layers"]) if pruning.get("layers") else "",
         "comparison": comparison_plot(cells, (accuracy.get("dense") or {}).get("f1")) if cells else "",
     }
+    benches = [_bench_section(doc, index) for index, doc in enumerate(report.get("bench") or ())]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters.update(
         number=values.number,
@@ -52,9 +53,10 @@ def render_html(report: dict[str, Any]) -> str:
         cell_name=values.cell_name,
     )
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Pruning report: {pruning['pattern']}" if pruning else "Report",
+        title=f"Pruning report: {pruning['pattern']}" if pruning else "Kernel bench" if benches else "Report",
         sources={key: report[key] for key in ("model", "data", "train") if report.get(key)},
         facts=_facts(report),
+        benches=benches,
         pruning=pruning,
         accuracy=accuracy,
         cells=cells,
@@ -65,6 +67,19 @@ def render_html(report: dict[str, Any]) -> str:
         environment=report.get("environment") or pruning.get("environment") or {},
         plots=plots,
     )
+
+
+def _bench_section(doc: dict[str, Any], index: int) -> dict[str, Any]:
+    """What the page shows of one result of ``bench.run``."""
+    head, rows = bench.bench_table(doc)
+    drawn = roofline_plot(doc, name=f"roofline{index}") if bench.roofline_rows(doc) else ""
+    return {
+        "title": bench.bench_title(doc),
+        "facts": bench.bench_facts(doc),
+        "plot": drawn,
+        "columns": [(name, name not in bench.TEXT_COLUMNS) for name in head],
+        "rows": rows,
+    }
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:

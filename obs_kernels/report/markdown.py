@@ -6,16 +6,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title
 from obs_kernels.report.values import MISSING, cell_name, megabytes, number, setting, shape_text
 
 
 def render_markdown(report: dict[str, Any]) -> str:
-    """The sections that ``report`` has: accuracy, comparison, sizes, layers, notes, settings, environment."""
+    """The sections that ``report`` has: bench, accuracy, comparison, sizes, layers, notes, settings, environment."""
     pruning = report.get("pruning") or {}
     parts = [f"# {_title(report)}", ""]
     for key in ("model", "data", "train"):
         if report.get(key):
             parts.append(f"- {key}: `{report[key]}`")
+    for doc in report.get("bench") or ():
+        parts += ["", f"## {bench_title(doc)}", "", *bench_lines(doc)]
     parts += _accuracy(report.get("accuracy") or {})
     parts += _comparison(report.get("comparison") or [], report.get("accuracy") or {})
     parts += _sizes(report)
@@ -35,7 +38,15 @@ def render_markdown(report: dict[str, Any]) -> str:
 
 def _title(report: dict[str, Any]) -> str:
     pattern = (report.get("pruning") or {}).get("pattern")
-    return f"Pruning report: {pattern}" if pattern else "Report"
+    return f"Pruning report: {pattern}" if pattern else "Kernel bench" if report.get("bench") else "Report"
+
+
+def bench_lines(doc: dict[str, Any]) -> list[str]:
+    """Header and rows of one result of ``bench.run``."""
+    head, rows = bench_table(doc)
+    text_columns = sum(name in TEXT_COLUMNS for name in head) - ("parts" in head)
+    facts = [f"- {line}" for line in bench_facts(doc)]
+    return [*facts, "", *_table(head, rows, text_columns=text_columns)] if rows else [*facts, "", "No rows."]
 
 
 def _accuracy(accuracy: dict[str, Any]) -> list[str]:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from obs_kernels.errors import MissingDependencyError
+from obs_kernels.report.bench import intensity, roofline_rows
 from obs_kernels.report.values import cell_name, common_prefix
 
 _INK = "#010203"
 """Drawn in place of the text colour of the page."""
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#9a8f00", "#888888")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
+_PEER_COLOURS = ("#d55e00", "#888888", "#cc3311")
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "obs_kernels",
@@ -30,6 +32,7 @@ _SETTINGS: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 _MOST_SERIES = len(_COLOURS)
+_FORCED = "forced record"
 
 
 def layers_plot(layers: Sequence[dict[str, Any]], *, file_format: str = "svg") -> str | bytes:
@@ -101,6 +104,75 @@ def comparison_plot(
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
     return _render(draw, (min(16.0, 5.5 + 1.1 * len(patterns)), 4.0), "comparison", file_format)
+
+
+def roofline_plot(doc: dict[str, Any], *, file_format: str = "svg", name: str = "roofline") -> str | bytes:
+    """Achieved TFLOP/s over operations a byte, both logarithmic, under the two ceilings: one mark a row.
+
+    Args:
+        doc: a result of ``bench.run``; on a CPU the plot says so.
+        file_format: as in ``layers_plot``.
+        name: begins the ids of the SVG; plots of one page need different ones.
+    """
+    rows = roofline_rows(doc)
+    copy, rate = doc["ceilings"]["copy_gbps"] / 1e3, doc["ceilings"]["matmul_tflops"]  # TB/s, TFLOP/s
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        xs, ys = series.setdefault(_series_name(row), ([], []))
+        xs.append(float(intensity(row) or 0))
+        ys.append(float(row["tflops"]))
+    ordered = sorted(series, key=lambda key: key.startswith("peer: "))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        xs = [x for points in series.values() for x in points[0]]
+        low, high = min(xs) / 2, max(*xs, rate / copy) * 3
+        axes.plot([low, rate / copy, high], [low * copy, rate, rate], color=_INK, linewidth=1.2)
+        colours: dict[str, str] = {}  # a backend has one colour, whatever the kind of its mark
+        for key in ordered:
+            peer = key.startswith("peer: ")
+            who = key if peer else key.split(",")[0]
+            palette = _PEER_COLOURS if peer else _COLOURS[:5]
+            drawn_before = sum(known.startswith("peer: ") == peer for known in colours)
+            colour = colours.setdefault(who, palette[drawn_before % len(palette)])
+            hollow = key.endswith(", call")
+            axes.scatter(
+                *series[key],
+                s=12 if _FORCED in key else 24,
+                label=key,
+                marker="x" if peer else "^" if _FORCED in key else "o",
+                facecolors="none" if hollow else colour,
+                edgecolors=None if peer else colour,
+                linewidths=1.0,
+                alpha=0.85,
+                zorder=4 if peer else 3,  # a thin cross on a disc leaves both to be seen
+            )
+        axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations a byte", ylabel="TFLOP/s")
+        axes.xaxis.set_major_formatter(_plain_power)
+        axes.yaxis.set_major_formatter(_plain_power)
+        axes.grid(color=_INK, alpha=0.12)
+        axes.set_axisbelow(True)
+        roofs = f"copy {copy * 1e3:,.0f} GB/s, product {rate:,.3g} TFLOP/s"
+        where = "CPU" if doc["env"]["label"] == "CPU" else doc["env"]["device"]
+        axes.set_title(
+            f"{', '.join(dict.fromkeys(row['op'] for row in rows))}, {where}; roof: {roofs}", loc="left", fontsize=9
+        )
+        figure.legend(loc="outside lower left", ncols=3, frameon=False)
+
+    return _render(draw, (8.5, 4.8), name, file_format)
+
+
+def _series_name(row: dict[str, Any]) -> str:
+    config = row["config"]
+    if "peer" in config:
+        return f"peer: {config['peer']}"
+    name = str(config.get("backend", row["path"])) + (f", {_FORCED}" if config.get("forced") else "")
+    return name if row["path"] == "kernel" else f"{name}, {row['path']}"
+
+
+def _plain_power(value: float, _: Any) -> str:
+    """1e-06 as text: the default of a logarithmic axis is mathtext, which is off here."""
+    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"
 
 
 def _render(draw: Callable[[Any], None], size: tuple[float, float], name: str, file_format: str) -> str | bytes:

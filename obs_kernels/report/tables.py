@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from obs_kernels.errors import MissingDependencyError
+from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title
 from obs_kernels.report.values import megabytes, number, shape_text
 
 _WIDE = 160
 """Columns off a terminal, where nothing may be cut."""
+BENCH_WIDTH = 220
+"""The same for the rows of a bench."""
 _CELL_COLUMNS = (("pattern", 17), ("method", 13), ("update", 6), ("parts", 5))
 _CELL_NUMBERS = (
     ("EM", "exact_match", ".2f", 6),
@@ -24,15 +27,15 @@ _CELL_NUMBERS = (
 )
 
 
-def console(file: IO[str] | None = None) -> Any:
-    """A rich console on ``file`` (None: stdout); plain and wide where that is no terminal."""
+def console(file: IO[str] | None = None, *, width: int = _WIDE) -> Any:
+    """A rich console on ``file`` (None: stdout); plain and ``width`` columns wide where that is no terminal."""
     try:
         from rich.console import Console
     except ImportError:
         raise MissingDependencyError("tables need rich; pip install 'obs_kernels[cli]'") from None
     stream = sys.stdout if file is None else file
     terminal = stream.isatty()
-    plain: dict[str, Any] = {} if terminal else {"width": _WIDE, "force_terminal": False, "color_system": None}
+    plain: dict[str, Any] = {} if terminal else {"width": width, "force_terminal": False, "color_system": None}
     return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, **plain)
 
 
@@ -138,15 +141,43 @@ class CellRows:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report of any job ("prune", "eval", "demo", "plan", "doctor") on stdout."""
-    target = console()
+    """The report of any job ("prune", "eval", "demo", "plan", "doctor", "bench") on stdout."""
+    target = console(width=BENCH_WIDTH if report.get("job") == "bench" else _WIDE)
     match report.get("job"):
         case "plan":
             _print_plan(target, report["plan"])
         case "doctor":
             _print_doctor(target, report)
+        case "bench":
+            _print_bench_report(target, report)
         case _:
             _print_result(target, report)
+
+
+def print_bench(target: Any, doc: dict[str, Any]) -> None:
+    """Header and rows of one result of ``bench.run``; sizes apart by a line."""
+    target.print(bench_title(doc))
+    for line in bench_facts(doc):
+        target.print(line)
+    head, cells = bench_table(doc)
+    table = _table(*((name, name not in TEXT_COLUMNS) for name in head))
+    if "shape" in head:
+        table.columns[head.index("shape")].no_wrap = True
+    rows = doc["rows"]
+    for index, row in enumerate(rows):
+        # the rows of one problem end with its peers
+        ends = "peer" in row["config"] and index + 1 < len(rows) and "peer" not in rows[index + 1]["config"]
+        table.add_row(*cells[index], end_section=ends)
+    target.print(table)
+
+
+def _print_bench_report(target: Any, report: dict[str, Any]) -> None:
+    for doc in report["bench"]:
+        print_bench(target, doc)
+    for note in report.get("notes") or ():
+        target.print(f"note: {note}")
+    for path in report.get("written") or ():
+        target.print(f"written: {path}")
 
 
 def _print_plan(target: Any, plan: dict[str, Any]) -> None:
