@@ -26,7 +26,7 @@ from obs_kernels.patterns import NMPattern, Pattern, VNMPattern, parse_pattern
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PACK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FISHER_DTYPES = (torch.float32, torch.float64)
-METHODS = ("combinatorial", "pairwise", "diagonal", "magnitude")
+METHODS = ("combinatorial", "pairwise", "greedy", "diagonal", "magnitude")
 UPDATES = ("joint", "single", "none")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 LAYOUTS = ("token", "feature")
@@ -176,16 +176,20 @@ def _check_counts(pattern: NMPattern, method: str, num_columns: int | None) -> N
         if not n <= num_columns <= m:
             raise ConfigError(f"num_columns must be n to m = {n} to {m} for pattern {pattern}, got {num_columns}")
         candidates = comb(m, num_columns) * comb(num_columns, n)
-        if comb(m, n) > MAX_KEPT_SETS or candidates > MAX_PANEL_CANDIDATES:
+        if comb(m, n) > MAX_KEPT_SETS:
+            raise ConfigError(
+                f"pattern {pattern} with {num_columns} columns has {candidates} candidates a panel and {comb(m, n)} "
+                f"kept sets a row, above the exact bound of {MAX_KEPT_SETS}; use a smaller m"
+            )
+        if candidates > MAX_PANEL_CANDIDATES and method != "greedy":
             raise ConfigError(
                 f"pattern {pattern} with {num_columns} columns has {candidates} candidates a panel, above the "
-                f"exact bound of "
-                f"{MAX_PANEL_CANDIDATES}; use a smaller m"
+                f"exact bound of {MAX_PANEL_CANDIDATES}; use method='greedy' or a smaller m"
             )
     elif method == "combinatorial" and comb(m, n) > MAX_KEPT_SETS:
         raise ConfigError(
             f"pattern {pattern} has {comb(m, n)} kept sets a group, above the exact bound of {MAX_KEPT_SETS}; "
-            f"use method='pairwise'"
+            f"use method='greedy' or method='pairwise'"
         )
 
 

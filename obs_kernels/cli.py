@@ -49,7 +49,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 # the fields of OBSConfig; None leaves the default, or what --config says
 Pattern = Annotated[str | None, typer.Option(help="2:4, 2:8, 64:2:8, unstructured:0.9, block4:0.8; n:m keeps n of m.")]
-Method = Annotated[str | None, typer.Option(help="combinatorial, pairwise, diagonal or magnitude.")]
+Method = Annotated[str | None, typer.Option(help="combinatorial, pairwise, greedy, diagonal or magnitude.")]
 Update = Annotated[str | None, typer.Option(help="joint, single or none.")]
 NumGrads = Annotated[int | None, typer.Option(help="Gradients for the Fisher.")]
 Gradients = Annotated[str | None, typer.Option(help="sample or batch.")]

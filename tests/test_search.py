@@ -33,7 +33,7 @@ from obs_kernels.reference.blocks import condition_groups, pair_model
 from obs_kernels.reference.candidates import gain_table, kept_sets
 
 F32, F64 = torch.float32, torch.float64
-METHODS = ["combinatorial", "pairwise", "diagonal", "magnitude"]
+METHODS = ["combinatorial", "pairwise", "greedy", "diagonal", "magnitude"]
 
 
 def close(actual: Tensor | float, expected: float | list[float], dtype: torch.dtype) -> None:

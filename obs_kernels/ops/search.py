@@ -48,7 +48,8 @@ def search_nm(
             ``method="magnitude"``.
         pattern: ``"n:m"``, keep n of m.
         damp: added to the diagonal of each block; a number or [B].
-        method: "combinatorial" (exact optimum), "pairwise" (exact optimum of the model of adjacent pairs), "diagonal"
+        method: "combinatorial" (exact optimum), "pairwise" (exact optimum of the model of adjacent pairs), "greedy"
+            (one entry at a time, then exchanges while one helps: for counts beyond the exact bound), "diagonal"
             (1/2 (F_ii + damp) w_i^2) or "magnitude".
         mask: [R, C] bool, entries still alive. Dead entries leave the matrix before damping and are never kept; a group
             with fewer than n live entries keeps them all.

@@ -43,7 +43,7 @@ class OBSConfig:
         fisher_block_size: D; None takes m for n:m and v:n:m, 32 for blocks, 50 for unstructured.
         damp: absolute value added to the diagonal of F; None uses ``dampening_frac``.
         dampening_frac: damping as a share of the mean diagonal of F over a tensor's live weights.
-        method: "combinatorial" (exact), "pairwise", "diagonal" or "magnitude".
+        method: "combinatorial" (exact), "pairwise", "greedy", "diagonal" or "magnitude".
         update: "joint", "single" or "none".
         recomputations: parts of the step, with new gradients for each; for n:m at most m - n.
         passes: improvement passes over the groups of a Fisher block; 0 in this version.
@@ -116,8 +116,10 @@ class OBSConfig:
             raise ConfigError(
                 f"global_sparsity needs an unstructured or block pattern, got {pattern}: its count is fixed per group"
             )
-        if self.method == "pairwise" and not pattern.fixed_count:
-            raise ConfigError(f"method='pairwise' needs an n:m or v:n:m pattern, got {pattern}; use 'combinatorial'")
+        if self.method in ("pairwise", "greedy") and not pattern.fixed_count:
+            raise ConfigError(
+                f"method={self.method!r} needs an n:m or v:n:m pattern, got {pattern}; use 'combinatorial'"
+            )
         unit = pattern.m if isinstance(pattern, NMPattern) else pattern.size if isinstance(pattern, BlockPattern) else 1
         if size % unit:
             raise ConfigError(f"fisher_block_size must be a multiple of {unit} for pattern {pattern}, got {size}")

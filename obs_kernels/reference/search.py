@@ -16,6 +16,7 @@ from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.reference.blocks import Groups, compute_dtype, condition_groups, pair_model, plain_groups
 from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets, sets_inside_columns
 from obs_kernels.reference.fisher import chunks
+from obs_kernels.reference.greedy import choose_columns, keep_by_greedy
 from obs_kernels.reference.pairwise import keep_by_pairs
 
 SINGLE_WEIGHT_METHODS = ("diagonal", "magnitude")
@@ -32,7 +33,7 @@ def search_nm(
     saliency = torch.empty(rows * cols // m, dtype=compute_dtype(weight, fisher), device=weight.device)
     _check_values(weight, fisher, damp)
     size = m if fisher is None else fisher.shape[1]
-    table = kept_sets(n, m).shape[0] if method == "combinatorial" else m
+    table = kept_sets(n, m).shape[0] if method == "combinatorial" else 4 * m * m if method == "greedy" else m
     for part in chunks(rows * cols // size, (4 * size * size + size // m * table * 3) * saliency.element_size()):
         groups, finv = _groups(weight, fisher, mask, damp, m, size, part, method)
         span = slice(part.start * size // m, part.stop * size // m)
@@ -42,6 +43,8 @@ def search_nm(
             gains = _forbid_dead(gain_table(live, n), live.alive, n)
             places = kept_sets(n, index.shape[1]).to(weight.device)[gains.argmax(1)]
             keep[span] = _as_mask(index.gather(1, places), m)
+        elif method == "greedy":
+            keep[span] = keep_by_greedy(groups, n)
         elif method == "pairwise":
             keep[span] = keep_by_pairs(pair_model(groups, finv), n)
         else:
@@ -75,7 +78,8 @@ def search_vnm(
     if weight.numel() == 0:
         return keep.view(rows, cols), saliency, columns
     size = m if fisher is None else fisher.shape[1]
-    sets_per_panel = sets_inside_columns(n, m, num_columns).numel() if mask is None else 0
+    exact = method != "greedy"
+    sets_per_panel = sets_inside_columns(n, m, num_columns).numel() if exact and mask is None else 0
     bytes_each = (
         v * cols * (4 * size + 2 * kept_sets(n, m).shape[0] / m) + wide * sets_per_panel
     ) * saliency.element_size()
@@ -87,12 +91,16 @@ def search_vnm(
         index = panel_index[:, None].expand(-1, v, -1, -1).reshape(groups.alive.shape[0], -1)
         gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks, index)
         length = index.shape[1]
-        inside = sets_inside_columns(n, length, num_columns).to(weight.device)
         alive = groups.alive.gather(1, index)
-        sets, chosen = _choose_panels(gains, alive, v, wide, n, inside, masked=mask is not None)
+        if exact:
+            inside = sets_inside_columns(n, length, num_columns).to(weight.device)
+            sets, chosen = _choose_panels(gains, alive, v, wide, n, inside, masked=mask is not None)
+            picked = kept_sets(num_columns, length).to(weight.device)[chosen]
+        else:
+            sets, picked = _choose_panels_greedily(gains, alive, v, wide, n, num_columns)
         places = index.gather(1, kept_sets(n, length).to(weight.device)[sets.flatten()])
         keep[part] = (_as_mask(places, m) & groups.alive).view(-1, v, wide, m)
-        kept_columns = panel_index.gather(2, kept_sets(num_columns, length).to(weight.device)[chosen])
+        kept_columns = panel_index.gather(2, picked)
         columns[part] = kept_columns.sort(-1).values.to(torch.uint8)
         loss = _choice_loss(groups, fisher, damp, keep[part].view(-1, m), n, method, blocks)
         saliency[part] = loss.view(-1, v, wide).sum(1)
@@ -135,6 +143,38 @@ def _choose_panels(
     return sets.gather(3, best.argmax(-1, keepdim=True))[..., 0], chosen
 
 
+def _choose_panels_greedily(
+    gains: Tensor, alive: Tensor, v: int, wide: int, n: int, num_columns: int
+) -> tuple[Tensor, Tensor]:
+    """As ``_choose_panels``, with the columns [P, C/m, num_columns] grown and exchanged one by one."""
+    length = alive.shape[1]
+    gains = gains.view(-1, v, wide, gains.shape[-1])
+    dead = dead_in_sets(alive, n).view(gains.shape)
+    sets = kept_sets(n, length).to(gains.device)
+    member = torch.zeros(sets.shape[0], length, dtype=gains.dtype, device=gains.device).scatter_(1, sets, 1.0)
+
+    def inside(columns: Tensor, row: int) -> Tensor:
+        """[P, C/m, sets]: gains of a row, -inf for sets that leave the columns or hold more dead than they must."""
+        leaves = columns.to(member.dtype) @ member.T < n
+        return _fewest_dead(gains[:, row], dead[:, row].masked_fill(leaves, n + 1.0)).masked_fill(leaves, -torch.inf)
+
+    def total(columns: Tensor) -> Tensor:
+        value = gains.new_zeros(columns.shape[:-1])
+        for row in range(v):
+            value = value + inside(columns, row).amax(-1)
+        return value
+
+    everywhere = torch.ones(gains.shape[0], wide, length, dtype=torch.bool, device=gains.device)
+    whole = gains.new_zeros(gains.shape[0], wide, gains.shape[-1])
+    for row in range(v):
+        whole = whole + inside(everywhere, row).clamp_min(torch.finfo(gains.dtype).min / (4 * v))
+    first = torch.zeros_like(everywhere).scatter_(2, sets[whole.argmax(-1)], True)
+    columns = choose_columns(total, first, num_columns)
+    best = torch.stack([inside(columns, row).argmax(-1) for row in range(v)], 1)
+    order = columns.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+    return best, order[..., :num_columns]
+
+
 def _fewest_dead(gains: Tensor, dead: Tensor | None) -> Tensor:
     """Gains with -inf where a set holds more dead entries than the best set of the last dimension must."""
     return gains if dead is None else gains.masked_fill(dead > dead.amin(-1, keepdim=True), -torch.inf)
@@ -151,7 +191,7 @@ def _gains_by_method(
     index: Tensor,
 ) -> Tensor:
     """[N, comb(L, n)] gains of the kept sets among the columns ``index`` [N, L]."""
-    if method == "combinatorial":
+    if method in ("combinatorial", "greedy"):
         return gain_table(groups.take(index), n)
     if method == "pairwise":
         return gain_table(pair_model(groups, finv).take(index), n)
