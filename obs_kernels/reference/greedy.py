@@ -4,7 +4,7 @@ entry for a pruned one as long as one helps.
 
 The state of a group is its curvature swept by the kept set K (Goodnight 1979): ``a_KK = -(F_KK)^-1``, ``a_KJ =
 (F_KK)^-1 F_KJ``, ``a_JJ`` the Schur complement, ``b_K = (F_KK)^-1 u_K`` the kept weights and ``b_J = u_J - F_JK b_K``.
-From it the gain of adding j is ``b_j^2 / a_jj``, the cost of dropping i is ``b_i^2 / -a_ii``, and the exchange of both is
+From it the gain of adding j is ``b_j^2 / a_jj``, the cost of dropping i ``b_i^2 / -a_ii``, and the exchange of both is
 known without trying it: m^2 candidates at a time instead of comb(m, n) sets.
 """
 
