@@ -62,10 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for pattern in patterns:
         cells = measure(layers, pattern, dampening_frac=args.dampening_frac)
         rows += cells
-        print(
-            " ".join(f"{c['method']} {c['x_optimum']:.3f} ({c['seconds']:.1f} s)" for c in cells), pattern, flush=True
-        )
-    commit, dirty = describe_tree()
+        shown = " ".join(f"{c['method']} {c['x_optimum']:.3f} ({c['seconds']:.1f} s)" for c in cells)
+        print(f"{pattern}: {shown}", file=sys.stderr, flush=True)
     document = {
         "command": f"python -m bench.search_quality --model DIR --train train.json.gz --num-grads {args.num_grads}",
         "env": {
@@ -129,8 +127,8 @@ def to_markdown(document: dict[str, Any]) -> str:
         "",
         f"Every method's mask with the joint update, D = m; {document['num_grads']} per-sample gradients of a real "
         f"question answering model, {document['weights']:,} of its weights, damping {document['dampening_frac']} of "
-        f"the mean diagonal, seed {document['seed']}; {env['device']}, commit {env['commit']}. Seconds are those of the "
-        f"reference search there.",
+        f"the mean diagonal, seed {document['seed']}; {env['device']}, commit {env['commit']}. Seconds are "
+        f"those of the reference search there.",
         "",
         "| pattern | " + " | ".join(METHODS[1:]) + " | seconds, exact | seconds, greedy |",
         "|---|" + "---:|" * (len(METHODS) + 1),
