@@ -413,11 +413,11 @@ def test_a_run_on_a_cpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.usefixtures("tiny")
 def test_a_folder_gets_a_file_for_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert command("--json", tmp_path / "all", "--block-size", 4, "--samples", 2, "--no-peers", "--dtype", "f32") == 0
-    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["fisher.json", "inverse.json"]
+    assert sorted(path.stem for path in (tmp_path / "all").iterdir()) == sorted(cases.TOPICS)
     both = tmp_path / "both.json"
     assert command("--json", both, "--block-size", 4, "--samples", 2, "--no-peers", "--dtype", "f32") == 0
     stored = json.loads(both.read_text())
-    assert {row["op"] for row in stored["rows"]} == {"accumulate_fisher_", "invert_spd"}
+    assert {row["op"] for row in stored["rows"]} >= {"accumulate_fisher_", "invert_spd"}
 
 
 @pytest.mark.usefixtures("tiny")

@@ -298,20 +298,22 @@ def test_collect_some_layers(gen):
         pruner.collect(batches, mean_loss, layers=["d"])
 
 
-def test_many_gradients_are_taken_in_parts(gen, monkeypatch):
-    """The bound on held gradients changes nothing."""
-    from obs_kernels.pruning import calibration
+@pytest.mark.parametrize("gradients", ["sample", "batch"])
+def test_the_size_of_the_buffer_changes_nothing(gen, monkeypatch, gradients):
+    """S is a matter of memory; batches of 7 are cut where S is smaller."""
+    from obs_kernels.pruning import gradient_buffer
 
-    model, batches = Net(used_twice), data(gen, 5, 6, batch=7)
+    model, batches = Net(used_twice), data(gen, 5, 6, batch=7, batches=3)
+    total = 21 if gradients == "sample" else 3
     results = []
-    for held in (calibration.GRAD_BYTES, 4 * 64 * 2, 1):
-        monkeypatch.setattr(calibration, "GRAD_BYTES", held)
-        pruner = OBSPruner(model, config())
-        assert pruner.collect(batches, mean_loss) == 14
-        assert [layer.num_grads for layer in pruner.layers] == [14, 14, 14]
+    for rows in (128, 7, 8, 4, 2, 1):
+        monkeypatch.setattr(gradient_buffer, "MAX_ROWS", rows)
+        pruner = OBSPruner(model, config(gradients=gradients))
+        assert pruner.collect(batches, mean_loss) == total
+        assert [layer.num_grads for layer in pruner.layers] == [total] * 3
         results.append({k: v.double() for k, v in pruner.fishers().items()})
-    assert_close(results[1], results[0])
-    assert_close(results[2], results[0])
+    for result in results[1:]:
+        assert_close(result, results[0])
 
 
 def test_empty_loader():
@@ -865,6 +867,58 @@ def test_a_loss_that_reaches_no_pruned_layer(gen, gradients):
     pruner = OBSPruner(model, config(gradients=gradients))
     with pytest.raises(ConfigError):
         pruner.collect(data(gen, 6), cut)
+
+
+@pytest.mark.parametrize("loss_fn", [mean_loss, each_loss])
+@pytest.mark.parametrize("before", [False, True])
+def test_no_layer_is_called_with_gradients(gen, loss_fn, before):
+    model, batches = Net(plain), data(gen, 6)
+    model.scale = nn.Parameter(torch.ones(()))
+    pruner = OBSPruner(model, config())
+    if before:
+        pruner.collect(batches, loss_fn)
+
+    def cut(m, batch):
+        with torch.no_grad():
+            out = m(batch["x"])
+        return loss_fn(lambda _: out * m.scale, batch)
+
+    with pytest.raises(ConfigError, match="reaches no selected layer"):
+        pruner.collect(batches, cut)
+    assert [layer.num_grads for layer in pruner.layers] == [6 * before] * 3
+
+
+class Positive(nn.Linear):
+    """Linear where all is positive, and its backward reads the output that it returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hook", "own forward"])
+def test_an_output_that_backward_reads_is_not_changed_in_place(gen, kind):
+    """Memory may be shared with the output of a plain linear only: here somebody else holds it."""
+    torch.manual_seed(1)
+    inner = Positive(6, 4, bias=False) if kind == "subclass" else nn.Linear(6, 4, bias=False)
+    inner.weight.data.abs_()
+    model = nn.Sequential(inner)
+    batch = {"x": torch.rand(3, 5, 6, generator=gen), "y": torch.rand(3, 5, 4, generator=gen)}
+    if kind == "hook":
+        inner.register_forward_hook(lambda module, args, output: F.relu(output))
+    elif kind == "own forward":
+        inner.forward = lambda x: F.relu(F.linear(x, inner.weight))
+
+    def in_place(m, b):
+        return (m(b["x"]).mul_(-1.0) - b["y"]).square().sum((1, 2))
+
+    pruner = OBSPruner(model, config(targets=(type(inner).__name__,)))
+    pruner.collect([batch], in_place)
+    plain_model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    plain_model[0].weight.data = inner.weight.data
+    wanted = fishers_by_loop(
+        plain_model, split(batch), lambda m, b: (-m(b["x"]) - b["y"]).square().sum((1, 2)), ["0.weight"]
+    )
+    assert_close(pruner.fishers(), wanted)
 
 
 def test_the_batch_must_come_first(gen):

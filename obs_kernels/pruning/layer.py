@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,17 @@ from obs_kernels.ops import accumulate_fisher_
 from obs_kernels.patterns import Pattern
 from obs_kernels.pruning.config import OBSConfig
 
+if TYPE_CHECKING:
+    from obs_kernels.pruning.gradient_buffer import GradientBuffer
+
 
 @dataclass(eq=False)
 class PrunedLayer:
-    """State of one weight [R, C]; ``padded`` >= [R, C] is the shape that the pattern needs (on_unsupported="pad")."""
+    """State of one weight [R, C]; ``padded`` >= [R, C] is the shape that the pattern needs (on_unsupported="pad").
+
+    Gradients may wait in a ``GradientBuffer`` before they are added to the Fisher sum. ``fisher_sum`` and ``num_grads``
+    count them: the sum itself is out of reach of other modules, and its only reader adds what waits first.
+    """
 
     name: str
     module: nn.Module
@@ -28,9 +36,27 @@ class PrunedLayer:
     """[R, C] bool on the weight's device; from ``w != 0`` once, afterwards only the mask counts."""
     first_mask: Tensor
     """[R, C] bool: the mask before any pruning."""
-    fisher_sum: Tensor | None = None
-    """[B, D, D] float32, sum of g g^T over ``num_grads`` gradients."""
-    num_grads: int = 0
+    _sum: Tensor | None = field(default=None, init=False, repr=False)
+    _added: int = field(default=0, init=False, repr=False)
+    """Gradients in ``_sum``."""
+    _buffer: GradientBuffer | None = field(default=None, init=False, repr=False)
+
+    @property
+    def fisher_sum(self) -> Tensor | None:
+        """[B, D, D] float32, sum of g g^T over ``num_grads`` gradients; None before the first. Frees buffered rows."""
+        if self._buffer is not None:
+            self._buffer.release(self)
+        return self._sum
+
+    @property
+    def has_fisher(self) -> bool:
+        """Whether the memory of the Fisher sum is taken; asks without adding what waits."""
+        return self._sum is not None
+
+    @property
+    def num_grads(self) -> int:
+        """Gradients that came, buffered ones included."""
+        return self._added + (0 if self._buffer is None else self._buffer.waiting(self))
 
     @property
     def weight(self) -> nn.Parameter:
@@ -50,36 +76,51 @@ class PrunedLayer:
         return -(-self.padded[0] * self.padded[1] // self.block_size)
 
     @property
+    def row_size(self) -> int:
+        """B * D: elements of one gradient, padding included."""
+        return self.num_blocks * self.block_size
+
+    @property
     def fisher_bytes(self) -> int:
         """Bytes of the Fisher sum."""
         return 4 * self.num_blocks * self.block_size**2
 
     def allocate(self) -> Tensor:
-        """The Fisher sum, made of zeros if there is none."""
-        if self.fisher_sum is None:
+        """Memory of the Fisher sum, made of zeros if there is none; for ``GradientBuffer``, which fills it."""
+        if self._sum is None:
             shape = (self.num_blocks, self.block_size, self.block_size)
-            self.fisher_sum = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
-        return self.fisher_sum
+            self._sum = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
+        return self._sum
 
-    def add_gradients(self, grads: Tensor) -> None:
-        """Accumulate ``grads`` [S, R, C] into the Fisher sum."""
-        flat = self.pad(grads).flatten(1)
-        tail = self.num_blocks * self.block_size - flat.shape[1]
-        accumulate_fisher_(self.allocate(), F.pad(flat, (0, tail)), scale=1.0)
-        self.num_grads += grads.shape[0]
+    def drop_empty(self) -> None:
+        """Give back the memory of a sum that holds nothing."""
+        if not self._added:
+            self._sum = None
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Accumulate gradients ``rows`` [S, B * D] into the Fisher sum, in one pass over it; for ``GradientBuffer``."""
+        accumulate_fisher_(self.allocate(), rows, scale=1.0)
+        self._added += rows.shape[0]
 
     def mean_fisher(self) -> Tensor:
         """[B, D, D] undamped mean of g g^T, a new tensor."""
-        if self.fisher_sum is None or self.num_grads == 0:
+        fisher = self.fisher_sum
+        if fisher is None or self.num_grads == 0:
             raise ConfigError(
                 f"{self.name} has no gradients; call collect(loader, loss_fn), or loss.backward() and "
                 f"accumulate(), before prune()"
             )
-        return self.fisher_sum / self.num_grads
+        return fisher / self.num_grads
+
+    def set_fisher(self, fisher_sum: Tensor | None, num_grads: int) -> None:
+        """Take a sum [B, D, D] float32 over ``num_grads`` gradients in place of the present one and what waits."""
+        if self._buffer is not None:
+            self._buffer.discard(self)
+        self._sum, self._added = fisher_sum, num_grads
 
     def clear(self) -> None:
-        """Drop the Fisher sum."""
-        self.fisher_sum, self.num_grads = None, 0
+        """Drop the Fisher sum, and the gradients that wait for it."""
+        self.set_fisher(None, 0)
 
     def pad(self, values: Tensor) -> Tensor:
         """``values`` [..., R, C] padded with zeros (False) to the padded shape."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from obs_kernels.errors import MemoryBudgetError
+from obs_kernels.pruning.gradient_buffer import MAX_ROWS, buffer_room, choose_rows, most_rows, row_bytes
 from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
+from obs_kernels.pruning.memory import free_bytes, readable
 
 FREE_SHARE = 0.6
-"""Share of the free memory that Fisher sums may take; the rest is for activations, gradients and working copies."""
+"""Share of the free memory that Fisher sums may take; the rest is for gradients, activations and working copies."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,18 @@ class PruningPlan:
     layers: tuple[PlannedLayer, ...]
     budget: int
     """Bytes that Fisher sums may take."""
+    buffer_rows: tuple[int, ...] = ()
+    """Gradients that are buffered between two passes over the Fisher, S of each group."""
+    buffer_bytes: tuple[int, ...] = ()
+    """Bytes of these rows, of each group; as if gradients came in the dtype of the weights, autocast takes less."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of Fisher sums and gradient buffer together, beside the model and what a batch takes."""
+        groups = enumerate(self.buffer_bytes)
+        return max(
+            (size + sum(row.fisher_bytes for row in self.layers if row.group == g) for g, size in groups), default=0
+        )
 
     @property
     def num_groups(self) -> int:
@@ -60,6 +72,9 @@ class PruningPlan:
             "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
             "budget": self.budget,
             "fisher_bytes": self.fisher_bytes,
+            "buffer_rows": list(self.buffer_rows),
+            "buffer_bytes": list(self.buffer_bytes),
+            "peak_bytes": self.peak_bytes,
             "num_groups": self.num_groups,
             "num_weights": self.num_weights,
         }
@@ -81,6 +96,11 @@ class PruningPlan:
             f"{self.budget / 1e6:,.0f} MB; "
             f"{self.num_groups} pass{'es' if self.num_groups != 1 else ''} over the calibration data"
         )
+        if self.peak_bytes:
+            lines.append(
+                f"{max(self.buffer_rows)} gradients buffered in {max(self.buffer_bytes) / 1e6:,.0f} MB; at most "
+                f"{self.peak_bytes / 1e6:,.0f} MB at once, beside the model and what a batch takes"
+            )
         return "\n".join(lines)
 
     __str__ = to_markdown
@@ -93,9 +113,15 @@ def make_plan(
     *,
     needs_fisher: bool,
     budget: int | None,
+    num_grads: int = MAX_ROWS,
 ) -> PruningPlan:
-    """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory)."""
-    limit = budget if budget is not None else _free_bytes(layers[0].weight.device)
+    """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory).
+
+    ``num_grads``: gradients that will come; more rows than these are never buffered.
+    """
+    device = layers[0].weight.device
+    free = free_bytes(device)
+    limit = budget if budget is not None else int(free * FREE_SHARE)
     rows, group, used = [], 0, 0
     for layer in layers:
         size = layer.fisher_bytes if needs_fisher else 0
@@ -106,7 +132,17 @@ def make_plan(
         note = "" if layer.padded == shape else f"padded to {list(layer.padded)}"
         rows.append(PlannedLayer(layer.name, shape, pattern, layer.block_size, size, group, note))
     rows += [PlannedLayer(s.name, s.shape, pattern, 0, 0, -1, s.reason) for s in skipped]
-    return PruningPlan(tuple(rows), limit)
+    if not needs_fisher:
+        return PruningPlan(tuple(rows), limit)
+    members = [[layer for layer, row in zip(layers, rows, strict=False) if row.group == g] for g in range(group + 1)]
+    buffered = []
+    for part in members:
+        # sums that are there already are not free any more, so only the others come off
+        room = buffer_room(device, sum(layer.fisher_bytes for layer in part if not layer.has_fisher), free)
+        sized_for = layers if device.type == "cpu" else part
+        buffered.append(choose_rows(row_bytes(sized_for), room, most_rows(num_grads, device)))
+    sizes = [count * row_bytes(part) for count, part in zip(buffered, members, strict=True)]
+    return PruningPlan(tuple(rows), limit, tuple(buffered), tuple(sizes))
 
 
 def check_fits(layers: Sequence[PrunedLayer], budget: int, *, held: int = 0, advice: str) -> None:
@@ -124,32 +160,3 @@ def check_fits(layers: Sequence[PrunedLayer], budget: int, *, held: int = 0, adv
         f"{readable(largest.fisher_bytes)} at D = {largest.block_size}), the budget is "
         f"{readable(budget)}{others}; {advice}"
     )
-
-
-def readable(size: int) -> str:
-    """Bytes as B, kB, MB or GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:,.1f} {unit}"
-    return f"{size} B"
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
-    return int(_free_host_bytes() * FREE_SHARE)
-
-
-def _free_host_bytes() -> int:
-    try:
-        import psutil
-
-        return int(psutil.virtual_memory().available)
-    except ImportError:
-        pass
-    try:
-        with open("/proc/meminfo") as file:
-            values = dict(line.split(":") for line in file)
-        return int(values["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 8 << 30  # unknown system: assume a small machine

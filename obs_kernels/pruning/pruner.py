@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
 from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.gradient_buffer import GradientBuffer
 from obs_kernels.pruning.layer import PrunedLayer, find_layers
+from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
 from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
 from obs_kernels.pruning.schedule import recomputation_stages
@@ -54,20 +56,35 @@ class OBSPruner:
         self._reports: dict[str, LayerReport] = {}
         self._seconds = 0.0
         self._num_grads = 0
+        self._buffer: GradientBuffer | None = None
+        """Of ``accumulate``; ``collect`` has its own."""
 
     def plan(self) -> PruningPlan:
         """Layers, shapes, memory, and what is skipped and why; nothing is computed."""
         return make_plan(
-            self.layers, self.skipped, self.config.pattern, needs_fisher=self.config.needs_fisher, budget=self._budget
+            self.layers,
+            self.skipped,
+            self.config.pattern,
+            needs_fisher=self.config.needs_fisher,
+            budget=self._budget,
+            num_grads=self.config.num_grads,
         )
 
-    def collect(self, loader: Iterable[Any], loss_fn: LossFn, *, layers: Sequence[str] | None = None) -> int:
+    def collect(
+        self,
+        loader: Iterable[Any],
+        loss_fn: LossFn,
+        *,
+        layers: Sequence[str] | None = None,
+        timings: PhaseTimes | None = None,
+    ) -> int:
         """Add gradients of ``config.num_grads`` samples (or batches) to the Fisher; returns how many came.
 
         Args:
             loader: batches; moved to the model's device. A loader that ends early is fine, F is divided by what came.
             loss_fn: ``loss_fn(model, batch)``: mean loss over the samples, or per-sample losses [B].
             layers: names of the layers to collect for; None takes all.
+            timings: seconds of each phase are added to it.
 
         Raises:
             MemoryBudgetError: the Fisher does not fit, before the first batch. NonFiniteGradientError: names layer and
@@ -75,7 +92,7 @@ class OBSPruner:
         """
         chosen = self._named(layers)
         check_fits(
-            [layer for layer in chosen if layer.fisher_sum is None],
+            [layer for layer in chosen if not layer.has_fisher],
             self.plan().budget,
             held=self._held() if self._budget is not None else 0,
             advice="lower fisher_block_size, collect fewer layers at a time (layers=), or let sparsify_ do groups",
@@ -88,19 +105,24 @@ class OBSPruner:
             num_grads=self.config.num_grads,
             gradients=self.config.gradients,
             on_nonfinite=self.config.on_nonfinite,
+            sized_for=self.layers,
+            timings=timings,
         )
 
     def _held(self) -> int:
-        return sum(layer.fisher_bytes for layer in self.layers if layer.fisher_sum is not None)
+        return sum(layer.fisher_bytes for layer in self.layers if layer.has_fisher)
 
     def accumulate(self) -> None:
         """Read ``.grad`` of the pruned weights as one gradient; call it after ``loss.backward()``, before any clipping.
 
-        ``.grad`` is not cleared. Raises ``NonFiniteGradientError`` and adds nothing if a gradient is not finite.
+        Gradients are buffered, and added to the Fisher many at a time or when it is read. ``.grad`` is not cleared.
+        Raises ``NonFiniteGradientError`` and adds nothing if a gradient is not finite.
         """
-        if all(layer.fisher_sum is None for layer in self.layers):
+        if not any(layer.has_fisher for layer in self.layers):
             check_fits(self.layers, self.plan().budget, advice="lower fisher_block_size or raise memory_budget")
-        add_parameter_gradients(self.layers, self.layers[0].num_grads)
+        if self._buffer is None or not self._buffer.is_open:
+            self._buffer = GradientBuffer(self.layers, limit=self.config.num_grads)
+        add_parameter_gradients(self._buffer, self.layers[0].num_grads)
 
     def fishers(self) -> dict[str, Tensor]:
         """{parameter name: [B, D, D] f32}, the undamped mean of g g^T."""
@@ -123,7 +145,7 @@ class OBSPruner:
                 raise ConfigError(f"fishers[{layer.parameter_name!r}] must be {list(shape)}, got {came}")
         for layer in self.layers:
             given = fishers[layer.parameter_name].to(layer.weight.device, torch.float32)
-            layer.fisher_sum, layer.num_grads = given * num_grads, num_grads
+            layer.set_fisher(given * num_grads, num_grads)
 
     def prune(self) -> PruningReport:
         """Run the next stage (the only one for ``recomputations=1``): masks and update in place; the Fisher is dropped.
@@ -236,7 +258,7 @@ class OBSPruner:
             "masks": {layer.name: layer.mask.clone() for layer in self.layers},
             "first_masks": {layer.name: layer.first_mask.clone() for layer in self.layers},
             "fisher_sums": {
-                layer.name: layer.fisher_sum.clone() for layer in self.layers if layer.fisher_sum is not None
+                layer.name: fisher.clone() for layer in self.layers if (fisher := layer.fisher_sum) is not None
             },
             "num_grads": {layer.name: layer.num_grads for layer in self.layers},
             "reports": {
@@ -256,8 +278,8 @@ class OBSPruner:
             layer.mask = state["masks"][layer.name].to(device, copy=True)
             layer.first_mask = state["first_masks"][layer.name].to(device, copy=True)
             fisher = state["fisher_sums"].get(layer.name)
-            layer.fisher_sum = None if fisher is None else fisher.to(device, copy=True)
-            layer.num_grads = state["num_grads"][layer.name]
+            fisher = None if fisher is None else fisher.to(device, copy=True)
+            layer.set_fisher(fisher, state["num_grads"][layer.name])
         self.stage, self._saliency = state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}

@@ -18,7 +18,7 @@ from obs_kernels.files import write_bytes, write_text
 from obs_kernels.pruning.calibration import LossFn
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
-from obs_kernels.pruning.plan import readable
+from obs_kernels.pruning.memory import readable
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
 from obs_kernels.pruning.step import StagedLayer

@@ -8,8 +8,8 @@ only three numbers a window leave it, once at the end. Nothing else makes the ho
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from obs_kernels.errors import ConfigError, NonFiniteError
+from obs_kernels.pruning.modes import eval_mode
 from obs_kernels.training.metric import squad_metrics
 from obs_kernels.training.squad import SquadExample, SquadWindows, prepare_windows
 from obs_kernels.training.squad_batches import model_inputs, span_logits
@@ -83,7 +84,7 @@ def evaluate_squad(
     if device is not None:
         model.to(device)
     began = time.perf_counter()
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         spans = _find_spans(model, windows, batch_size, autocast, max_answer_length, progress)
     predictions = _best_texts(windows, *spans)
     scores = squad_metrics(predictions, windows.examples)
@@ -185,14 +186,3 @@ def _check_fits(model: nn.Module, windows: SquadWindows) -> None:
         raise ConfigError(f"max_length must be at most the model's {positions} positions, got windows of {longest}")
     if vocabulary and largest >= vocabulary:
         raise ConfigError(f"tokenizer must have ids below the model's {vocabulary}, got {largest}; use the model's own")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
