@@ -11,7 +11,7 @@ SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc python_bindings -type f -name '*.[chp]*' -o -type f -name '*.cu' 2>/dev/null)
 STAMP := $(VENV)/.installed
 GPU_STAMP := $(GPU_VENV)/.installed
-FORMATTED_CPP := $(shell find csrc python_bindings -type f \( -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' \))
+FORMATTED_CPP := $(shell find csrc python_bindings bench/micro -type f \( -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' \))
 SEES_CUDA := $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null
 
 # Two cores are all that CI has: one thread a test process, as many processes as cores.

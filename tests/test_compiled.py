@@ -68,6 +68,26 @@ def test_kernel_compiles_without_spills(source: Path, architecture: str, tmp_pat
     assert all(frame == ("0", "0", "0") for frame in frames), done.stderr
 
 
+@pytest.mark.parametrize("source", sorted((ROOT / "bench" / "micro").glob("*.cu")), ids=lambda path: path.name)
+def test_micro_bench_compiles(source: Path, tmp_path: Path) -> None:
+    """It runs on a GPU only, and must not be found broken there."""
+    nvcc = load_setup().find_nvcc(os.environ)
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    flags = ["-std=c++17", "--Werror=all-warnings", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin"]
+    command = [
+        str(nvcc),
+        *flags,
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
+        "-o",
+        str(tmp_path / "micro.cubin"),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # Rules of the sources
 
 

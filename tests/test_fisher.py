@@ -7,9 +7,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from fisher_checks import FAILING_PIVOT, SAMPLES, SIZES, assert_accumulated, assert_inverse, bad_block, damped, spd
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import EPS32, EPS64, EXAMPLE_F32, EXAMPLE_F64, FISHER_RMS_PER_SQRT_SAMPLE, INVERSE_RESIDUAL
+from tolerances import (
+    EPS32,
+    EPS64,
+    EXAMPLE_F32,
+    EXAMPLE_F64,
+    FISHER_RMS_F64,
+    FISHER_RMS_PER_SQRT_SAMPLE,
+    inverse_residual,
+)
 
 import obs_kernels as obs
 from obs_kernels.ops import accumulate_fisher_, invert_spd
@@ -67,15 +76,31 @@ def test_against_outer_products(gen, fisher_dtype, grad_dtype):
         fisher = start.clone()
         assert accumulate_fisher_(fisher, grads, scale=0.37) is fisher
         expected = oracle.accumulate(start, grads, 0.37)
-        tolerance = FISHER_RMS_PER_SQRT_SAMPLE * samples**0.5 if fisher_dtype == torch.float32 else 1e-14
+        tolerance = FISHER_RMS_PER_SQRT_SAMPLE * samples**0.5 if fisher_dtype == torch.float32 else FISHER_RMS_F64
         assert rms(oracle.numpy(fisher) - expected) <= tolerance * rms(expected)
         assert torch.equal(grads, before)
 
 
-def test_integers_are_exact(gen):
-    grads = torch.randint(-8, 9, (31, 3 * 12), generator=gen).float()
-    fisher = accumulate_fisher_(torch.zeros(3, 12, 12), grads, scale=1.0)
-    assert np.array_equal(oracle.numpy(fisher), oracle.accumulate(torch.zeros(3, 12, 12), grads, 1.0))
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_blocks_and_samples(gen, size):
+    start = torch.randn(1000, size, size, generator=gen)
+    grads = torch.randn(SAMPLES[-1], 1000 * size, generator=gen)
+    half = grads.bfloat16()
+    for blocks in (0, 1, 3, 1000):
+        for samples in SAMPLES:
+            source = half if (blocks + samples) % 2 else grads  # each number of samples meets both
+            part = source[:samples, : blocks * size]
+            fisher = start[:blocks].clone()
+            accumulate_fisher_(fisher, part, scale=0.37)
+            assert_accumulated(fisher, start[:blocks], part, 0.37)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 31])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_are_exact(gen, samples, dtype):
+    grads = torch.randint(-8, 9, (samples, 3 * 12), generator=gen).to(dtype)
+    fisher = accumulate_fisher_(torch.ones(3, 12, 12), grads, scale=0.5)
+    assert np.array_equal(oracle.numpy(fisher), oracle.accumulate(torch.ones(3, 12, 12), grads, 0.5))
 
 
 def test_batches_and_order_do_not_matter(gen):
@@ -119,11 +144,20 @@ def test_strided_arguments(gen):
     assert not large[1::2].any() and not large[:, :, ::2].any()
 
 
-def test_chunks_give_the_same(gen, monkeypatch):
-    grads = torch.randn(9, 5 * 8, generator=gen)
+def small_chunks(monkeypatch, num_bytes):
+    monkeypatch.setattr("obs_kernels.reference.fisher.CHUNK_BYTES", num_bytes)
+    monkeypatch.setattr("obs_kernels.reference.fisher.CACHE_BYTES", num_bytes)
+
+
+@pytest.mark.parametrize("samples", [1, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_give_the_same(gen, monkeypatch, samples, dtype):
+    grads = torch.randn(samples, 5 * 8, generator=gen).to(dtype)
     whole = accumulate_fisher_(torch.zeros(5, 8, 8), grads, scale=1.0)
-    monkeypatch.setattr("obs_kernels.reference.fisher.CHUNK_BYTES", 1)
-    torch.testing.assert_close(accumulate_fisher_(torch.zeros(5, 8, 8), grads, scale=1.0), whole, rtol=1e-6, atol=1e-6)
+    for num_bytes in (1, 2 * 2 * samples * 8 * 4):  # one block, and two blocks with an odd one left
+        small_chunks(monkeypatch, num_bytes)
+        parts = accumulate_fisher_(torch.zeros(5, 8, 8), grads, scale=1.0)
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
 @given(st.integers(0, 4), st.integers(1, 20), st.integers(0, 9), st.integers(0, 2**31))
@@ -140,15 +174,48 @@ def test_any_shape(blocks, size, samples, seed):
 
 
 def check_residual(matrices: torch.Tensor, inverse: torch.Tensor, damp: np.ndarray, eps: float) -> None:
-    """max |F finv - I| <= c sqrt(D) eps cond(F) for each block, and exact symmetry."""
+    """max |F finv - I| <= c eps cond(F) for each block, and exact symmetry."""
     f, finv = oracle.numpy(matrices), oracle.numpy(inverse)
     size = f.shape[1]
     assert torch.equal(inverse, inverse.mT)
     for block in range(f.shape[0]):
         damped = f[block] + damp[block] * np.eye(size)
-        bound = INVERSE_RESIDUAL * size**0.5 * eps * np.linalg.cond(damped)
+        bound = inverse_residual(size, eps) * np.linalg.cond(damped)
         residual = np.abs(damped @ finv[block] - np.eye(size)).max()
         assert residual <= bound, f"block {block}: residual {residual:.3g} above {bound:.3g}"
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("size", SIZES)
+def test_inverse_of_sizes_blocks_and_conditions(gen, size, condition):
+    matrices = spd(gen, 1000, size, condition)
+    before = matrices.clone()
+    for blocks in (0, 1, 3, 1000):
+        assert_inverse(matrices[:blocks], *invert_spd(matrices[:blocks]), condition)
+    exact = spd(gen, 5, size, condition**1.5, torch.float64)
+    assert_inverse(exact, *invert_spd(exact), condition**1.5)
+    assert torch.equal(matrices, before)
+
+
+@pytest.mark.parametrize("condition", [1e7, 1e8, 1e10, 1e14])
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_no_bound_but_finite_and_symmetric_beyond(gen, size, condition):
+    """Rounded to f32 such blocks may be indefinite: either a report and zeros, or something finite."""
+    inverse, info = invert_spd(spd(gen, 50, size, condition))
+    assert torch.equal(inverse, inverse.mT) and inverse.isfinite().all()
+    assert not inverse[info != 0].any() and inverse[info == 0].diagonal(dim1=1, dim2=2).gt(0).all()
+    assert ((info >= 0) & (info <= size)).all()
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_rank_deficient_blocks_with_damp(gen, size):
+    samples = (size + 1) // 2
+    fisher = accumulate_fisher_(
+        torch.zeros(9, size, size), torch.randn(samples, 9 * size, generator=gen), scale=1 / samples
+    )
+    for damp in (0.01, torch.logspace(-3, 1, 9)):
+        condition = torch.linalg.cond(damped(fisher, damp))
+        assert_inverse(fisher, *invert_spd(fisher, damp=damp), condition, damp=damp)
 
 
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, EPS32), (torch.float64, EPS64)])
@@ -196,63 +263,49 @@ def test_damp_makes_rank_one_invertible():
     check_residual(fisher, inverse, np.array([1e-2]), EPS32)
 
 
-def bad_block(kind: str, size: int) -> torch.Tensor:
-    block = torch.eye(size)
-    match kind:
-        case "zero":
-            return torch.zeros(size, size)
-        case "negative pivot":
-            block[2, 2] = -1.0
-        case "indefinite":
-            block[0, 1] = block[1, 0] = 2.0
-        case "rank one":
-            return torch.ones(size, size)
-        case "nan diagonal":
-            block[1, 1] = float("nan")
-        case "nan off the diagonal":
-            block[3, 1] = block[1, 3] = float("nan")
-        case "inf diagonal":
-            block[2, 2] = float("inf")
-        case "minus inf":
-            block[0, 0] = -float("inf")
-        case "inf off the diagonal":
-            block[3, 0] = block[0, 3] = float("inf")
-    return block
+BOTH_WAYS = [5, 33]
+"""A size that is swept, and one for Cholesky."""
 
 
-FAILING_PIVOT = {
-    "zero": (1,),
-    "negative pivot": (3,),
-    "indefinite": (2,),
-    "rank one": (2,),
-    "nan diagonal": (2,),
-    "nan off the diagonal": (2, 4),  # the first row that holds it, or the pivot where the elimination meets it
-    "inf diagonal": (3, 4),  # LAPACK notices it one pivot later, when it multiplies by zero
-    "minus inf": (1,),
-    "inf off the diagonal": (1, 4),
-}
-
-
+@pytest.mark.parametrize("size", BOTH_WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", FAILING_PIVOT)
-def test_bad_blocks_are_zeros_and_the_others_right(gen, kind, dtype):
-    good = oracle.random_spd(gen, 4, 5).to(dtype)
+def test_bad_blocks_are_zeros_and_the_others_right(gen, kind, dtype, size):
+    good = oracle.random_spd(gen, 4, size).to(dtype)
     alone, _ = invert_spd(good)
-    mixed = torch.stack(
-        [good[0], bad_block(kind, 5).to(dtype), good[1], good[2], bad_block(kind, 5).to(dtype), good[3]]
-    )
-    inverse, info = invert_spd(mixed)
+    bad = bad_block(kind, size).to(dtype)
+    inverse, info = invert_spd(torch.stack([good[0], bad, good[1], good[2], bad, good[3]]))
     assert info[[0, 2, 3, 5]].tolist() == [0, 0, 0, 0]
     assert info[1] in FAILING_PIVOT[kind] and info[4] in FAILING_PIVOT[kind]
-    assert torch.equal(inverse[[1, 4]], torch.zeros(2, 5, 5, dtype=dtype))
+    assert torch.equal(inverse[[1, 4]], torch.zeros(2, size, size, dtype=dtype))
     torch.testing.assert_close(inverse[[0, 2, 3, 5]], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_nan_above_the_diagonal_is_reported():
-    block = torch.eye(4)[None].clone()
-    block[0, 0, 3] = float("nan")
+@pytest.mark.parametrize("size", BOTH_WAYS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 3), (3, 0)])
+def test_one_sided_faults_are_reported(size, value, place):
+    """Of the caller's two triangles, whichever holds it; other backends may read only one."""
+    block = torch.eye(size)[None].clone()
+    block[(0, *place)] = value
     inverse, info = invert_spd(block)
     assert info.item() > 0 and not inverse.any()
+
+
+@pytest.mark.parametrize("size", BOTH_WAYS)
+def test_an_inverse_that_overflows_is_reported(size):
+    block = torch.eye(size)[None].clone()
+    block[0, 2, 2] = 1e-39
+    inverse, info = invert_spd(block)
+    assert info.item() > 0 and not inverse.any()
+    assert invert_spd(block.double())[1].item() == 0
+
+
+@pytest.mark.parametrize("size", BOTH_WAYS)
+def test_inverse_is_symmetric_also_if_the_matrix_is_not(gen, size):
+    matrices = spd(gen, 7, size, 1e2)
+    inverse, info = invert_spd(matrices * (1 + 1e-6 * torch.rand(7, size, size, generator=gen)))
+    assert torch.equal(inverse, inverse.mT) and not info.any()
 
 
 @pytest.mark.parametrize("damp", [float("nan"), float("inf")])
@@ -285,14 +338,16 @@ def test_inverse_of_strided_and_empty(gen):
     assert inverse.shape == (0, 6, 6) and info.shape == (0,) and info.dtype == torch.int32
 
 
-def test_inverse_in_chunks(gen, monkeypatch):
-    matrices = torch.cat([oracle.random_spd(gen, 5, 6).float(), torch.zeros(1, 6, 6)])
+@pytest.mark.parametrize("size", BOTH_WAYS)
+def test_inverse_in_chunks(gen, monkeypatch, size):
+    matrices = torch.cat([oracle.random_spd(gen, 5, size).float(), torch.zeros(1, size, size)])
     damp = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.0])
     whole, info = invert_spd(matrices, damp=damp)
-    monkeypatch.setattr("obs_kernels.reference.fisher.CHUNK_BYTES", 1)
-    parts, parts_info = invert_spd(matrices, damp=damp)
-    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
-    assert torch.equal(info, parts_info) and info.tolist() == [0, 0, 0, 0, 0, 1]
+    for num_bytes in (1, 4 * size * size * 4):  # one block, and four with two left
+        small_chunks(monkeypatch, num_bytes)
+        parts, parts_info = invert_spd(matrices, damp=damp)
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+        assert torch.equal(info, parts_info) and info.tolist() == [0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("exponent", [-100, -60, 60, 100])

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from emulation import SANITIZERS, build
-from tolerances import EPS32, INVERSE_RESIDUAL
+from tolerances import EPS32, inverse_residual
 from torch import Tensor
 
 
@@ -46,7 +46,7 @@ def check_inverse(matrices: Tensor, inverse: Tensor, damp: Tensor) -> None:
     """Residual within the bound of the condition number, and symmetry bit for bit."""
     size = matrices.shape[1]
     damped = oracle.numpy(matrices) + oracle.numpy(damp).reshape(-1, 1, 1) * np.eye(size)
-    bound = INVERSE_RESIDUAL * size**0.5 * EPS32 * np.linalg.cond(damped)
+    bound = inverse_residual(size, EPS32) * np.linalg.cond(damped)
     residual = np.abs(damped @ oracle.numpy(inverse) - np.eye(size)).max((1, 2))
     assert (residual <= bound).all(), f"D = {size}: residual {residual.max():.3g} above {bound[residual.argmax()]:.3g}"
     assert torch.equal(inverse, inverse.mT)

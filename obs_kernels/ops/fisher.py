@@ -49,7 +49,8 @@ def invert_spd(
     """Inverse of ``matrices + damp * I`` for symmetric positive definite blocks.
 
     Args:
-        matrices: [B, D, D] float32 or float64, symmetric; a backend may read one triangle only.
+        matrices: [B, D, D] float32 or float64, symmetric; a backend may read one triangle only, and a NaN in the other
+            one may go unreported.
         damp: added to the diagonal; a number or one value a block, [B].
         out: optional result of the same shape and dtype; may be ``matrices`` itself, but not overlap it otherwise.
         backend: None, or a name of ``dispatch.BACKENDS``.
