@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import search_quality
 from bench.oneshot_squad import RESULTS
 from bench.oneshot_table import f1_table, recomputation_table
 from obs_kernels.files import write_text
@@ -84,7 +85,15 @@ CORE = (
     ("combinatorial", "single"),
     ("combinatorial", "joint"),
 )
-PARTS = {"support": support_table, "oneshot": oneshot_table}
+
+
+def search_table() -> str:
+    """Predicted loss of each search over that of the exact one, from the stored results."""
+    stored = json.loads(search_quality.RESULTS.read_text())
+    return "\n".join(search_quality.ratio_table(stored))
+
+
+PARTS = {"support": support_table, "oneshot": oneshot_table, "search": search_table}
 
 
 def render(text: str) -> str:

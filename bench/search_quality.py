@@ -118,26 +118,33 @@ def measure(layers: Sequence[Layer], pattern: str, *, dampening_frac: float) -> 
 
 
 def to_markdown(document: dict[str, Any]) -> str:
-    """The table, methods in columns."""
-    by_key = {(c["pattern"], c["method"]): c for c in document["cells"]}
-    patterns = list(dict.fromkeys(c["pattern"] for c in document["cells"]))
+    """The whole page."""
     env = document["env"]
     lines = [
         "# Predicted loss over that of the exact choice",
         "",
         f"Every method's mask with the joint update, D = m; {document['num_grads']} per-sample gradients of a real "
         f"question answering model, {document['weights']:,} of its weights, damping {document['dampening_frac']} of "
-        f"the mean diagonal, seed {document['seed']}; {env['device']}, commit {env['commit']}. Seconds are "
-        f"those of the reference search there.",
+        f"the mean diagonal, seed {document['seed']}; {env['device']}, commit {env['commit']}. Seconds are those of "
+        f"the reference search there.",
         "",
+        *ratio_table(document),
+    ]
+    return "\n".join([*lines, "", f"    {document['command']}", ""])
+
+
+def ratio_table(document: dict[str, Any]) -> list[str]:
+    """Lines of the table, methods in columns."""
+    by_key = {(c["pattern"], c["method"]): c for c in document["cells"]}
+    lines = [
         "| pattern | " + " | ".join(METHODS[1:]) + " | seconds, exact | seconds, greedy |",
         "|---|" + "---:|" * (len(METHODS) + 1),
     ]
-    for pattern in patterns:
+    for pattern in dict.fromkeys(c["pattern"] for c in document["cells"]):
         ratios = [f"{by_key[pattern, method]['x_optimum']:.3f}" for method in METHODS[1:]]
         times = [f"{by_key[pattern, method]['seconds']:.1f}" for method in METHODS[:2]]
         lines.append(f"| {pattern} | {' | '.join([*ratios, *times])} |")
-    return "\n".join([*lines, "", f"    {document['command']}", ""])
+    return lines
 
 
 def _some_rows(model: torch.nn.Module, name: str, fisher: Tensor, share: float) -> Layer:

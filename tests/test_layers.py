@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "obs_kernels"
 
 LEVELS = {
-    **dict.fromkeys(("patterns", "packed_format", "checks", "errors", "files", "launch_plan", "timing", "_ext", "report"), 0),
+    **dict.fromkeys(
+        ("patterns", "packed_format", "checks", "errors", "files", "launch_plan", "timing", "_ext", "report"), 0
+    ),
     **dict.fromkeys(("reference", "triton_kernels", "cuda_calls"), 1),
     "ops": 2,
     "sparse": 3,

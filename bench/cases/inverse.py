@@ -23,7 +23,7 @@ OP = "invert_spd"
 COUNTS = {4: 200_000, 8: 200_000, 16: 200_000, 32: 200_000, 50: 200_000, 64: 200_000, 128: 61_035}
 """Matrices by D; D = 128 is cut to a billion entries."""
 CPU_ENTRIES = 2**21
-"""Entries of all matrices on a CPU: fewer large ones, and enough small ones that a call does not cost more than they."""
+"""Entries of all matrices on a CPU: fewer large ones, and so many small ones that a call costs less than they do."""
 DAMP = 0.01
 RESIDUAL = 2.0
 """max |A X - I| <= this * sqrt(D) * eps * cond(A), as in the tests: measured 0.3 to 1.4 without sqrt(D)."""
