@@ -186,7 +186,7 @@ def test_every_key_of_a_row_is_needed(doc: dict[str, Any]):
         assert schema_problems(broken) == ([] if optional else [f"rows[0]: {key} is missing"])
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.name)
 def test_committed_results_keep_the_schema(path: Path):
     stored = json.loads(path.read_text(encoding="utf-8"))
     if not is_bench_result(stored):
