@@ -50,6 +50,10 @@ class ResumeMismatchError(ObsKernelsError, RuntimeError):
     """A work folder that was made by another configuration."""
 
 
+class WorkFolderLockedError(ObsKernelsError, RuntimeError):
+    """A work folder that another process is using."""
+
+
 class MemoryBudgetError(ObsKernelsError, RuntimeError):
     """Work that does not fit the memory budget; the message has the numbers."""
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from obs_kernels.errors import WorkFolderLockedError
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write ``text`` to ``path`` through a temporary file beside it."""
@@ -62,3 +64,31 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+@contextmanager
+def hold_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """``path`` for this process alone; made if it is missing. The hold ends with the process, however that ends.
+
+    Raises:
+        WorkFolderLockedError: another process holds it; the text has its pid.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / ".lock.pid"  # a file of its own: whoever tries the lock empties the lock's own file
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        pid = owner.read_text().strip() if owner.is_file() else "unknown"
+        raise WorkFolderLockedError(
+            f"work_dir {folder} is in use by process {pid}; wait for it, or pass another folder"
+        ) from None
+    try:
+        write_text(owner, f"{os.getpid()}\n")
+        yield folder
+        owner.unlink(missing_ok=True)
+    finally:
+        lock.release()

@@ -464,6 +464,7 @@ def test_every_error_is_a_builtin_too():
         "DeviceMismatchError": RuntimeError,
         "UnsupportedGPUError": RuntimeError,
         "ResumeMismatchError": RuntimeError,
+        "WorkFolderLockedError": RuntimeError,
         "MemoryBudgetError": RuntimeError,
         "BackendUnavailableError": ImportError,
         "NonFiniteGradientError": FloatingPointError,

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from obs_kernels import files
-from obs_kernels.files import whole_folder, write_bytes, write_text
+from obs_kernels.errors import WorkFolderLockedError
+from obs_kernels.files import hold_folder, whole_folder, write_bytes, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -156,3 +160,42 @@ def test_whole_folder_does_not_follow_a_link(tmp_path: Path):
     with whole_folder(tmp_path / "out") as work:
         (work / "new").write_text("2")
     assert names(elsewhere) == ["precious"] and (tmp_path / "out" / "new").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from obs_kernels.files import hold_folder
+with hold_folder(sys.argv[1]):
+    Path(sys.argv[2]).touch()
+    time.sleep(60)
+"""
+
+
+def test_one_process_a_work_folder(tmp_path):
+    """The second one is told who holds it; a killed process holds nothing, and the text of the lock is not kept."""
+    folder, sign = tmp_path / "run", tmp_path / "held"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(sign)])
+    try:
+        deadline = time.monotonic() + 60
+        while not sign.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for _ in range(2):
+            refused = pytest.raises(WorkFolderLockedError, match=rf"in use by process {other.pid}; wait for it")
+            with refused, hold_folder(folder):
+                raise AssertionError("held twice")
+    finally:
+        other.kill()
+        other.wait()
+    with hold_folder(folder) as held:
+        assert held == folder and (folder / ".lock.pid").read_text() == f"{os.getpid()}\n"
+    assert not (folder / ".lock.pid").exists()
+    with hold_folder(folder):
+        pass
+
+
+def test_a_failed_run_lets_go_of_its_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), hold_folder(tmp_path):
+        raise ZeroDivisionError
+    with hold_folder(tmp_path):
+        pass

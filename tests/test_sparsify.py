@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from obs_kernels import OBSConfig, sparsify_
-from obs_kernels.errors import ConfigError, ResumeMismatchError
+from obs_kernels.errors import ConfigError, ResumeMismatchError, WorkFolderLockedError
+from obs_kernels.files import hold_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 4 * 8 * 16 * 16
@@ -195,7 +196,7 @@ def test_contents_of_the_folder(tmp_path: Path):
     assert manifest["format_version"] == 1 and OBSConfig.from_dict(manifest["config"]) == config()
     names = sorted(p.name for p in (tmp_path / "layers").iterdir())
     assert names == sorted(f"stage{s}.{layer}.safetensors" for s in (1, 2) for layer in "024")
-    assert sorted(os.listdir(tmp_path)) == ["layers", "manifest.json"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "layers", "manifest.json"]
 
 
 @pytest.mark.parametrize("one", ["a b", "x/y", "ö", "a" * 200])
@@ -371,3 +372,17 @@ def test_a_refused_call_leaves_no_folder(tmp_path: Path):
     with pytest.raises(ConfigError):
         sparsify_(model, config(), iter(make_batches()), loss_fn, work_dir=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path):
+    """Before any gradient, by the pid of whoever is at work there."""
+    model, loader = make_model(), Loader()
+    before = weights(model)
+    with (
+        hold_folder(tmp_path / "run"),
+        pytest.raises(WorkFolderLockedError, match=f"work_dir .*run is in use by process {os.getpid()}"),
+    ):
+        sparsify_(model, config(), loader, loss_fn, work_dir=tmp_path / "run")
+    assert loader.drawn == 0 and equal(weights(model), before)
+    report = sparsify_(model, config(), loader, loss_fn, work_dir=tmp_path / "run")
+    assert report.to_dict()["layers"]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from obs_kernels.errors import ConfigError, MemoryBudgetError, ResumeMismatchError
-from obs_kernels.files import write_bytes, write_text
+from obs_kernels.files import hold_folder, write_bytes, write_text
 from obs_kernels.pruning.calibration import LossFn
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
@@ -53,6 +54,7 @@ def sparsify_(
     Raises:
         MemoryBudgetError: one layer alone does not fit, or a global threshold would need groups.
         ResumeMismatchError: the folder belongs to another configuration or model.
+        WorkFolderLockedError: another process works in the folder.
     """
     pruner = OBSPruner(model, cfg, memory_budget=memory_budget)
     return run_stages(pruner, loader, loss_fn, work_dir=work_dir, resume=resume)
@@ -77,21 +79,22 @@ def run_stages(
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
-    folder = None if work_dir is None else _WorkDir(Path(work_dir), pruner, resume=resume)
-    while pruner.stage < len(pruner.stages):
-        staged: list[StagedLayer] = []
-        for names in groups:
-            done = None if folder is None else folder.load(pruner, names)
-            if done is None:
-                if cfg.needs_fisher and loader is not None and loss_fn is not None:
-                    pruner.collect(loader, loss_fn, layers=names)
-                done = pruner.stage_layers(names)
-                if folder is not None:
-                    folder.store(pruner, done)
-                for item in done:
-                    item.layer.clear()
-            staged += done
-        pruner.commit(staged)
+    with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
+        folder = None if held is None else _WorkDir(held, pruner, resume=resume)
+        while pruner.stage < len(pruner.stages):
+            staged: list[StagedLayer] = []
+            for names in groups:
+                done = None if folder is None else folder.load(pruner, names)
+                if done is None:
+                    if cfg.needs_fisher and loader is not None and loss_fn is not None:
+                        pruner.collect(loader, loss_fn, layers=names)
+                    done = pruner.stage_layers(names)
+                    if folder is not None:
+                        folder.store(pruner, done)
+                    for item in done:
+                        item.layer.clear()
+                staged += done
+            pruner.commit(staged)
     return pruner.finalize()
 
 
