@@ -57,6 +57,7 @@ BlockSize = Annotated[int | None, typer.Option("--fisher-block-size", help="D; l
 Damp = Annotated[float | None, typer.Option(help="Absolute value added to the diagonal of the Fisher.")]
 DampeningFrac = Annotated[float | None, typer.Option(help="Damping as a share of the mean diagonal.")]
 Recomputations = Annotated[int | None, typer.Option(help="Parts of the step, with new gradients for each.")]
+Passes = Annotated[int | None, typer.Option(help="Passes over the groups of a Fisher block after the first choice.")]
 Global = Annotated[bool | None, typer.Option("--global/--no-global", help="One threshold over all layers.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Class, name or 're:...' also left out; may be repeated.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Class, name or 're:...' that is pruned; may be repeated.")]
@@ -107,6 +108,7 @@ def prune(
     damp: Damp = None,
     dampening_frac: DampeningFrac = None,
     recomputations: Recomputations = None,
+    passes: Passes = None,
     global_sparsity: Global = None,
     ignore: Ignore = None,
     targets: Targets = None,
@@ -191,6 +193,7 @@ def plan(
     update: Update = None,
     fisher_block_size: BlockSize = None,
     recomputations: Recomputations = None,
+    passes: Passes = None,
     global_sparsity: Global = None,
     ignore: Ignore = None,
     targets: Targets = None,

@@ -46,7 +46,8 @@ class OBSConfig:
         method: "combinatorial" (exact), "pairwise", "greedy", "diagonal" or "magnitude".
         update: "joint", "single" or "none".
         recomputations: parts of the step, with new gradients for each; for n:m at most m - n.
-        passes: improvement passes over the groups of a Fisher block; 0 in this version.
+        passes: at most so many passes over the groups of a Fisher block after the first choice, each group choosing
+            anew with the others fixed; for ``method="combinatorial"``, and an effect only where D > m.
         global_sparsity: one threshold over all layers; for unstructured and blocks only.
         targets: class names, module names or "re:..." patterns of what is pruned.
         ignore: the same, for what is left out.
@@ -110,8 +111,11 @@ class OBSConfig:
 
     def _check_together(self, pattern: Pattern) -> None:
         size = self.block_size
-        if self.passes:
-            raise ConfigError(f"passes must be 0 in this version, got {self.passes}")
+        if self.passes and not (pattern.fixed_count and self.method == "combinatorial"):
+            raise ConfigError(
+                f"passes needs an n:m or v:n:m pattern and method='combinatorial', got passes = {self.passes} with "
+                f"{pattern} and {self.method!r}; use passes=0"
+            )
         if self.global_sparsity and pattern.fixed_count:
             raise ConfigError(
                 f"global_sparsity needs an unstructured or block pattern, got {pattern}: its count is fixed per group"

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from obs_kernels import ops
 from obs_kernels.errors import NonFiniteError, SingularBlockError
+from obs_kernels.ops.dispatch import no_autocast
+from obs_kernels.ops.fisher import damp_tensor
 from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, VNMPattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.threshold import prune_count, select_lowest
 from obs_kernels.reference.blocks import damp_blocks, weight_blocks
 from obs_kernels.reference.fisher import factor_spd
+from obs_kernels.reference.passes import improve_choice
 
 log = logging.getLogger("obs_kernels")
 
@@ -111,11 +114,20 @@ def _choose(
     """Mask of the padded weight for n:m and v:n:m."""
     assert isinstance(pattern, NMPattern)
     alive = layer.pad(layer.mask)
+    columns = pattern.num_columns if isinstance(pattern, VNMPattern) else 0
     if isinstance(pattern, VNMPattern):
-        return ops.search_vnm(
-            weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive, num_columns=pattern.num_columns
+        mask = ops.search_vnm(
+            weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive, num_columns=columns
         ).mask
-    return ops.search_nm(weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive).mask
+    else:
+        mask = ops.search_nm(weight, fisher, pattern, damp=damping.value, method=cfg.method, mask=alive).mask
+    if not cfg.passes or fisher is None or fisher.shape[1] == pattern.m:
+        return mask
+    damp = damp_tensor(damping.value, weight, fisher)
+    with no_autocast():
+        return improve_choice(
+            weight, fisher, mask, str(pattern), damp=damp, alive=alive, passes=cfg.passes, num_columns=columns
+        )[0]
 
 
 def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> list[Tensor | str]:

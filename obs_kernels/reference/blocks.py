@@ -97,7 +97,7 @@ def condition_groups(
     if size == m:
         factor_or_raise(f, "fisher", offset)
         return _scaled_groups(f, w, live, w.new_ones(w.shape[0])), None
-    f, unit = _rescale(f, alive)
+    f, unit = rescale(f, alive)
     factor = factor_or_raise(f, "fisher", offset)
     finv = torch.cholesky_inverse(factor).view(-1, size // m, m, size // m, m)
     finv_groups = finv.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, m, m).contiguous()
@@ -132,11 +132,11 @@ def pair_model(groups: Groups, finv_groups: Tensor | None) -> Groups:
 
 
 def _scaled_groups(curvature: Tensor, weight: Tensor, alive: Tensor, unit: Tensor) -> Groups:
-    curvature, own = _rescale(curvature, alive)
+    curvature, own = rescale(curvature, alive)
     return Groups(curvature, (curvature @ weight[:, :, None])[:, :, 0], weight, alive, unit * own)
 
 
-def _rescale(f: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+def rescale(f: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     """``f`` [b, D, D] over a power of four a block near its largest live diagonal, and those powers [b].
 
     Of four, because the square roots of a factorisation then scale by a power of two. Dead diagonals stay 1.

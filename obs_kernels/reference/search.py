@@ -42,14 +42,14 @@ def search_nm(
             live = groups.take(index)
             gains = _forbid_dead(gain_table(live, n), live.alive, n)
             places = kept_sets(n, index.shape[1]).to(weight.device)[gains.argmax(1)]
-            keep[span] = _as_mask(index.gather(1, places), m)
+            keep[span] = as_mask(index.gather(1, places), m)
         elif method == "greedy":
             keep[span] = keep_by_greedy(groups, n)
         elif method == "pairwise":
             keep[span] = keep_by_pairs(pair_model(groups, finv), n)
         else:
             scores = _scores(groups, fisher, damp, method, part).masked_fill(~groups.alive, -1.0)
-            keep[span] = _as_mask(scores.sort(dim=1, descending=True, stable=True).indices[:, :n], m)
+            keep[span] = as_mask(scores.sort(dim=1, descending=True, stable=True).indices[:, :n], m)
         keep[span] &= groups.alive
         saliency[span] = _choice_loss(groups, fisher, damp, keep[span], n, method, part)
     return keep.view(rows, cols), saliency.view(rows, cols // m)
@@ -94,12 +94,12 @@ def search_vnm(
         alive = groups.alive.gather(1, index)
         if exact:
             inside = sets_inside_columns(n, length, num_columns).to(weight.device)
-            sets, chosen = _choose_panels(gains, alive, v, wide, n, inside, masked=mask is not None)
+            sets, chosen = choose_panels(gains, alive, v, wide, n, inside, masked=mask is not None)
             picked = kept_sets(num_columns, length).to(weight.device)[chosen]
         else:
             sets, picked = _choose_panels_greedily(gains, alive, v, wide, n, num_columns)
         places = index.gather(1, kept_sets(n, length).to(weight.device)[sets.flatten()])
-        keep[part] = (_as_mask(places, m) & groups.alive).view(-1, v, wide, m)
+        keep[part] = (as_mask(places, m) & groups.alive).view(-1, v, wide, m)
         kept_columns = panel_index.gather(2, picked)
         columns[part] = kept_columns.sort(-1).values.to(torch.uint8)
         loss = _choice_loss(groups, fisher, damp, keep[part].view(-1, m), n, method, blocks)
@@ -125,7 +125,7 @@ def _groups(
     return condition_groups(w, fisher[part], alive, damp if damp.numel() == 1 else damp[part], m, part.start)
 
 
-def _choose_panels(
+def choose_panels(
     gains: Tensor, alive: Tensor, v: int, wide: int, n: int, inside: Tensor, *, masked: bool
 ) -> tuple[Tensor, Tensor]:
     """Kept set of each row [P, v, C/m] and column set of each panel [P, C/m], from ``gains`` [P * v * C/m, sets]."""
@@ -135,18 +135,18 @@ def _choose_panels(
     total = gains.new_zeros(gains.shape[0], wide, inside.shape[0])
     for row in range(v):  # in ascending order: the sum must not depend on the backend
         best = gains[:, row][..., inside]  # [P, C/m, column sets, kept sets inside]
-        total = total + _fewest_dead(best, None if dead is None else dead[:, row][..., inside]).amax(-1)
+        total = total + fewest_dead(best, None if dead is None else dead[:, row][..., inside]).amax(-1)
     chosen = total.argmax(-1)  # [P, C/m]
 
     sets = inside[chosen][:, None].expand(-1, v, -1, -1)  # [P, v, C/m, kept sets inside]
-    best = _fewest_dead(gains.gather(3, sets), None if dead is None else dead.gather(3, sets))
+    best = fewest_dead(gains.gather(3, sets), None if dead is None else dead.gather(3, sets))
     return sets.gather(3, best.argmax(-1, keepdim=True))[..., 0], chosen
 
 
 def _choose_panels_greedily(
     gains: Tensor, alive: Tensor, v: int, wide: int, n: int, num_columns: int
 ) -> tuple[Tensor, Tensor]:
-    """As ``_choose_panels``, with the columns [P, C/m, num_columns] grown and exchanged one by one."""
+    """As ``choose_panels``, with the columns [P, C/m, num_columns] grown and exchanged one by one."""
     length = alive.shape[1]
     gains = gains.view(-1, v, wide, gains.shape[-1])
     dead = dead_in_sets(alive, n).view(gains.shape)
@@ -156,7 +156,7 @@ def _choose_panels_greedily(
     def inside(columns: Tensor, row: int) -> Tensor:
         """[P, C/m, sets]: gains of a row, -inf for sets that leave the columns or hold more dead than they must."""
         leaves = columns.to(member.dtype) @ member.T < n
-        return _fewest_dead(gains[:, row], dead[:, row].masked_fill(leaves, n + 1.0)).masked_fill(leaves, -torch.inf)
+        return fewest_dead(gains[:, row], dead[:, row].masked_fill(leaves, n + 1.0)).masked_fill(leaves, -torch.inf)
 
     def total(columns: Tensor) -> Tensor:
         value = gains.new_zeros(columns.shape[:-1])
@@ -175,7 +175,7 @@ def _choose_panels_greedily(
     return best, order[..., :num_columns]
 
 
-def _fewest_dead(gains: Tensor, dead: Tensor | None) -> Tensor:
+def fewest_dead(gains: Tensor, dead: Tensor | None) -> Tensor:
     """Gains with -inf where a set holds more dead entries than the best set of the last dimension must."""
     return gains if dead is None else gains.masked_fill(dead > dead.amin(-1, keepdim=True), -torch.inf)
 
@@ -247,10 +247,10 @@ def _forbid_dead(gains: Tensor, alive: Tensor, n: int) -> Tensor:
     """Gains with -inf where a set holds more dead entries than a short group forces it to."""
     if bool(alive.all()):
         return gains
-    return _fewest_dead(gains, dead_in_sets(alive, n))
+    return fewest_dead(gains, dead_in_sets(alive, n))
 
 
-def _as_mask(index: Tensor, m: int) -> Tensor:
+def as_mask(index: Tensor, m: int) -> Tensor:
     """[N, m] bool with True at ``index`` [N, k]."""
     return torch.zeros(index.shape[0], m, dtype=torch.bool, device=index.device).scatter_(1, index, True)
 
