@@ -6,7 +6,8 @@ exact choice.
 
 Each method chooses a mask; the weights that are left are updated jointly within their block of D = m, and the predicted
 loss 1/2 dw^T (F + damp I) dw is summed over all layers. A share of the rows is taken (whole panels, evenly spread), so
-that a CPU can do the large counts too. Writes ``bench/results/search_quality.json`` and the Markdown table beside it.
+that a CPU can do the large counts too. Writes ``bench/results/search_quality.json`` and the Markdown table beside it,
+pattern by pattern: a run that was cut off goes on where it stopped, if the settings are the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from obs_kernels import OBSConfig, OBSPruner, ops
 from obs_kernels.errors import ConfigError, ObsKernelsError
 from obs_kernels.files import write_text
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
+from obs_kernels.reference.passes import improve_choice
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.squad import load_squad, prepare_windows
 from obs_kernels.training.squad_batches import calibration_loader, squad_loss
@@ -35,6 +37,9 @@ from obs_kernels.training.squad_batches import calibration_loader, squad_loss
 RESULTS = Path(__file__).parent / "results" / "search_quality.json"
 PATTERNS = ("2:4", "4:8", "2:8", "2:16", "4:16", "64:2:8", "128:2:8", "64:2:16", "128:2:16")
 METHODS = ("combinatorial", "greedy", "pairwise", "diagonal", "magnitude")
+PASSES_PATTERNS = ("2:4", "2:8", "64:2:8")
+PASSES_SIZES = (32, 64, 128)
+PASSES = (1, 3)
 PANEL_ROWS = 128
 """Rows are taken in runs of this many: whole panels of every pattern."""
 
@@ -49,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = load_qa_model(args.model, device=device)
     windows = prepare_windows(load_squad(args.train, split="train"), tokenizer, with_labels=True)
     patterns = args.patterns.split(",")
-    widest = max(_group(pattern) for pattern in patterns)
+    sizes = [int(size) for size in args.passes_sizes.split(",") if size]
+    widest = max(*(_group(pattern) for pattern in patterns), *sizes, 1)
     config = OBSConfig(pattern=f"2:{widest}", num_grads=args.num_grads, fisher_block_size=widest, seed=args.seed)
     pruner = OBSPruner(model, config)
     start = time.perf_counter()
@@ -58,31 +64,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"gradients: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     layers = [_some_rows(model, name, fisher, args.rows_share) for name, fisher in pruner.fishers().items()]
-    rows = []
-    for pattern in patterns:
-        cells = measure(layers, pattern, dampening_frac=args.dampening_frac)
-        rows += cells
-        shown = " ".join(f"{c['method']} {c['x_optimum']:.3f} ({c['seconds']:.1f} s)" for c in cells)
-        print(f"{pattern}: {shown}", file=sys.stderr, flush=True)
-    document = {
-        "command": f"python -m bench.search_quality --model DIR --train train.json.gz --num-grads {args.num_grads}",
-        "env": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-            "torch": torch.__version__,
-            **describe_tree(args.commit),
-        },
+    settings = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "num_grads": args.num_grads,
         "seed": args.seed,
         "dampening_frac": args.dampening_frac,
         "rows_share": args.rows_share,
         "weights": sum(weight.numel() for _, weight, _ in layers),
-        "cells": rows,
     }
-    write_text(args.json, json.dumps(document, indent=1) + "\n")
-    table = to_markdown(document)
-    write_text(args.json.with_suffix(".md"), table)
-    print(table)
+    document = _resume(args.json, settings)
+    document["command"] = (
+        f"python -m bench.search_quality --model DIR --train train.json.gz --num-grads {args.num_grads}"
+    )
+    tree = describe_tree(args.commit) | {"torch": torch.__version__}
+
+    def add(kind: str, cells: list[dict[str, Any]], key: str) -> None:
+        document[kind] += [cell | tree for cell in cells]
+        _save(args.json, document)
+        shown = " ".join(f"{cell[key]} {cell.get('x_optimum', cell.get('x_first')):.3f}" for cell in cells)
+        print(f"{kind}: {cells[0]['pattern']} D = {cells[0]['D']}: {shown}", file=sys.stderr, flush=True)
+
+    for pattern in patterns:
+        if pattern not in {c["pattern"] for c in document["cells"]}:
+            add("cells", measure(layers, pattern, dampening_frac=args.dampening_frac), "method")
+    for size in sizes:
+        for pattern in args.passes_patterns.split(","):
+            if (pattern, size) not in {(c["pattern"], c["D"]) for c in document["passes"]}:
+                add("passes", measure_passes(layers, pattern, size, dampening_frac=args.dampening_frac), "passes")
+    _save(args.json, document)
+    print(to_markdown(document))
     return 0
+
+
+def _resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What was measured with the same settings, or an empty document."""
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    if {key: stored.get(key) for key in settings} == settings:
+        return dict(stored)
+    return settings | {"cells": [], "passes": []}
+
+
+def _save(path: Path, document: dict[str, Any]) -> None:
+    write_text(path, json.dumps(document, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), to_markdown(document))
 
 
 def measure(layers: Sequence[Layer], pattern: str, *, dampening_frac: float) -> list[dict[str, Any]]:
@@ -108,6 +132,7 @@ def measure(layers: Sequence[Layer], pattern: str, *, dampening_frac: float) -> 
     return [
         {
             "pattern": pattern,
+            "D": parsed.m,
             "method": method,
             "predicted_loss": losses[method],
             "x_optimum": losses[method] / losses["combinatorial"],
@@ -117,18 +142,65 @@ def measure(layers: Sequence[Layer], pattern: str, *, dampening_frac: float) -> 
     ]
 
 
+def measure_passes(layers: Sequence[Layer], pattern: str, size: int, *, dampening_frac: float) -> list[dict[str, Any]]:
+    """Predicted loss after passes over the groups of blocks of ``size``, summed, over that of the first choice."""
+    parsed = parse_pattern(pattern)
+    assert isinstance(parsed, NMPattern)
+    losses, seconds = dict.fromkeys((0, *PASSES), 0.0), dict.fromkeys((0, *PASSES), 0.0)
+    for _, weight, wide in layers:
+        fisher = _sub_blocks(wide, size)
+        damp = dampening_frac * float(fisher.diagonal(dim1=1, dim2=2).mean())
+        search = ops.search_vnm if isinstance(parsed, VNMPattern) else ops.search_nm
+        first = search(weight, fisher, parsed, damp=damp).mask
+        for count in losses:
+            start = time.perf_counter()
+            mask = first
+            if count:
+                mask, _ = improve_choice(
+                    weight,
+                    fisher,
+                    first,
+                    str(parsed),
+                    damp=torch.full((1,), damp, device=weight.device),
+                    alive=torch.ones_like(first),
+                    passes=count,
+                )
+            if weight.is_cuda:
+                torch.cuda.synchronize()
+            seconds[count] += time.perf_counter() - start
+            parsed.validate_mask(mask)
+            change = ops.obs_update(weight, fisher, mask, damp=damp) - weight
+            losses[count] += float(ops.loss_increase(change, fisher, damp=damp).double().sum())
+    return [
+        {
+            "pattern": pattern,
+            "D": size,
+            "passes": count,
+            "predicted_loss": losses[count],
+            "x_first": losses[count] / losses[0],
+            "seconds": round(seconds[count], 2),
+        }
+        for count in losses
+    ]
+
+
 def to_markdown(document: dict[str, Any]) -> str:
     """The whole page."""
-    env = document["env"]
+    commits = sorted({str(cell["commit"])[:12] for kind in ("cells", "passes") for cell in document[kind]})
     lines = [
         "# Predicted loss over that of the exact choice",
         "",
         f"Every method's mask with the joint update, D = m; {document['num_grads']} per-sample gradients of a real "
         f"question answering model, {document['weights']:,} of its weights, damping {document['dampening_frac']} of "
-        f"the mean diagonal, seed {document['seed']}; {env['device']}, commit {env['commit']}. Seconds are those of "
-        f"the reference search there.",
+        f"the mean diagonal, seed {document['seed']}; {document['device']}, commits {', '.join(commits)}. Seconds are "
+        f"those of the reference search there.",
         "",
         *ratio_table(document),
+        "",
+        "Passes over the groups of a Fisher block after the exact first choice: predicted loss over that of the first "
+        "choice, and seconds of the reference.",
+        "",
+        *passes_table(document),
     ]
     return "\n".join([*lines, "", f"    {document['command']}", ""])
 
@@ -144,6 +216,19 @@ def ratio_table(document: dict[str, Any]) -> list[str]:
         ratios = [f"{by_key[pattern, method]['x_optimum']:.3f}" for method in METHODS[1:]]
         times = [f"{by_key[pattern, method]['seconds']:.1f}" for method in METHODS[:2]]
         lines.append(f"| {pattern} | {' | '.join([*ratios, *times])} |")
+    return lines
+
+
+def passes_table(document: dict[str, Any]) -> list[str]:
+    """Lines of the second table, passes in columns."""
+    by_key = {(c["pattern"], c["D"], c["passes"]): c for c in document["passes"]}
+    lines = [
+        "| pattern | D | " + " | ".join(f"{count} pass{'es' * (count > 1)}" for count in PASSES) + " | seconds, 1 |",
+        "|---|---:|" + "---:|" * (len(PASSES) + 1),
+    ]
+    for pattern, size in dict.fromkeys((c["pattern"], c["D"]) for c in document["passes"]):
+        ratios = [f"{by_key[pattern, size, count]['x_first']:.3f}" for count in PASSES]
+        lines.append(f"| {pattern} | {size} | {' | '.join(ratios)} | {by_key[pattern, size, 1]['seconds']:.1f} |")
     return lines
 
 
@@ -181,6 +266,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or hub name of a dense question answering model")
     parser.add_argument("--train", required=True, help="questions to take gradients from, SQuAD v1.1")
     parser.add_argument("--patterns", default=",".join(PATTERNS), help="n:m and v:n:m, with commas")
+    parser.add_argument("--passes-patterns", default=",".join(PASSES_PATTERNS), help="n:m and v:n:m, with commas")
+    parser.add_argument("--passes-sizes", default=",".join(map(str, PASSES_SIZES)), help="D, with commas; '' for none")
     parser.add_argument("--num-grads", type=int, default=256)
     parser.add_argument("--rows-share", type=float, default=0.1, help="share of the rows of each layer")
     parser.add_argument("--dampening-frac", type=float, default=0.01)
