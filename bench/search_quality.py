@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     windows = prepare_windows(load_squad(args.train, split="train"), tokenizer, with_labels=True)
     patterns = args.patterns.split(",")
     sizes = [int(size) for size in args.passes_sizes.split(",") if size]
-    widest = max(*(_group(pattern) for pattern in patterns), *sizes, 1)
-    config = OBSConfig(pattern=f"2:{widest}", num_grads=args.num_grads, fisher_block_size=widest, seed=args.seed)
+    group = max(_group(pattern) for pattern in patterns)
+    widest = max(group, *sizes)  # its diagonal holds the blocks of every smaller size
+    config = OBSConfig(pattern=f"2:{group}", num_grads=args.num_grads, fisher_block_size=widest, seed=args.seed)
     pruner = OBSPruner(model, config)
     start = time.perf_counter()
     pruner.collect(
