@@ -112,7 +112,7 @@ def launch_invert_spd(matrices: Tensor, damp: Tensor, inverse: Tensor, info: Ten
     """Fill ``inverse`` and ``info``, which the caller has allocated; returns what was launched."""
     native = _ext.load()
     check_square_blocks("matrices", matrices)
-    damp = damp.to(torch.float32)
+    damp = damp.to(torch.float32).contiguous()
     _check_on_cuda(matrices=matrices, damp=damp, inverse=inverse, info=info)
     num_blocks, size, _ = matrices.shape
     if matrices.dtype != torch.float32 or inverse.dtype != torch.float32 or info.dtype != torch.int32:
