@@ -120,16 +120,12 @@ def measure(layers: Sequence[Layer], pattern: str, *, dampening_frac: float) -> 
         damp = dampening_frac * float(fisher.diagonal(dim1=1, dim2=2).mean())
         for method in METHODS:
             start = time.perf_counter()
-            if isinstance(parsed, VNMPattern):
-                mask = ops.search_vnm(weight, fisher, parsed, damp=damp, method=method).mask
-            else:
-                mask = ops.search_nm(weight, fisher, parsed, damp=damp, method=method).mask
+            mask = _choose(weight, fisher, parsed, damp, method)
             if weight.is_cuda:
                 torch.cuda.synchronize()
             seconds[method] += time.perf_counter() - start
             parsed.validate_mask(mask)
-            change = ops.obs_update(weight, fisher, mask, damp=damp) - weight
-            losses[method] += float(ops.loss_increase(change, fisher, damp=damp).double().sum())
+            losses[method] += _predicted_loss(weight, fisher, mask, damp)
     return [
         {
             "pattern": pattern,
@@ -151,8 +147,7 @@ def measure_passes(layers: Sequence[Layer], pattern: str, size: int, *, dampenin
     for _, weight, wide in layers:
         fisher = _sub_blocks(wide, size)
         damp = dampening_frac * float(fisher.diagonal(dim1=1, dim2=2).mean())
-        search = ops.search_vnm if isinstance(parsed, VNMPattern) else ops.search_nm
-        first = search(weight, fisher, parsed, damp=damp).mask
+        first = _choose(weight, fisher, parsed, damp, "combinatorial")
         for count in losses:
             start = time.perf_counter()
             mask = first
@@ -170,8 +165,7 @@ def measure_passes(layers: Sequence[Layer], pattern: str, size: int, *, dampenin
                 torch.cuda.synchronize()
             seconds[count] += time.perf_counter() - start
             parsed.validate_mask(mask)
-            change = ops.obs_update(weight, fisher, mask, damp=damp) - weight
-            losses[count] += float(ops.loss_increase(change, fisher, damp=damp).double().sum())
+            losses[count] += _predicted_loss(weight, fisher, mask, damp)
     return [
         {
             "pattern": pattern,
@@ -183,6 +177,17 @@ def measure_passes(layers: Sequence[Layer], pattern: str, size: int, *, dampenin
         }
         for count in losses
     ]
+
+
+def _choose(weight: Tensor, fisher: Tensor, pattern: NMPattern, damp: float, method: str) -> Tensor:
+    search = ops.search_vnm if isinstance(pattern, VNMPattern) else ops.search_nm
+    return search(weight, fisher, pattern, damp=damp, method=method).mask
+
+
+def _predicted_loss(weight: Tensor, fisher: Tensor, mask: Tensor, damp: float) -> float:
+    """Of the mask with the joint update, summed over all blocks."""
+    change = ops.obs_update(weight, fisher, mask, damp=damp) - weight
+    return float(ops.loss_increase(change, fisher, damp=damp).double().sum())
 
 
 def to_markdown(document: dict[str, Any]) -> str:
