@@ -53,29 +53,29 @@ def check_inverse(matrices: Tensor, inverse: Tensor, damp: Tensor) -> None:
 
 
 PATHS = [
-    (1, "lanes4"),
-    (3, "lanes4"),
-    (4, "lanes4"),
-    (7, "lanes8"),
-    (8, "lanes8"),
-    (14, "lanes16"),
-    (16, "lanes16"),
-    (31, "lanes32"),
-    (32, "lanes32"),
-    (33, "lanes64"),
-    (50, "lanes64"),
-    (64, "lanes64"),
-    (65, "tiles96"),
-    (96, "tiles96"),
-    (100, "tiles128"),
-    (128, "tiles128"),
+    *((size, "solo") for size in range(1, 9)),
+    (9, "group16"),
+    (14, "group16"),
+    (16, "group16"),
+    (31, "group32"),
+    (32, "group32"),
+    (33, "group48"),
+    (48, "group48"),
+    (49, "group52"),
+    (52, "group52"),
+    (53, "group64"),
+    (64, "group64"),
+    (65, "group96"),
+    (96, "group96"),
+    (100, "group128"),
+    (128, "group128"),
 ]
 
 
 @pytest.mark.parametrize(("size", "path"), PATHS)
 def test_every_kernel_inverts(invert_on_cpu: Path, gen: torch.Generator, size: int, path: str) -> None:
     """More matrices than a block of threads takes, and not a multiple of it; one value of damping a matrix."""
-    blocks = {"lanes4": 131, "lanes8": 35, "lanes16": 35, "lanes32": 9}.get(path, 3)
+    blocks = {"solo": 131, "group16": 35, "group32": 9}.get(path, 3)
     matrices = oracle.random_spd(gen, blocks, size, floor=1e-2).float()
     damp = torch.linspace(0.0, 0.5, blocks)
     taken, inverse, info = emulate(invert_on_cpu, matrices, damp)

@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "fisher/inverse_config.h"
-#include "fisher/inverse_lanes.cuh"
-#include "fisher/inverse_tiles.cuh"
+#include "fisher/inverse_group.cuh"
+#include "fisher/inverse_solo.cuh"
 
 namespace obs = obs_kernels;
 
@@ -102,23 +102,27 @@ struct Variant {
   std::string name;
   const void* kernel;
   int threads;
-  int matrices;  // of a block of threads
+  int matrices;  // of a block of threads, at once
+  int64_t max_blocks;
 };
 
-template <typename Config>
-Variant lanes(const char* name) {
+template <int kSize>
+Variant solo(const char* name) {
+  using Config = obs::SoloConfig<kSize>;
   return {name,
-          reinterpret_cast<const void*>(obs::inverse::invert_lanes_kernel<Config, 4>),
+          reinterpret_cast<const void*>(obs::inverse::invert_solo_kernel<Config, 4>),
           Config::kThreads,
-          Config::kThreads / Config::kLanes};
+          Config::kThreads,
+          INT64_MAX};
 }
 
-template <typename Config>
-Variant tiles(const char* name) {
+template <typename Config, int kVector = 4, bool kExact = true>
+Variant group(const char* name, int64_t max_blocks = obs::kMaxGroupBlocks) {
   return {name,
-          reinterpret_cast<const void*>(obs::inverse::invert_tiles_kernel<Config, 4>),
+          reinterpret_cast<const void*>(obs::inverse::invert_group_kernel<Config, kVector, kExact>),
           Config::kThreads,
-          1};
+          Config::kThreads / Config::kLanes,
+          max_blocks};
 }
 
 void measure(int size, int64_t blocks, const std::vector<Variant>& variants) {
@@ -145,7 +149,8 @@ void measure(int size, int64_t blocks, const std::vector<Variant>& variants) {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, variant.kernel), "attributes");
     obs::InvertParams params{in, damp, false, out, info, blocks, size};
-    const auto grid = static_cast<unsigned>((blocks - 1) / variant.matrices + 1);
+    const int64_t wanted = (blocks - 1) / variant.matrices + 1;
+    const auto grid = static_cast<unsigned>(std::min(wanted, variant.max_blocks));
     const auto launch = [&] {
       void* arguments[] = {&params};
       const auto threads = static_cast<unsigned>(variant.threads);
@@ -179,33 +184,55 @@ void measure(int size, int64_t blocks, const std::vector<Variant>& variants) {
 }  // namespace
 
 int main() {
-  using obs::LanesConfig;
-  measure(4, 4000000, {lanes<obs::Lanes4>("1 lane 4x4")});
-  measure(8,
-          2000000,
-          {lanes<obs::Lanes8>("2x2 lanes 4x4"),
-           lanes<LanesConfig<2, 1, 1, 2, 128, 8>>("2x1 lanes 4x8"),
-           lanes<LanesConfig<1, 1, 2, 2, 128, 4>>("1 lane 8x8")});
+  using obs::GroupConfig;
+  measure(4, 4000000, {solo<4>("a thread each")});
+  measure(8, 2000000, {solo<8>("a thread each")});
   measure(16,
           500000,
-          {lanes<obs::Lanes16>("2x2 lanes 8x8"),
-           lanes<LanesConfig<4, 2, 1, 2, 128, 8>>("4x2 lanes 4x8"),
-           lanes<LanesConfig<4, 4, 1, 1, 128, 8>>("4x4 lanes 4x4"),
-           lanes<LanesConfig<2, 1, 2, 4, 64, 4>>("2x1 lanes 8x16")});
+          {group<obs::Group16>("2x2 lanes"),
+           group<obs::Group16>("2x2, long grid", INT64_MAX),
+           group<GroupConfig<2, 2, 8, 8, 64, 10>>("2x2, 20 warps"),
+           group<GroupConfig<2, 2, 8, 8, 128, 4>>("2x2, 4 warps a block"),
+           group<GroupConfig<4, 2, 4, 8, 64, 12>>("4x2 lanes"),
+           group<GroupConfig<4, 2, 4, 8, 64, 16>>("4x2, 32 warps"),
+           group<GroupConfig<2, 1, 8, 16, 64, 5>>("2x1 lanes")});
   measure(32,
           200000,
-          {lanes<obs::Lanes32>("4x2 lanes 8x16"),
-           lanes<LanesConfig<4, 4, 2, 2, 128, 4>>("4x4 lanes 8x8"),
-           lanes<LanesConfig<8, 4, 1, 2, 128, 8>>("8x4 lanes 4x8"),
-           lanes<LanesConfig<4, 2, 2, 4, 128, 2>>("4x2 lanes, 4 warps")});
+          {group<obs::Group32>("4x2 lanes"),
+           group<obs::Group32>("4x2, long grid", INT64_MAX),
+           group<GroupConfig<4, 2, 8, 16, 64, 4>>("4x2, 8 warps"),
+           group<GroupConfig<4, 4, 8, 8, 64, 8>>("4x4 lanes"),
+           group<GroupConfig<4, 4, 8, 8, 64, 10>>("4x4, 20 warps"),
+           group<GroupConfig<8, 4, 4, 8, 64, 12>>("8x4 lanes")});
+  measure(48,
+          200000,
+          {group<obs::Group48>("8x4 lanes"),
+           group<GroupConfig<8, 4, 6, 12, 64, 10>>("8x4, 20 warps"),
+           group<GroupConfig<4, 4, 12, 12, 64, 5>>("4x4 lanes")});
+  measure(50,
+          200000,
+          {group<obs::Group52, 2, false>("8x4 lanes"),
+           group<obs::Group52, 2, false>("8x4, long grid", INT64_MAX),
+           group<GroupConfig<8, 4, 7, 13, 64, 8>, 2, false>("8x4, 16 warps"),
+           group<GroupConfig<4, 4, 13, 13, 64, 4>, 2, false>("4x4 lanes")});
   measure(64,
           200000,
-          {lanes<obs::Lanes64>("8x4 lanes 8x16"),
-           lanes<LanesConfig<8, 4, 2, 4, 32, 8>>("8x4 lanes, 1 warp"),
-           lanes<LanesConfig<8, 4, 2, 4, 128, 2>>("8x4 lanes, 4 warps"),
-           lanes<LanesConfig<8, 4, 2, 4, 64, 6>>("8x4 lanes, spilling"),
-           tiles<obs::TilesConfig<64>>("36 tiles of 8x8")});
-  measure(96, 100000, {tiles<obs::Tiles96>("78 tiles of 8x8")});
-  measure(128, 61035, {tiles<obs::Tiles128>("136 tiles of 8x8")});
+          {group<obs::Group64>("8x4 lanes"),
+           group<obs::Group64>("8x4, long grid", INT64_MAX),
+           group<GroupConfig<8, 4, 8, 16, 32, 12>>("8x4, 12 of 1 warp"),
+           group<GroupConfig<8, 4, 8, 16, 32, 16>>("8x4, 16 of 1 warp"),
+           group<GroupConfig<8, 8, 8, 8, 64, 10>>("8x8 lanes")});
+  measure(96,
+          100000,
+          {group<obs::Group96>("16x8 threads"),
+           group<GroupConfig<16, 8, 6, 12, 128, 5>>("16x8, 5 blocks"),
+           group<GroupConfig<8, 8, 12, 12, 64, 6>>("8x8 threads")});
+  measure(128,
+          61035,
+          {group<obs::Group128>("16x8 threads"),
+           group<obs::Group128>("16x8, long grid", INT64_MAX),
+           group<GroupConfig<16, 8, 8, 16, 128, 4>>("16x8, 4 blocks"),
+           group<GroupConfig<8, 8, 16, 16, 64, 4>>("8x8 threads"),
+           group<GroupConfig<16, 16, 8, 8, 256, 2>>("16x16 threads")});
   return 0;
 }

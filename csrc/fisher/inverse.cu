@@ -10,40 +10,85 @@
 #include "common/device_guard.h"
 #include "common/launch.h"
 #include "fisher/inverse_config.h"
-#include "fisher/inverse_lanes.cuh"
-#include "fisher/inverse_tiles.cuh"
+#include "fisher/inverse_group.cuh"
+#include "fisher/inverse_solo.cuh"
 
 namespace obs_kernels {
 namespace {
 
 template <typename Config, int kVector>
-LaunchPlan launch_lanes(const InvertParams& params, const char* path, cudaStream_t stream) {
+LaunchPlan launch_solo(const InvertParams& params, cudaStream_t stream) {
+  const int64_t blocks = (params.num_blocks - 1) / Config::kThreads + 1;
+  inverse::invert_solo_kernel<Config, kVector>
+      <<<static_cast<unsigned>(blocks), Config::kThreads, 0, stream>>>(params);
+  OBS_CUDA_CHECK(cudaGetLastError());
+  return {"invert_spd", "solo", blocks, Config::kThreads};
+}
+
+template <int kSize>
+LaunchPlan launch_solo(const InvertParams& params, bool wide, cudaStream_t stream) {
+  using Config = SoloConfig<kSize>;
+  if constexpr (Config::kWide) {
+    if (wide) return launch_solo<Config, 4>(params, stream);
+  }
+  return launch_solo<Config, 1>(params, stream);
+}
+
+LaunchPlan launch_solo(const InvertParams& params, bool wide, cudaStream_t stream) {
+  switch (params.size) {
+    case 1:
+      return launch_solo<1>(params, wide, stream);
+    case 2:
+      return launch_solo<2>(params, wide, stream);
+    case 3:
+      return launch_solo<3>(params, wide, stream);
+    case 4:
+      return launch_solo<4>(params, wide, stream);
+    case 5:
+      return launch_solo<5>(params, wide, stream);
+    case 6:
+      return launch_solo<6>(params, wide, stream);
+    case 7:
+      return launch_solo<7>(params, wide, stream);
+    default:
+      return launch_solo<8>(params, wide, stream);
+  }
+}
+
+template <typename Config, int kVector, bool kExact>
+LaunchPlan launch_group(const InvertParams& params, const char* path, cudaStream_t stream) {
   constexpr int kGroups = Config::kThreads / Config::kLanes;
-  const int64_t blocks = (params.num_blocks - 1) / kGroups + 1;
-  inverse::invert_lanes_kernel<Config, kVector>
+  const int64_t blocks = grid_size(params.num_blocks, kGroups, kMaxGroupBlocks);
+  inverse::invert_group_kernel<Config, kVector, kExact>
       <<<static_cast<unsigned>(blocks), Config::kThreads, 0, stream>>>(params);
   OBS_CUDA_CHECK(cudaGetLastError());
   return {"invert_spd", path, blocks, Config::kThreads};
 }
 
-template <typename Config, int kVector>
-LaunchPlan launch_tiles(const InvertParams& params, const char* path, cudaStream_t stream) {
-  inverse::invert_tiles_kernel<Config, kVector>
-      <<<static_cast<unsigned>(params.num_blocks), Config::kThreads, 0, stream>>>(params);
-  OBS_CUDA_CHECK(cudaGetLastError());
-  return {"invert_spd", path, params.num_blocks, Config::kThreads};
+template <typename Config>
+LaunchPlan launch_group(const InvertParams& params,
+                        int vector,
+                        const char* path,
+                        cudaStream_t stream) {
+  if (vector == 4) {
+    if constexpr (Config::kSize == Config::kAllRows) {
+      if (params.size == Config::kSize) return launch_group<Config, 4, true>(params, path, stream);
+    }
+    return launch_group<Config, 4, false>(params, path, stream);
+  }
+  if (vector == 2) return launch_group<Config, 2, false>(params, path, stream);
+  return launch_group<Config, 1, false>(params, path, stream);
 }
 
-template <int kVector>
-LaunchPlan launch(const InvertParams& params, cudaStream_t stream) {
+LaunchPlan launch_group(const InvertParams& params, int vector, cudaStream_t stream) {
   const int64_t size = params.size;
-  if (size <= Lanes4::kSize) return launch_lanes<Lanes4, kVector>(params, "lanes4", stream);
-  if (size <= Lanes8::kSize) return launch_lanes<Lanes8, kVector>(params, "lanes8", stream);
-  if (size <= Lanes16::kSize) return launch_lanes<Lanes16, kVector>(params, "lanes16", stream);
-  if (size <= Lanes32::kSize) return launch_lanes<Lanes32, kVector>(params, "lanes32", stream);
-  if (size <= Lanes64::kSize) return launch_lanes<Lanes64, kVector>(params, "lanes64", stream);
-  if (size <= Tiles96::kSize) return launch_tiles<Tiles96, kVector>(params, "tiles96", stream);
-  return launch_tiles<Tiles128, kVector>(params, "tiles128", stream);
+  if (size <= Group16::kSize) return launch_group<Group16>(params, vector, "group16", stream);
+  if (size <= Group32::kSize) return launch_group<Group32>(params, vector, "group32", stream);
+  if (size <= Group48::kSize) return launch_group<Group48>(params, vector, "group48", stream);
+  if (size <= Group52::kSize) return launch_group<Group52>(params, vector, "group52", stream);
+  if (size <= Group64::kSize) return launch_group<Group64>(params, vector, "group64", stream);
+  if (size <= Group96::kSize) return launch_group<Group96>(params, vector, "group96", stream);
+  return launch_group<Group128>(params, vector, "group128", stream);
 }
 
 bool aligned(const void* pointer, uintptr_t bytes) {
@@ -80,12 +125,11 @@ LaunchPlan invert_spd(const InvertParams& params, int device, cudaStream_t strea
   const DeviceGuard guard(device);
   const auto fits = [&](int vector) {
     const uintptr_t bytes = sizeof(float) * static_cast<uintptr_t>(vector);
-    return params.size % vector == 0 && aligned(params.matrices, bytes) &&
-           aligned(params.inverse, bytes);
+    return aligned(params.matrices, bytes) && aligned(params.inverse, bytes);
   };
-  const LaunchPlan plan = fits(4)   ? launch<4>(params, stream)
-                          : fits(2) ? launch<2>(params, stream)
-                                    : launch<1>(params, stream);
+  const int vector = params.size % 4 == 0 && fits(4) ? 4 : params.size % 2 == 0 && fits(2) ? 2 : 1;
+  const LaunchPlan plan = params.size <= kMaxSoloSize ? launch_solo(params, fits(4), stream)
+                                                      : launch_group(params, vector, stream);
   count_launch();
   return plan;
 }

@@ -2,59 +2,77 @@
 // How a matrix is spread over threads, by its size, apart from the kernels.
 #pragma once
 
+#include <cstdint>
+
 namespace obs_kernels {
 
-// Matrices up to 64: a group of lanes of one warp holds a matrix in registers. Rows and columns are
-// dealt out in chunks of four neighbours: lane (lr, lc) holds the row chunks lr, lr + kLaneRows,
-// ... and the column chunks lc, lc + kLaneCols, ...
+// Matrices up to kMaxSoloSize: a thread a matrix, 36 numbers at most, which needs no exchange. A
+// block stages its matrices through shared memory, so that global memory sees whole lines.
+constexpr int64_t kMaxSoloSize = 8;
+
+template <int kSizeValue>
+struct SoloConfig {
+  static constexpr int kSize = kSizeValue;
+  static constexpr int kEntries = kSize * kSize;
+  static constexpr bool kWide = kEntries % 4 == 0;  // rows of a matrix in pieces of 16 bytes
+  // Floats from one matrix to the next. 4 more than a multiple of 8 for pieces of 16 bytes, or odd
+  // for single numbers: neighbouring threads then meet different banks.
+  static constexpr int kStride = kWide && kEntries % 8 == 0 ? kEntries + 4 : kEntries;
+  static constexpr int kThreads = 128;
+};
+
+// Larger matrices: a group of threads holds the lower triangle in registers, some lanes of a warp
+// up to 64 and a whole block beyond. Thread (lr, lc) of the grid kLaneRows x kLaneCols holds the
+// rows lr, lr + kLaneRows, ... and the columns lc, lc + kLaneCols, ..., so that all have equal
+// parts of the triangle: 72 numbers of 8 x 16 in place of the 64 that half of them would be. A step
+// reads 8 + 16 numbers for 72 products; one column a lane would read as many as it multiplies, and
+// stop at about 60 % of the memory rate.
 template <int kLaneRowsValue,
           int kLaneColsValue,
-          int kRowChunksValue,
-          int kColChunksValue,
+          int kRowsValue,
+          int kColsValue,
           int kThreadsValue,
           int kMinBlocksValue>
-struct LanesConfig {
+struct GroupConfig {
   static constexpr int kLaneRows = kLaneRowsValue;
   static constexpr int kLaneCols = kLaneColsValue;
-  static constexpr int kRowChunks = kRowChunksValue;  // of a lane
-  static constexpr int kColChunks = kColChunksValue;
+  static constexpr int kRows = kRowsValue;  // of a thread
+  static constexpr int kCols = kColsValue;
   static constexpr int kLanes = kLaneRows * kLaneCols;
-  static constexpr int kSize = 4 * kLaneRows * kRowChunks;
+  static constexpr int kSize = kLaneCols * kCols;     // the largest matrix
+  static constexpr int kAllRows = kLaneRows * kRows;  // as many, or some more
   static constexpr int kThreads = kThreadsValue;
   // Blocks that must fit an SM: caps the registers of a thread at 65536 / (kThreads * kMinBlocks).
   static constexpr int kMinBlocks = kMinBlocksValue;
+  // A block takes a matrix straight from and to global memory: its warps meet whole sectors, and
+  // what it computes outweighs the rest. Some lanes of a warp would not, so they pass it on through
+  // shared memory.
+  static constexpr bool kStaged = kLanes <= 32;
+  // Floats from one row of the staged matrix to the next: an odd multiple of 16 bytes, so that
+  // eight rows times four columns meet 32 different banks.
+  static constexpr int kStride = kAllRows / 8 * 8 + 4 + (kAllRows % 8 > 4 ? 8 : 0);
+  // Of W: the numbers of a lane row lie together, and those of a lane column, in pieces of 16 bytes
+  // that differ in their banks.
+  static constexpr int kRowPitch = (kRows + 3) / 4 * 4;
+  static constexpr int kColPieces = (kCols + 3) / 4 * 4;
+  static constexpr int kColPitch = kColPieces % 16 == 0 ? kColPieces + 4 : kColPieces;
 
-  static_assert(kSize == 4 * kLaneCols * kColChunks, "the matrix must be square");
-  static_assert(kLaneRows % kLaneCols == 0,
-                "a chunk of columns must know its row chunk statically");
-  static_assert(32 % kLanes == 0, "a matrix must not span two warps");
+  static_assert(kAllRows >= kSize && kAllRows - kSize < 8, "the matrix must be square");
+  static_assert(kStride >= kAllRows, "a row must hold the mirror image of a column");
+  static_assert(kColPitch * kLaneCols >= kAllRows, "padding rows must stay in their own place");
+  static_assert(kLaneRows % kLaneCols == 0, "whether an entry is stored must not depend on lanes");
+  static_assert(32 % kLanes == 0 || kLanes == kThreads, "a group is part of a warp, or the block");
 };
 
-// A matrix a thread: no exchange at all, and 16 numbers need no more.
-using Lanes4 = LanesConfig<1, 1, 1, 1, 128, 8>;
-// Four lanes of 4 x 4: two neighbouring lanes read a whole sector, which one lane alone would not.
-using Lanes8 = LanesConfig<2, 2, 1, 1, 128, 8>;
-// 4 x 8 a lane: measured on an H200 at 0.7 of a copy, where 8 x 8 (four lanes) reached 0.5.
-using Lanes16 = LanesConfig<4, 2, 1, 2, 128, 5>;
-// 8 x 16 a lane: 24 numbers for 96 products. One column a lane would need as many pivot numbers as
-// products and stop at about 60 % of the memory rate.
-// Some 200 registers, so a scheduler has two warps; a third would need 168, and those spill.
-using Lanes32 = LanesConfig<4, 2, 2, 4, 64, 4>;
-using Lanes64 = LanesConfig<8, 4, 2, 4, 64, 4>;
+using Group16 = GroupConfig<2, 2, 8, 8, 64, 8>;
+using Group32 = GroupConfig<4, 2, 8, 16, 64, 6>;
+using Group48 = GroupConfig<8, 4, 6, 12, 64, 8>;
+using Group52 = GroupConfig<8, 4, 7, 13, 64, 7>;
+using Group64 = GroupConfig<8, 4, 8, 16, 64, 6>;
+using Group96 = GroupConfig<16, 8, 6, 12, 128, 4>;
+using Group128 = GroupConfig<16, 8, 8, 16, 128, 3>;
 
-// Matrices from 65 to 128: a block a matrix, a thread a tile of 8 x 8 on or below the diagonal.
-template <int kSizeValue>
-struct TilesConfig {
-  static constexpr int kSize = kSizeValue;
-  static constexpr int kTile = 8;
-  static constexpr int kTileRows = kSize / kTile;
-  static constexpr int kTiles = kTileRows * (kTileRows + 1) / 2;
-  static constexpr int kThreads = (kTiles + 31) / 32 * 32;
-  static constexpr int kMinBlocks = 2;  // three fit on sm_90; asked for, they would spill on sm_100
-  static_assert(kSize % kTile == 0, "whole tiles");
-};
-
-using Tiles96 = TilesConfig<96>;
-using Tiles128 = TilesConfig<128>;
+// Groups take matrices in turn, so a grid of some waves is enough.
+constexpr int64_t kMaxGroupBlocks = 132 * 16;
 
 }  // namespace obs_kernels
