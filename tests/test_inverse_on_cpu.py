@@ -56,15 +56,15 @@ PATHS = [
     *((size, "solo") for size in range(1, 9)),
     (9, "group16"),
     (14, "group16"),
-    (16, "group16"),
+    (16, "full16"),
     (31, "group32"),
-    (32, "group32"),
+    (32, "full32"),
     (33, "group48"),
     (48, "group48"),
     (49, "group52"),
     (52, "group52"),
     (53, "group64"),
-    (64, "group64"),
+    (64, "full64"),
     (65, "group96"),
     (96, "group96"),
     (100, "group128"),
@@ -75,7 +75,7 @@ PATHS = [
 @pytest.mark.parametrize(("size", "path"), PATHS)
 def test_every_kernel_inverts(invert_on_cpu: Path, gen: torch.Generator, size: int, path: str) -> None:
     """More matrices than a block of threads takes, and not a multiple of it; one value of damping a matrix."""
-    blocks = {"solo": 131, "group16": 35, "group32": 9}.get(path, 3)
+    blocks = {"solo": 131, "group16": 35, "full16": 35, "group32": 9, "full32": 9}.get(path, 3)
     matrices = oracle.random_spd(gen, blocks, size, floor=1e-2).float()
     damp = torch.linspace(0.0, 0.5, blocks)
     taken, inverse, info = emulate(invert_on_cpu, matrices, damp)

@@ -102,8 +102,7 @@ struct Variant {
   std::string name;
   const void* kernel;
   int threads;
-  int matrices;  // of a block of threads, at once
-  int64_t max_blocks;
+  int matrices;  // of a block of threads
 };
 
 template <int kSize>
@@ -112,17 +111,15 @@ Variant solo(const char* name) {
   return {name,
           reinterpret_cast<const void*>(obs::inverse::invert_solo_kernel<Config, 4>),
           Config::kThreads,
-          Config::kThreads,
-          INT64_MAX};
+          Config::kThreads};
 }
 
-template <typename Config, int kVector = 4, bool kExact = true>
-Variant group(const char* name, int64_t max_blocks = obs::kMaxGroupBlocks) {
+template <typename Config>
+Variant group(const char* name) {
   return {name,
-          reinterpret_cast<const void*>(obs::inverse::invert_group_kernel<Config, kVector, kExact>),
+          reinterpret_cast<const void*>(obs::inverse::invert_group_kernel<Config, 4>),
           Config::kThreads,
-          Config::kThreads / Config::kLanes,
-          max_blocks};
+          Config::kThreads / Config::kLanes};
 }
 
 void measure(int size, int64_t blocks, const std::vector<Variant>& variants) {
@@ -149,8 +146,7 @@ void measure(int size, int64_t blocks, const std::vector<Variant>& variants) {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, variant.kernel), "attributes");
     obs::InvertParams params{in, damp, false, out, info, blocks, size};
-    const int64_t wanted = (blocks - 1) / variant.matrices + 1;
-    const auto grid = static_cast<unsigned>(std::min(wanted, variant.max_blocks));
+    const auto grid = static_cast<unsigned>((blocks - 1) / variant.matrices + 1);
     const auto launch = [&] {
       void* arguments[] = {&params};
       const auto threads = static_cast<unsigned>(variant.threads);
@@ -189,50 +185,41 @@ int main() {
   measure(8, 2000000, {solo<8>("a thread each")});
   measure(16,
           500000,
-          {group<obs::Group16>("2x2 lanes"),
-           group<obs::Group16>("2x2, long grid", INT64_MAX),
-           group<GroupConfig<2, 2, 8, 8, 64, 10>>("2x2, 20 warps"),
-           group<GroupConfig<2, 2, 8, 8, 128, 4>>("2x2, 4 warps a block"),
-           group<GroupConfig<4, 2, 4, 8, 64, 12>>("4x2 lanes"),
-           group<GroupConfig<4, 2, 4, 8, 64, 16>>("4x2, 32 warps"),
-           group<GroupConfig<2, 1, 8, 16, 64, 5>>("2x1 lanes")});
+          {group<obs::Full16>("2x2 lanes"),
+           group<obs::Group16>("2x2, sizes from 9"),
+           group<GroupConfig<16, 2, 2, 8, 8, 64, 10>>("2x2, 20 warps"),
+           group<GroupConfig<16, 2, 2, 8, 8, 128, 5>>("2x2, 4 warps a block"),
+           group<GroupConfig<16, 4, 2, 4, 8, 64, 12>>("4x2 lanes"),
+           group<GroupConfig<16, 4, 2, 4, 8, 128, 8>>("4x2, 4 warps a block"),
+           group<GroupConfig<16, 4, 4, 4, 4, 128, 8>>("4x4 lanes")});
   measure(32,
           200000,
-          {group<obs::Group32>("4x2 lanes"),
-           group<obs::Group32>("4x2, long grid", INT64_MAX),
-           group<GroupConfig<4, 2, 8, 16, 64, 4>>("4x2, 8 warps"),
-           group<GroupConfig<4, 4, 8, 8, 64, 8>>("4x4 lanes"),
-           group<GroupConfig<4, 4, 8, 8, 64, 10>>("4x4, 20 warps"),
-           group<GroupConfig<8, 4, 4, 8, 64, 12>>("8x4 lanes")});
-  measure(48,
-          200000,
-          {group<obs::Group48>("8x4 lanes"),
-           group<GroupConfig<8, 4, 6, 12, 64, 10>>("8x4, 20 warps"),
-           group<GroupConfig<4, 4, 12, 12, 64, 5>>("4x4 lanes")});
+          {group<obs::Full32>("4x2 lanes"),
+           group<obs::Group32>("4x2, sizes from 17"),
+           group<GroupConfig<32, 4, 2, 8, 16, 32, 12>>("4x2, 1 warp a block"),
+           group<GroupConfig<32, 4, 4, 8, 8, 64, 8>>("4x4 lanes"),
+           group<GroupConfig<32, 4, 4, 8, 8, 128, 5>>("4x4, 4 warps a block"),
+           group<GroupConfig<32, 8, 4, 4, 8, 128, 7>>("8x4 lanes")});
+  measure(48, 200000, {group<obs::Group48>("8x4 lanes, sizes from 33")});
   measure(50,
           200000,
-          {group<obs::Group52, 2, false>("8x4 lanes"),
-           group<obs::Group52, 2, false>("8x4, long grid", INT64_MAX),
-           group<GroupConfig<8, 4, 7, 13, 64, 8>, 2, false>("8x4, 16 warps"),
-           group<GroupConfig<4, 4, 13, 13, 64, 4>, 2, false>("4x4 lanes")});
+          {group<obs::Group52>("8x4 lanes"),
+           group<GroupConfig<49, 8, 4, 7, 13, 64, 8>>("8x4, 16 warps"),
+           group<GroupConfig<49, 4, 4, 13, 13, 64, 5>>("4x4 lanes")});
   measure(64,
           200000,
-          {group<obs::Group64>("8x4 lanes"),
-           group<obs::Group64>("8x4, long grid", INT64_MAX),
-           group<GroupConfig<8, 4, 8, 16, 32, 12>>("8x4, 12 of 1 warp"),
-           group<GroupConfig<8, 4, 8, 16, 32, 16>>("8x4, 16 of 1 warp"),
-           group<GroupConfig<8, 8, 8, 8, 64, 10>>("8x8 lanes")});
+          {group<obs::Full64>("8x4 lanes"),
+           group<obs::Group64>("8x4, sizes from 53"),
+           group<GroupConfig<64, 8, 4, 8, 16, 32, 16>>("8x4, 1 warp a block")});
   measure(96,
           100000,
-          {group<obs::Group96>("16x8 threads"),
-           group<GroupConfig<16, 8, 6, 12, 128, 5>>("16x8, 5 blocks"),
-           group<GroupConfig<8, 8, 12, 12, 64, 6>>("8x8 threads")});
+          {group<obs::Group96>("8x8 threads"),
+           group<GroupConfig<65, 8, 8, 12, 12, 64, 4>>("8x8, 4 blocks"),
+           group<GroupConfig<65, 16, 8, 6, 12, 128, 4>>("16x8 threads")});
   measure(128,
           61035,
           {group<obs::Group128>("16x8 threads"),
-           group<obs::Group128>("16x8, long grid", INT64_MAX),
-           group<GroupConfig<16, 8, 8, 16, 128, 4>>("16x8, 4 blocks"),
-           group<GroupConfig<8, 8, 16, 16, 64, 4>>("8x8 threads"),
-           group<GroupConfig<16, 16, 8, 8, 256, 2>>("16x16 threads")});
+           group<GroupConfig<97, 16, 8, 8, 16, 128, 4>>("16x8, 4 blocks"),
+           group<GroupConfig<97, 8, 8, 16, 16, 64, 4>>("8x8 threads")});
   return 0;
 }

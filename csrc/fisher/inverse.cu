@@ -55,11 +55,11 @@ LaunchPlan launch_solo(const InvertParams& params, bool wide, cudaStream_t strea
   }
 }
 
-template <typename Config, int kVector, bool kExact>
+template <typename Config, int kVector>
 LaunchPlan launch_group(const InvertParams& params, const char* path, cudaStream_t stream) {
   constexpr int kGroups = Config::kThreads / Config::kLanes;
-  const int64_t blocks = grid_size(params.num_blocks, kGroups, kMaxGroupBlocks);
-  inverse::invert_group_kernel<Config, kVector, kExact>
+  const int64_t blocks = (params.num_blocks - 1) / kGroups + 1;
+  inverse::invert_group_kernel<Config, kVector>
       <<<static_cast<unsigned>(blocks), Config::kThreads, 0, stream>>>(params);
   OBS_CUDA_CHECK(cudaGetLastError());
   return {"invert_spd", path, blocks, Config::kThreads};
@@ -67,28 +67,27 @@ LaunchPlan launch_group(const InvertParams& params, const char* path, cudaStream
 
 template <typename Config>
 LaunchPlan launch_group(const InvertParams& params,
-                        int vector,
+                        bool wide,
                         const char* path,
                         cudaStream_t stream) {
-  if (vector == 4) {
-    if constexpr (Config::kSize == Config::kAllRows) {
-      if (params.size == Config::kSize) return launch_group<Config, 4, true>(params, path, stream);
-    }
-    return launch_group<Config, 4, false>(params, path, stream);
+  if constexpr (Config::kStaged) {
+    if (wide) return launch_group<Config, 4>(params, path, stream);
   }
-  if (vector == 2) return launch_group<Config, 2, false>(params, path, stream);
-  return launch_group<Config, 1, false>(params, path, stream);
+  return launch_group<Config, 1>(params, path, stream);
 }
 
-LaunchPlan launch_group(const InvertParams& params, int vector, cudaStream_t stream) {
+LaunchPlan launch_group(const InvertParams& params, bool wide, cudaStream_t stream) {
   const int64_t size = params.size;
-  if (size <= Group16::kSize) return launch_group<Group16>(params, vector, "group16", stream);
-  if (size <= Group32::kSize) return launch_group<Group32>(params, vector, "group32", stream);
-  if (size <= Group48::kSize) return launch_group<Group48>(params, vector, "group48", stream);
-  if (size <= Group52::kSize) return launch_group<Group52>(params, vector, "group52", stream);
-  if (size <= Group64::kSize) return launch_group<Group64>(params, vector, "group64", stream);
-  if (size <= Group96::kSize) return launch_group<Group96>(params, vector, "group96", stream);
-  return launch_group<Group128>(params, vector, "group128", stream);
+  if (wide && size == 16) return launch_group<Full16, 4>(params, "full16", stream);
+  if (wide && size == 32) return launch_group<Full32, 4>(params, "full32", stream);
+  if (wide && size == 64) return launch_group<Full64, 4>(params, "full64", stream);
+  if (size <= Group16::kSize) return launch_group<Group16>(params, wide, "group16", stream);
+  if (size <= Group32::kSize) return launch_group<Group32>(params, wide, "group32", stream);
+  if (size <= Group48::kSize) return launch_group<Group48>(params, wide, "group48", stream);
+  if (size <= Group52::kSize) return launch_group<Group52>(params, wide, "group52", stream);
+  if (size <= Group64::kSize) return launch_group<Group64>(params, wide, "group64", stream);
+  if (size <= Group96::kSize) return launch_group<Group96>(params, wide, "group96", stream);
+  return launch_group<Group128>(params, wide, "group128", stream);
 }
 
 bool aligned(const void* pointer, uintptr_t bytes) {
@@ -123,13 +122,12 @@ LaunchPlan invert_spd(const InvertParams& params, int device, cudaStream_t strea
             params.inverse);
   OBS_CHECK(device >= 0, "device must be an index, got ", device);
   const DeviceGuard guard(device);
-  const auto fits = [&](int vector) {
-    const uintptr_t bytes = sizeof(float) * static_cast<uintptr_t>(vector);
-    return aligned(params.matrices, bytes) && aligned(params.inverse, bytes);
-  };
-  const int vector = params.size % 4 == 0 && fits(4) ? 4 : params.size % 2 == 0 && fits(2) ? 2 : 1;
-  const LaunchPlan plan = params.size <= kMaxSoloSize ? launch_solo(params, fits(4), stream)
-                                                      : launch_group(params, vector, stream);
+  // An odd matrix is no whole number of pieces of 16 bytes, so that the next one is off alignment;
+  // threads that take a matrix each share all pieces of a block, whatever the size.
+  const bool aligned16 = aligned(params.matrices, 16) && aligned(params.inverse, 16);
+  const LaunchPlan plan = params.size <= kMaxSoloSize
+                              ? launch_solo(params, aligned16, stream)
+                              : launch_group(params, aligned16 && params.size % 2 == 0, stream);
   count_launch();
   return plan;
 }

@@ -27,13 +27,15 @@ struct SoloConfig {
 // parts of the triangle: 72 numbers of 8 x 16 in place of the 64 that half of them would be. A step
 // reads 8 + 16 numbers for 72 products; one column a lane would read as many as it multiplies, and
 // stop at about 60 % of the memory rate.
-template <int kLaneRowsValue,
+template <int kLeastValue,
+          int kLaneRowsValue,
           int kLaneColsValue,
           int kRowsValue,
           int kColsValue,
           int kThreadsValue,
           int kMinBlocksValue>
 struct GroupConfig {
+  static constexpr int kLeast = kLeastValue;  // the smallest matrix: what it has needs no test
   static constexpr int kLaneRows = kLaneRowsValue;
   static constexpr int kLaneCols = kLaneColsValue;
   static constexpr int kRows = kRowsValue;  // of a thread
@@ -48,9 +50,11 @@ struct GroupConfig {
   // what it computes outweighs the rest. Some lanes of a warp would not, so they pass it on through
   // shared memory.
   static constexpr bool kStaged = kLanes <= 32;
-  // Floats from one row of the staged matrix to the next: an odd multiple of 16 bytes, so that
-  // eight rows times four columns meet 32 different banks.
+  // Floats from one row of a staged matrix of full size to the next: an odd multiple of 16 bytes,
+  // so that eight rows times four columns meet 32 different banks.
   static constexpr int kStride = kAllRows / 8 * 8 + 4 + (kAllRows % 8 > 4 ? 8 : 0);
+  // Of a group. Not a multiple of 32, so that the groups of a warp meet other banks.
+  static constexpr int kStagedSize = (kAllRows * kStride + 31) / 32 * 32 + (kLanes == 4 ? 8 : 16);
   // Of W: the numbers of a lane row lie together, and those of a lane column, in pieces of 16 bytes
   // that differ in their banks.
   static constexpr int kRowPitch = (kRows + 3) / 4 * 4;
@@ -64,15 +68,17 @@ struct GroupConfig {
   static_assert(32 % kLanes == 0 || kLanes == kThreads, "a group is part of a warp, or the block");
 };
 
-using Group16 = GroupConfig<2, 2, 8, 8, 64, 8>;
-using Group32 = GroupConfig<4, 2, 8, 16, 64, 6>;
-using Group48 = GroupConfig<8, 4, 6, 12, 64, 8>;
-using Group52 = GroupConfig<8, 4, 7, 13, 64, 7>;
-using Group64 = GroupConfig<8, 4, 8, 16, 64, 6>;
-using Group96 = GroupConfig<16, 8, 6, 12, 128, 4>;
-using Group128 = GroupConfig<16, 8, 8, 16, 128, 3>;
+using Group16 = GroupConfig<9, 2, 2, 8, 8, 64, 8>;
+using Group32 = GroupConfig<17, 4, 2, 8, 16, 64, 6>;
+using Group48 = GroupConfig<33, 8, 4, 6, 12, 64, 8>;
+using Group52 = GroupConfig<49, 8, 4, 7, 13, 64, 7>;
+using Group64 = GroupConfig<53, 8, 4, 8, 16, 64, 6>;
+using Group96 = GroupConfig<65, 8, 8, 12, 12, 64, 6>;
+using Group128 = GroupConfig<97, 16, 8, 8, 16, 128, 3>;
 
-// Groups take matrices in turn, so a grid of some waves is enough.
-constexpr int64_t kMaxGroupBlocks = 132 * 16;
+// Where every matrix has the full size, no entry needs a test.
+using Full16 = GroupConfig<16, 2, 2, 8, 8, 64, 8>;
+using Full32 = GroupConfig<32, 4, 2, 8, 16, 64, 6>;
+using Full64 = GroupConfig<64, 8, 4, 8, 16, 64, 6>;
 
 }  // namespace obs_kernels

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "common/async_copy.cuh"
-#include "common/prefetch.cuh"
 #include "fisher/inverse_config.h"
 #include "fisher/inverse_step.cuh"
 #include "obs_kernels/inverse.h"
@@ -27,6 +26,13 @@ struct Share {
   }
 };
 
+// Rows and columns that every size of the path has need no test.
+template <typename Config>
+__device__ constexpr bool always_inside(int i, int j) {
+  return (i + 1) * Config::kLaneRows <= Config::kLeast &&
+         (j + 1) * Config::kLaneCols <= Config::kLeast;
+}
+
 template <typename Config>
 struct Place {
   int lane;  // inside the group
@@ -47,8 +53,7 @@ struct Exchange {
 // exchange in between.
 template <typename Config>
 union Workspace {
-  // An odd multiple of 64 bytes: neighbouring groups of a warp meet other banks.
-  float matrix[Config::kStaged ? (Config::kAllRows * Config::kStride + 15) / 32 * 32 + 16 : 1];
+  float matrix[Config::kStaged ? Config::kStagedSize : 1];
   Exchange<Config> exchange;
 };
 
@@ -61,42 +66,50 @@ __device__ __forceinline__ void wait_for_group() {
   }
 }
 
-// Calls move(row, first column) for the pieces of kVector columns of all rows of a matrix:
-// neighbouring threads, neighbouring pieces.
+// Floats from one row of a staged matrix to the next. Matrices of the full size lie in padded rows,
+// others as in global memory, where a row need not be whole pieces of 16 bytes.
+template <typename Config>
+__device__ __forceinline__ int stride_of(int size) {
+  return Config::kLeast == Config::kSize ? Config::kStride : size;
+}
+
+// Calls move(place in shared memory, place in global memory) for the pieces of kVector entries of a
+// matrix: neighbouring threads, neighbouring pieces.
 template <typename Config, int kVector, typename Move>
 __device__ __forceinline__ void for_each_piece(int size, int lane, const Move& move) {
-  constexpr int kPieces = (Config::kSize + kVector - 1) / kVector;  // of a row
-  constexpr int kAcross = kPieces <= 4 && Config::kLanes >= 4     ? 4
-                          : kPieces <= 8 && Config::kLanes >= 8   ? 8
-                          : kPieces <= 16 && Config::kLanes >= 16 ? 16
-                          : Config::kLanes < 32                   ? Config::kLanes
-                                                                  : 32;
-  for (int row = lane / kAcross; row < size; row += Config::kLanes / kAcross) {
-    for (int col = lane % kAcross * kVector; col < size; col += kAcross * kVector) move(row, col);
+  constexpr int kSize = Config::kSize;
+  if constexpr (Config::kLeast == kSize) {
+    static_assert(kSize % kVector == 0, "whole pieces");
+#pragma unroll 4
+    for (int entry = lane * kVector; entry < kSize * kSize; entry += Config::kLanes * kVector) {
+      move(entry / kSize * Config::kStride + entry % kSize, entry);
+    }
+  } else {
+#pragma unroll 4
+    for (int entry = lane * kVector; entry < size * size; entry += Config::kLanes * kVector) {
+      move(entry, entry);
+    }
   }
 }
 
-// Starts to copy the lower triangle.
 template <typename Config, int kVector>
 __device__ __forceinline__ void stage(const float* matrix, int size, int lane, float* staged) {
-  for_each_piece<Config, kVector>(size, lane, [&](int row, int col) {
-    if (col > row) return;
-    copy_async<static_cast<int>(sizeof(float)) * kVector>(staged + row * Config::kStride + col,
-                                                          matrix + row * size + col);
+  for_each_piece<Config, kVector>(size, lane, [&](int to, int from) {
+    copy_async<static_cast<int>(sizeof(float)) * kVector>(staged + to, matrix + from);
   });
 }
 
 template <typename Config, int kVector>
 __device__ __forceinline__ void copy_out(const float* staged, int size, int lane, float* inverse) {
-  for_each_piece<Config, kVector>(size, lane, [&](int row, int col) {
-    *reinterpret_cast<Piece<kVector>*>(inverse + row * size + col) =
-        *reinterpret_cast<const Piece<kVector>*>(staged + row * Config::kStride + col);
+  for_each_piece<Config, kVector>(size, lane, [&](int from, int to) {
+    *reinterpret_cast<Piece<kVector>*>(inverse + to) =
+        *reinterpret_cast<const Piece<kVector>*>(staged + from);
   });
 }
 
 // The damped matrix, negated; beyond `size` minus the identity. What lies above the diagonal is
-// whatever the memory held, and never used. Rows are `stride` apart.
-template <typename Config, bool kExact>
+// never used. Rows are `stride` apart.
+template <typename Config>
 __device__ __forceinline__ void load_share(const float* matrix,
                                            int stride,
                                            float damp,
@@ -110,12 +123,9 @@ __device__ __forceinline__ void load_share(const float* matrix,
     for (int j = 0; j < Config::kCols; ++j) {
       if (!Share<Config>::stored(i, j)) continue;
       const int col = place.col(j);
-      // Beyond the matrix there is shared memory, but not always global memory.
-      const bool inside = kExact || row < size;
-      float entry = inside && (Config::kStaged || col < size) ? -matrix[row * stride + col] : 0.0f;
-      if (Share<Config>::mirrored(i, j) && row == col) {
-        entry = inside ? entry - damp : -1.0f;
-      }
+      const bool inside = always_inside<Config>(i, j) || (row < size && col < size);
+      float entry = inside ? -matrix[row * stride + col] : 0.0f;
+      if (Share<Config>::mirrored(i, j) && row == col) entry = inside ? entry - damp : -1.0f;
       share.at[i][j] = entry;
     }
   }
@@ -263,9 +273,8 @@ __device__ __forceinline__ int eliminate(int size,
   return failed;
 }
 
-// The inverse with both its triangles, or zeros if `bad`; nothing beyond `size` unless it is
-// staged.
-template <typename Config, bool kExact>
+// The inverse with both its triangles, or zeros if `bad`.
+template <typename Config>
 __device__ __forceinline__ void store_share(float* inverse,
                                             int stride,
                                             bool bad,
@@ -275,12 +284,11 @@ __device__ __forceinline__ void store_share(float* inverse,
 #pragma unroll
   for (int i = 0; i < Config::kRows; ++i) {
     const int row = place.row(i);
-    if (!Config::kStaged && !kExact && row >= size) continue;
 #pragma unroll
     for (int j = 0; j < Config::kCols; ++j) {
       if (!Share<Config>::stored(i, j)) continue;
       const int col = place.col(j);
-      if (!Config::kStaged && !kExact && col >= size) continue;
+      if (!always_inside<Config>(i, j) && (row >= size || col >= size)) continue;
       const float entry = bad ? 0.0f : share.at[i][j];
       inverse[row * stride + col] = entry;
       if (!Share<Config>::mirrored(i, j)) inverse[col * stride + row] = entry;
@@ -288,8 +296,7 @@ __device__ __forceinline__ void store_share(float* inverse,
   }
 }
 
-// kExact: size == kSize, and no row is padding.
-template <typename Config, int kVector, bool kExact>
+template <typename Config, int kVector>
 __global__ __launch_bounds__(Config::kThreads,
                              Config::kMinBlocks) void invert_group_kernel(InvertParams params) {
   constexpr int kGroups = Config::kThreads / Config::kLanes;  // matrices of a block
@@ -301,43 +308,32 @@ __global__ __launch_bounds__(Config::kThreads,
   place.lane = thread % Config::kLanes;
   place.lr = place.lane / Config::kLaneCols;
   place.lc = place.lane % Config::kLaneCols;
-  const int size = kExact ? Config::kSize : static_cast<int>(params.size);
-  const int64_t entries = int64_t{size} * size;
-  const int64_t turn = int64_t{gridDim.x} * kGroups;
-  // The lanes of a warp leave the loop together: it counts the warp's first matrix.
-  const int of_warp = Config::kLanes < 32 ? thread % 32 / Config::kLanes : 0;
-  int64_t first = int64_t{blockIdx.x} * kGroups + thread / Config::kLanes - of_warp;
+  const int size = Config::kLeast == Config::kSize ? Config::kSize : static_cast<int>(params.size);
+  const int64_t block = int64_t{blockIdx.x} * kGroups + thread / Config::kLanes;
+  const bool live = block < params.num_blocks;  // the lanes of a warp stay together
+  const float* const matrix = params.matrices + block * size * size;
+  float* const inverse = params.inverse + block * size * size;
+  const float damp = live ? params.damp[params.damp_each ? block : 0] : 0.0f;
 
-  for (; first < params.num_blocks; first += turn) {
-    const int64_t block = first + of_warp;
-    const bool live = block < params.num_blocks;
-    const float* const matrix = params.matrices + block * entries;
-    float* const inverse = params.inverse + block * entries;
-    const float damp = live ? params.damp[params.damp_each ? block : 0] : 0.0f;
-    Share<Config> share;
-    if constexpr (Config::kStaged) {
-      if (live) stage<Config, kVector>(matrix, size, place.lane, shared.matrix);
-      wait_for_copies();
-      wait_for_group<Config>();
-      load_share<Config, kExact>(shared.matrix, Config::kStride, damp, size, place, share);
-    } else {
-      load_share<Config, kExact>(matrix, size, damp, size, place, share);
-    }
-    wait_for_group<Config>();  // before the exchange overwrites what was staged
-    if (place.lane == 0 && block + turn < params.num_blocks) {
-      prefetch_to_l2(matrix + turn * entries, static_cast<uint32_t>(entries * sizeof(float)));
-    }
-    const int failed = eliminate<Config>(size, place, share, shared.exchange);
+  Share<Config> share;
+  if constexpr (Config::kStaged) {
+    if (live) stage<Config, kVector>(matrix, size, place.lane, shared.matrix);
+    wait_for_copies();
     wait_for_group<Config>();
-    if constexpr (Config::kStaged) {
-      store_share<Config, kExact>(shared.matrix, Config::kStride, failed != 0, size, place, share);
-      wait_for_group<Config>();
-      if (live) copy_out<Config, kVector>(shared.matrix, size, place.lane, inverse);
-      wait_for_group<Config>();  // before the next matrix overwrites this one
-    } else {
-      store_share<Config, kExact>(inverse, size, failed != 0, size, place, share);
-    }
-    if (live && place.lane == 0) params.info[block] = failed;
+    load_share<Config>(shared.matrix, stride_of<Config>(size), damp, size, place, share);
+  } else {
+    load_share<Config>(matrix, size, damp, size, place, share);
+  }
+  wait_for_group<Config>();  // before the exchange overwrites what was staged
+  const int failed = eliminate<Config>(size, place, share, shared.exchange);
+  if (live && place.lane == 0) params.info[block] = failed;
+  if constexpr (Config::kStaged) {
+    wait_for_group<Config>();
+    store_share<Config>(shared.matrix, stride_of<Config>(size), failed != 0, size, place, share);
+    wait_for_group<Config>();
+    if (live) copy_out<Config, kVector>(shared.matrix, size, place.lane, inverse);
+  } else {
+    store_share<Config>(inverse, size, failed != 0, size, place, share);
   }
 }
 
