@@ -301,7 +301,7 @@ def test_every_file_of_the_cases_is_in_the_registry():
 @pytest.mark.parametrize("topic", ["fisher", "inverse"])
 def test_every_size_has_its_variants_and_peers(topic: str):
     found = list(cases.load(topic).problems(Selection()))  # type: ignore[misc]
-    assert len({p.label for p in found}) == len(found) == {"fisher": 2 * 7 * 2 * 2, "inverse": 7}[topic]
+    assert len({p.label for p in found}) == len(found) == {"fisher": 2 * 7 * 2 * 2, "inverse": 2 * 7}[topic]
     for one in found:
         names = [v.name for v in one.variants]
         assert len(set(names)) == len(names) and {"reference", "call reference"} <= set(names)
@@ -322,8 +322,8 @@ def test_floors_are_the_bytes_of_the_definition():
     step = one.variants[-1]
     assert step.num_bytes == 2 * 4 * blocks * 64 + 2 * blocks * 8 and step.share == 1 / 32
     assert one.real_shape == {"B": 14_155_776 // 8, "D": 8, "S": 32}
-    other = inverse.problem(Selection(), "200k", 128, "f32")
-    assert other.num_bytes == 2 * 4 * other.shape["B"] * 128**2 and other.real_shape == {"B": 61_035, "D": 128}
+    other = inverse.problem(Selection(), "14M", 128, "f32")
+    assert other.num_bytes == 2 * 4 * other.shape["B"] * 128**2 and other.real_shape == {"B": 110_592, "D": 128}
 
 
 def test_peers_and_forced_records_are_options():
@@ -427,7 +427,7 @@ def test_a_broken_op_is_refused_and_fails_the_run(tmp_path: Path, capsys: Any, m
     right = obs_kernels.reference.invert_spd
     monkeypatch.setattr(obs_kernels.reference, "invert_spd", lambda a, *, damp: right(a, damp=2 * damp))
     target = tmp_path / "out.json"
-    assert command("--op", "inverse", "--block-size", 8, "--backend", "reference", "--json", target) == 1
+    assert command("--op", "inverse", "--shape", "14M", "--block-size", 8, "--backend", "reference", "--json", target) == 1
     stored = json.loads(target.read_text())
     assert schema_problems(stored) == [] and all("peer" in row["config"] for row in stored["rows"])
     assert [entry["variant"] for entry in stored["refused"]] == ["reference", "call reference"]
@@ -453,7 +453,7 @@ def test_what_was_measured_is_kept_when_a_run_dies(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--op", "inverse", "--shape", "70B"), "shape must be one of 200k or all, got '70B'"),
+        (("--op", "inverse", "--shape", "70B"), "shape must be one of 14M, bert-base or all, got '70B'"),
         (("--dtype", "int4"), "dtype must be one of"),
         (("--op", "inverse", "--dtype", "bf16"), "dtype must be one of f32 or all, got 'bf16'"),
         (("--block-size", "0"), "block-size must be positive whole numbers"),
@@ -475,12 +475,12 @@ def test_the_list_measures_nothing(capsys: pytest.CaptureFixture[str], monkeypat
     assert command("--list") == 0
     shown = capsys.readouterr().out
     assert (
-        "fisher: accumulate_fisher_" in shown and "invert_spd 200k" in shown and "backend reference: runs here" in shown
+        "fisher: accumulate_fisher_" in shown and "invert_spd 14M" in shown and "backend reference: runs here" in shown
     )
 
 
 def test_names_are_checked_over_all_ops():
     both = [cases.load(topic) for topic in ("fisher", "inverse")]
-    session.check_selection(both, Selection(shapes=("bert-base", "200k"), dtypes=("bf16",)))
-    with pytest.raises(ConfigError, match="14M, bert-base, 200k or all"):
+    session.check_selection(both, Selection(shapes=("bert-base", "14M"), dtypes=("bf16",)))
+    with pytest.raises(ConfigError, match="14M, bert-base or all"):
         session.check_selection(both, Selection(shapes=("7B",)))

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from bench import peers
 from bench.harness.backends import called, runnable, some_blocks
-from bench.harness.case import DTYPES, Case, Check, Inputs, Problem, Selection, Variant
+from bench.harness.case import DTYPES, WEIGHTS, Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops
 from obs_kernels.ops.dispatch import kernel
 
 OP = "accumulate_fisher_"
-WEIGHTS = {"14M": 14_155_776, "bert-base": 84_934_656}
-"""Pruned weights: 6 of the 36 attention and feed-forward parts of BERT-base, and all of its encoder."""
 BLOCK_SIZES = (4, 8, 16, 32, 50, 64, 128)
 SAMPLES = (32, 64)
 SCALE = 1 / 1024

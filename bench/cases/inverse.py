@@ -14,14 +14,13 @@ from torch import Tensor
 
 from bench import peers
 from bench.harness.backends import called, runnable, some_blocks
-from bench.harness.case import DTYPES, Case, Check, Inputs, Problem, Selection, Variant
+from bench.harness.case import DTYPES, WEIGHTS, Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops
 from obs_kernels.ops.dispatch import kernel
 from obs_kernels.timing import free_bytes
 
 OP = "invert_spd"
-COUNTS = {4: 200_000, 8: 200_000, 16: 200_000, 32: 200_000, 50: 200_000, 64: 200_000, 128: 61_035}
-"""Matrices by D; D = 128 is cut to a billion entries."""
+BLOCK_SIZES = (4, 8, 16, 32, 50, 64, 128)
 CPU_ENTRIES = 2**21
 """Entries of all matrices on a CPU: fewer large ones, and so many small ones that a call costs less than they do."""
 DAMP = 0.01
@@ -33,15 +32,15 @@ Invert = Callable[[Tensor], object]
 
 def problems(selection: Selection) -> Iterator[Problem]:
     """Every size that was asked for."""
-    for name in selection.pick(CASE.shapes, selection.shapes):
-        for size in COUNTS if selection.block_sizes is None else selection.block_sizes:
+    for name in selection.pick(WEIGHTS, selection.shapes):
+        for size in BLOCK_SIZES if selection.block_sizes is None else selection.block_sizes:
             for dtype in selection.pick(CASE.dtypes, selection.dtypes):
                 yield problem(selection, name, size, dtype)
 
 
 def problem(selection: Selection, name: str, size: int, dtype: str) -> Problem:
     """One size, with our backends and the peers. D^3 operations a matrix: factor a third, inverse two."""
-    real = COUNTS.get(size, min(200_000, 10**9 // size**2))
+    real = WEIGHTS[name] // size
     count = real if selection.device.type == "cuda" else max(1, min(real, CPU_ENTRIES // size**2))
     shape = {"B": count, "D": size}
     num_bytes = 2 * torch.finfo(DTYPES[dtype]).bits // 8 * count * size * size
@@ -123,7 +122,7 @@ CASE = Case(
     topic="inverse",
     op=OP,
     summary="batched inverse of symmetric positive definite blocks",
-    shapes=("200k",),
+    shapes=tuple(WEIGHTS),
     dtypes=("f32",),
     problems=problems,
 )

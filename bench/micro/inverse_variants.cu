@@ -185,20 +185,15 @@ int main() {
   measure(8, 2000000, {solo<8>("a thread each")});
   measure(16,
           500000,
-          {group<obs::Full16>("2x2 lanes"),
-           group<obs::Group16>("2x2, sizes from 9"),
-           group<GroupConfig<16, 2, 2, 8, 8, 64, 10>>("2x2, 20 warps"),
-           group<GroupConfig<16, 2, 2, 8, 8, 128, 5>>("2x2, 4 warps a block"),
-           group<GroupConfig<16, 4, 2, 4, 8, 64, 12>>("4x2 lanes"),
-           group<GroupConfig<16, 4, 2, 4, 8, 128, 8>>("4x2, 4 warps a block"),
+          {group<obs::Full16>("4x2 lanes"),
+           group<obs::Group16>("4x2, sizes from 9"),
+           group<GroupConfig<16, 2, 2, 8, 8, 64, 8>>("2x2 lanes"),
            group<GroupConfig<16, 4, 4, 4, 4, 128, 8>>("4x4 lanes")});
   measure(32,
           200000,
-          {group<obs::Full32>("4x2 lanes"),
-           group<obs::Group32>("4x2, sizes from 17"),
-           group<GroupConfig<32, 4, 2, 8, 16, 32, 12>>("4x2, 1 warp a block"),
-           group<GroupConfig<32, 4, 4, 8, 8, 64, 8>>("4x4 lanes"),
-           group<GroupConfig<32, 4, 4, 8, 8, 128, 5>>("4x4, 4 warps a block"),
+          {group<obs::Full32>("4x4 lanes"),
+           group<obs::Group32>("4x4, sizes from 17"),
+           group<GroupConfig<32, 4, 2, 8, 16, 64, 6>>("4x2 lanes"),
            group<GroupConfig<32, 8, 4, 4, 8, 128, 7>>("8x4 lanes")});
   measure(48, 200000, {group<obs::Group48>("8x4 lanes, sizes from 33")});
   measure(50,
@@ -213,9 +208,8 @@ int main() {
            group<GroupConfig<64, 8, 4, 8, 16, 32, 16>>("8x4, 1 warp a block")});
   measure(96,
           100000,
-          {group<obs::Group96>("8x8 threads"),
-           group<GroupConfig<65, 8, 8, 12, 12, 64, 4>>("8x8, 4 blocks"),
-           group<GroupConfig<65, 16, 8, 6, 12, 128, 4>>("16x8 threads")});
+          {group<obs::Group96>("16x8 threads"),
+           group<GroupConfig<65, 8, 8, 12, 12, 64, 6>>("8x8 threads, spilling")});
   measure(128,
           61035,
           {group<obs::Group128>("16x8 threads"),
