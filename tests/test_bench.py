@@ -427,7 +427,9 @@ def test_a_broken_op_is_refused_and_fails_the_run(tmp_path: Path, capsys: Any, m
     right = obs_kernels.reference.invert_spd
     monkeypatch.setattr(obs_kernels.reference, "invert_spd", lambda a, *, damp: right(a, damp=2 * damp))
     target = tmp_path / "out.json"
-    assert command("--op", "inverse", "--shape", "14M", "--block-size", 8, "--backend", "reference", "--json", target) == 1
+    assert (
+        command("--op", "inverse", "--shape", "14M", "--block-size", 8, "--backend", "reference", "--json", target) == 1
+    )
     stored = json.loads(target.read_text())
     assert schema_problems(stored) == [] and all("peer" in row["config"] for row in stored["rows"])
     assert [entry["variant"] for entry in stored["refused"]] == ["reference", "call reference"]
