@@ -60,15 +60,31 @@ LaunchPlan launch_thread_of(const AccumulateParams& params, cudaStream_t stream)
   return launch_thread<Config, Element, 1>(params, "thread_narrow", stream);
 }
 
-template <typename Element, int kVector>
+// By how F is added to, and by the bytes of a copy of gradients where alignment allows less
+// than 16.
+template <typename Config>
+const char* tiles_path(int piece_bytes) {
+  switch (piece_bytes) {
+    case 16:
+      return Config::kDirect ? "tiles" : "bands";
+    case 8:
+      return Config::kDirect ? "tiles_by_8_bytes" : "bands_by_8_bytes";
+    case 4:
+      return Config::kDirect ? "tiles_by_4_bytes" : "bands_by_4_bytes";
+    default:
+      return Config::kDirect ? "tiles_by_2_bytes" : "bands_by_2_bytes";
+  }
+}
+
+template <typename Config, typename Element, int kVector>
 LaunchPlan launch_tiles(const AccumulateParams& params, cudaStream_t stream) {
-  using Config = TilesOfBlocks;
   const int tile_rows = static_cast<int>((params.size - 1) / kAccumulateTile + 1);
   const TilesShape shape = tiles_shape(params.size,
                                        params.num_samples,
                                        Element::kBytes,
                                        Config::kStageBytes,
                                        piece_bytes<Element>(params),
+                                       aligned(params.fisher, 16),
                                        kBlocksByTileRows[tile_rows]);
   const int64_t blocks = (params.num_blocks - 1) / shape.blocks + 1;
   const auto grid = static_cast<unsigned>(blocks);
@@ -76,11 +92,7 @@ LaunchPlan launch_tiles(const AccumulateParams& params, cudaStream_t stream) {
   accumulate::accumulate_tiles_kernel<Config, Element, kVector>
       <<<grid, threads, 0, stream>>>(params, shape);
   OBS_CUDA_CHECK(cudaGetLastError());
-  const char* const path = shape.piece_bytes == 16  ? "tiles"
-                           : shape.piece_bytes == 8 ? "tiles_by_8_bytes"
-                           : shape.piece_bytes == 4 ? "tiles_by_4_bytes"
-                                                    : "tiles_by_2_bytes";
-  return {"accumulate_fisher_", path, blocks, threads};
+  return {"accumulate_fisher_", tiles_path<Config>(shape.piece_bytes), blocks, threads};
 }
 
 template <typename Element>
@@ -105,13 +117,11 @@ LaunchPlan launch(const AccumulateParams& params, cudaStream_t stream) {
     default:
       break;
   }
-  if (params.size % 4 == 0 && aligned(params.fisher, 16)) {
-    return launch_tiles<Element, 4>(params, stream);
+  if (params.size % kAccumulateTile == 0 && aligned(params.fisher, 16)) {
+    return launch_tiles<TilesDirect, Element, 4>(params, stream);
   }
-  if (params.size % 2 == 0 && aligned(params.fisher, 8)) {
-    return launch_tiles<Element, 2>(params, stream);
-  }
-  return launch_tiles<Element, 1>(params, stream);
+  if (params.size % 2 == 0) return launch_tiles<TilesInBands, Element, 2>(params, stream);
+  return launch_tiles<TilesInBands, Element, 1>(params, stream);
 }
 
 void check(const AccumulateParams& params) {

@@ -25,27 +25,37 @@ inline constexpr int kMaxThreadSize = 8;
 // Larger Fisher blocks: a thread a tile of 8 x 8 on or below the diagonal of one.
 inline constexpr int kAccumulateTile = 8;
 
-template <int kStagesValue, int kStageBytesValue, bool kPrefetchValue, int kMinBlocksValue = 3>
+template <bool kDirectValue,
+          int kStagesValue,
+          int kStageBytesValue,
+          bool kPrefetchValue = true,
+          int kMaxThreadsValue = 160,
+          int kMinBlocksValue = 3>
 struct StagedConfig {
+  // Whether each thread adds its own tile to F: the rows of tiles must be whole sectors. Else F is
+  // read and written in order, and the sums go through shared memory.
+  static constexpr bool kDirect = kDirectValue;
   static constexpr int kStages = kStagesValue;  // one is computed, the others are on their way
   static constexpr int kStageBytes = kStageBytesValue;
   // Whether F is asked for at the start, so that it arrives with the gradients.
   static constexpr bool kPrefetch = kPrefetchValue;
-  static constexpr int kMaxThreads = 160;
+  static constexpr int kMaxThreads = kMaxThreadsValue;
   static constexpr int kMinBlocks = kMinBlocksValue;  // 3: 128 registers, 64 of them sums
   static_assert(kStages >= 2, "a stage must arrive while another is computed");
 };
-using TilesOfBlocks = StagedConfig<3, 8192, true>;
+using TilesDirect = StagedConfig<true, 3, 8192>;
+using TilesInBands = StagedConfig<false, 3, 8192>;
 
 // What the size of the blocks and their number of samples leave to decide.
 struct TilesShape {
-  int tile_rows;    // of a Fisher block
-  int tiles;        // of a Fisher block
-  int blocks;       // Fisher blocks of a CTA, neighbours
-  int threads;      // of a CTA
-  int samples;      // of a stage
-  int pitch;        // bytes of a staged sample
-  int piece_bytes;  // of a copy: what alignment allows
+  int tile_rows;        // of a Fisher block
+  int tiles;            // of a Fisher block
+  int blocks;           // Fisher blocks of a CTA, neighbours
+  int threads;          // of a CTA
+  int samples;          // of a stage
+  int pitch;            // bytes of a staged sample
+  int piece_bytes;      // of a copy: what alignment allows
+  bool fisher_aligned;  // to 16 bytes
 };
 
 // Fisher blocks of a CTA by tile rows: so many that the tiles nearly fill whole warps, few enough
@@ -59,6 +69,7 @@ inline TilesShape tiles_shape(int64_t size,
                               int element_bytes,
                               int stage_bytes,
                               int piece_bytes,
+                              bool fisher_aligned,
                               int blocks) {
   TilesShape shape{};
   shape.tile_rows = static_cast<int>((size - 1) / kAccumulateTile + 1);
@@ -71,6 +82,7 @@ inline TilesShape tiles_shape(int64_t size,
   const int64_t stages = (num_samples - 1) / most + 1;
   shape.samples = static_cast<int>((num_samples - 1) / stages + 1);
   shape.piece_bytes = piece_bytes;
+  shape.fisher_aligned = fisher_aligned;
   return shape;
 }
 

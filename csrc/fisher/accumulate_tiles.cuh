@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fisher blocks from 9 to 128: a thread a tile of 8 x 8 on or below the diagonal of a block, a CTA
 // some neighbouring blocks. Their gradients arrive in shared memory stage by stage; F is touched
-// once at the end, its lower side read, both sides written.
+// once at the end. Where rows of tiles are whole sectors, each thread reads its tile and writes it
+// and its mirror image, so that half of F is never read. Else the sums go through shared memory,
+// and F is read and written in order: a piece of 8 bytes a request would cost four times as many.
 #pragma once
 
 #include <cstdint>
@@ -158,47 +160,33 @@ __device__ __forceinline__ void multiply(
   }
 }
 
-// A row of a tile is a sector of 32 bytes, or lies in two that neighbours ask for as well.
 __device__ __forceinline__ void prefetch_tile(const float* fisher, int size, const Place& place) {
 #pragma unroll
   for (int e = 0; e < kTile; ++e) {
-    const int row = place.first_row + e;
-    if (place.busy && row < size) prefetch_l2(fisher + row * size + place.first_col);
+    if (place.busy) prefetch_l2(fisher + (place.first_row + e) * size + place.first_col);
   }
 }
 
-// F += scale * sums on the tile and its mirror image.
-template <int kVector>
-__device__ __forceinline__ void add_to_fisher(
+// F += scale * sums on the tile and its mirror image; `fisher` is the block's.
+__device__ __forceinline__ void add_tile(
     float* fisher, int size, float scale, const Place& place, float (&sums)[kTile][kTile]) {
-  constexpr int kRowsAhead = 2;  // 16 registers; 32 spill
+  // 32 registers. The stores between keep the compiler from loading all of the tile at once, which
+  // would spill.
+  constexpr int kRowsAhead = 4;
 #pragma unroll
   for (int start = 0; start < kTile; start += kRowsAhead) {
-    float old[kRowsAhead][kTile] = {};
+    float old[kRowsAhead][kTile];
 #pragma unroll
     for (int e = 0; e < kRowsAhead; ++e) {
-      const int row = place.first_row + start + e;
-      if (row < size) load_row<kVector>(fisher + row * size, place.first_col, size, old[e]);
+      load_row<4>(fisher + (place.first_row + start + e) * size, place.first_col, size, old[e]);
     }
 #pragma unroll
     for (int e = 0; e < kRowsAhead; ++e) {
+      float (&row)[kTile] = sums[start + e];
 #pragma unroll
-      for (int f = 0; f < kTile; ++f)
-        sums[start + e][f] = fmaf(scale, sums[start + e][f], old[e][f]);
+      for (int f = 0; f < kTile; ++f) row[f] = fmaf(scale, row[f], old[e][f]);
+      store_row<4>(fisher + (place.first_row + start + e) * size, place.first_col, size, row);
     }
-  }
-  if (place.middle) {
-    // Its lower half decides, as everywhere.
-#pragma unroll
-    for (int e = 0; e < kTile; ++e) {
-#pragma unroll
-      for (int f = e + 1; f < kTile; ++f) sums[e][f] = sums[f][e];
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < kTile; ++e) {
-    const int row = place.first_row + e;
-    if (row < size) store_row<kVector>(fisher + row * size, place.first_col, size, sums[e]);
   }
   if (place.middle) return;
 #pragma unroll
@@ -206,11 +194,95 @@ __device__ __forceinline__ void add_to_fisher(
     float across[kTile];
 #pragma unroll
     for (int f = 0; f < kTile; ++f) across[f] = sums[f][e];
-    const int row = place.first_col + e;
-    if (row < size) store_row<kVector>(fisher + row * size, place.first_row, size, across);
+    store_row<4>(fisher + (place.first_col + e) * size, place.first_row, size, across);
   }
 }
 
+// The rows of a tile and of its mirror image that fall into a band of the CTA's rows of F.
+template <int kVector>
+__device__ __forceinline__ void spread_tile(float* band,
+                                            int first,
+                                            int band_rows,
+                                            int size,
+                                            const Place& place,
+                                            const float (&sums)[kTile][kTile]) {
+  const auto put = [&](int row, int col, const float (&values)[kTile]) {
+    const int slot = place.block * size + row - first;
+    if (row < size && slot >= 0 && slot < band_rows) {
+      store_row<kVector>(band + slot * size, col, size, values);
+    }
+  };
+#pragma unroll
+  for (int e = 0; e < kTile; ++e) put(place.first_row + e, place.first_col, sums[e]);
+  if (place.middle) return;
+#pragma unroll
+  for (int e = 0; e < kTile; ++e) {
+    float across[kTile];
+#pragma unroll
+    for (int f = 0; f < kTile; ++f) across[f] = sums[f][e];
+    put(place.first_col + e, place.first_row, across);
+  }
+}
+
+// Consecutive threads on consecutive pieces.
+template <int kPiece>
+__device__ __forceinline__ void add_band(
+    float* fisher, const float* band, int elements, float scale, int thread, int threads) {
+  constexpr int kAhead = 4;
+  using Part = Piece<float, kPiece>;
+  auto* const to = reinterpret_cast<Part*>(fisher);
+  const auto* const from = reinterpret_cast<const Part*>(band);
+  const int pieces = elements / kPiece;
+  for (int start = thread; start < pieces; start += kAhead * threads) {
+    Part old[kAhead];
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      const int at = start + ahead * threads;
+      if (at < pieces) old[ahead] = to[at];
+    }
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      const int at = start + ahead * threads;
+      if (at >= pieces) continue;
+      const Part sum = from[at];
+#pragma unroll
+      for (int e = 0; e < kPiece; ++e) old[ahead].at[e] = fmaf(scale, sum.at[e], old[ahead].at[e]);
+      to[at] = old[ahead];
+    }
+  }
+}
+
+// F += scale * sums, for all of the CTA's blocks, as many rows at once as `shared` holds.
+template <int kVector>
+__device__ __forceinline__ void add_in_bands(float* fisher,
+                                             int live,
+                                             const AccumulateParams& params,
+                                             const TilesShape& shape,
+                                             const Place& place,
+                                             const float (&sums)[kTile][kTile],
+                                             char* shared,
+                                             int shared_bytes) {
+  auto* const band = reinterpret_cast<float*>(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int size = static_cast<int>(params.size);
+  const int rows = live * size;
+  // An even number, so that a band begins where a piece of 16 bytes does.
+  const int band_rows = shared_bytes / (size * static_cast<int>(sizeof(float))) / 2 * 2;
+  for (int first = 0; first < rows; first += band_rows) {
+    __syncthreads();  // all have read the last stage, or the band before
+    if (place.busy) spread_tile<kVector>(band, first, band_rows, size, place, sums);
+    __syncthreads();
+    float* const to = fisher + first * size;
+    const int elements = min(band_rows, rows - first) * size;
+    if (kVector > 1 && shape.fisher_aligned) {
+      add_band<4>(to, band, elements, params.scale, thread, shape.threads);
+    } else {
+      add_band<1>(to, band, elements, params.scale, thread, shape.threads);
+    }
+  }
+}
+
+// kVector: elements that the sums take through shared memory at once; unused if kDirect.
 template <typename Config, typename Element, int kVector>
 __global__ __launch_bounds__(Config::kMaxThreads, Config::kMinBlocks) void accumulate_tiles_kernel(
     AccumulateParams params, TilesShape shape) {
@@ -223,7 +295,8 @@ __global__ __launch_bounds__(Config::kMaxThreads, Config::kMinBlocks) void accum
   const int live = static_cast<int>(min(int64_t{shape.blocks}, params.num_blocks - first_block));
   const Copier copier = make_copier<Element>(params, shape, first_block, live, thread);
   const Place place = place_of<Element>(thread, live, shape);
-  float* const fisher = params.fisher + (first_block + place.block) * (int64_t{size} * size);
+  float* const fisher = params.fisher + first_block * (size * size);
+  float* const own_fisher = fisher + place.block * size * size;
   const auto num_samples = static_cast<int>(params.num_samples);
   const auto samples_from = [&](int start) { return min(shape.samples, num_samples - start); };
 
@@ -241,7 +314,14 @@ __global__ __launch_bounds__(Config::kMaxThreads, Config::kMinBlocks) void accum
     async_commit();
   }
 
-  if constexpr (Config::kPrefetch) prefetch_tile(fisher, size, place);
+  if constexpr (Config::kPrefetch && Config::kDirect) {
+    prefetch_tile(own_fisher, size, place);
+  } else if constexpr (Config::kPrefetch) {
+    constexpr int kSector = 8;  // elements
+    for (int at = thread * kSector; at < live * size * size; at += shape.threads * kSector) {
+      prefetch_l2(fisher + at);
+    }
+  }
 
   float sums[kTile][kTile] = {};
   int now = 0;             // the stage that is computed
@@ -258,7 +338,11 @@ __global__ __launch_bounds__(Config::kMaxThreads, Config::kMinBlocks) void accum
     now = now + 1 == kStages ? 0 : now + 1;
     next = next + 1 == kStages ? 0 : next + 1;
   }
-  if (place.busy) add_to_fisher<kVector>(fisher, size, params.scale, place, sums);
+  if constexpr (Config::kDirect) {
+    if (place.busy) add_tile(own_fisher, size, params.scale, place, sums);
+  } else {
+    add_in_bands<kVector>(fisher, live, params, shape, place, sums, staged[0], sizeof(staged));
+  }
 }
 
 }  // namespace obs_kernels::accumulate

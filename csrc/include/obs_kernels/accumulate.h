@@ -30,7 +30,7 @@ inline constexpr int64_t kMaxAccumulateSize = 128;
 
 // fisher += scale * sum_s g_s g_s^T on `stream` of `device`, without waiting. Products and sums are
 // f32, in the order of the samples. Of a fisher block the lower triangle may be all that is read;
-// the result is symmetric bit for bit. Throws ArgumentError for sizes out of range, CudaError if
+// the result is as symmetric. Throws ArgumentError for sizes out of range, CudaError if
 // the launch fails.
 LaunchPlan accumulate_fisher(const AccumulateParams& params, int device, cudaStream_t stream);
 
