@@ -12,8 +12,8 @@ template <int kSizeValue>
 struct ThreadConfig {
   static constexpr int kSize = kSizeValue;
   static constexpr int kThreads = 128;
-  // At most 96 registers for 36 sums and 32 words of gradients on their way, 80 for up to 10 sums.
-  static constexpr int kMinBlocks = kSize > 4 ? 5 : 6;
+  // At most 96 registers for 36 sums and 32 words of gradients on their way, 64 for up to 10 sums.
+  static constexpr int kMinBlocks = kSize > 4 ? 5 : 8;
   // Gradients on their way to a thread: words of 4 bytes, and loads, each with an address.
   static constexpr int kWordsAhead = 32;
   static constexpr int kLoadsAhead = 16;

@@ -18,9 +18,10 @@ namespace obs_kernels::accumulate {
 constexpr int kTile = kAccumulateTile;
 
 // Byte of a staged sample where an element lies; `column` counts whole tiles, so the edge of a
-// block is padded. A thread reads the 8 elements of a tile: of 16 bits, one piece of 16 bytes, and
-// the pieces of 8 neighbouring tiles fill all banks. Of f32, two pieces; they change places in
-// every second four of tiles, or the first pieces of 8 tiles would meet in half of the banks.
+// block is padded: what lies there is anything, and ends only in sums that nobody stores. A thread
+// reads the 8 elements of a tile: of 16 bits, one piece of 16 bytes, and the pieces of 8
+// neighbouring tiles fill all banks. Of f32, two pieces; they change places in every second four
+// of tiles, or the first pieces of 8 tiles would meet in half of the banks.
 template <typename Element>
 __device__ __forceinline__ int staged_at(int column) {
   if constexpr (Element::kBytes == 2) return column * 2;
@@ -300,13 +301,6 @@ __global__ __launch_bounds__(Config::kMaxThreads, Config::kMinBlocks) void accum
   const auto num_samples = static_cast<int>(params.num_samples);
   const auto samples_from = [&](int start) { return min(shape.samples, num_samples - start); };
 
-  if (size % kTile != 0) {
-    // The edge of a block is never copied, and must be zero.
-    constexpr int kPieces = kStages * Config::kStageBytes / 16;
-    auto* const pieces = reinterpret_cast<Piece<uint32_t, 4>*>(&staged[0][0]);
-    for (int at = thread; at < kPieces; at += shape.threads) pieces[at] = {};
-    __syncthreads();
-  }
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) {
     const int start = ahead * shape.samples;
