@@ -35,6 +35,7 @@ PATTERNS_AND_DTYPES = {
 }
 # What a kernel takes where that is less than the op takes.
 LESS = {
+    ("accumulate_fisher_", "cuda"): ("D up to 128", "gradients f16 bf16 f32, Fisher f32"),
     ("accumulate_fisher_", "triton"): ("any block size D", "gradients f16 bf16 f32, Fisher f32"),
     ("invert_spd", "cuda"): ("D up to 128", "f32"),
 }

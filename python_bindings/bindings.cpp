@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "obs_kernels/accumulate.h"
 #include "obs_kernels/errors.h"
 #include "obs_kernels/inverse.h"
 #include "obs_kernels/launch_plan.h"
@@ -18,7 +19,7 @@ namespace {
 
 // Raised whenever a signature below changes; _ext.py refuses a module of another number, which is
 // what a checkout sees when sources moved on and nobody built again.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 T* pointer(uintptr_t address) {
@@ -88,6 +89,33 @@ py::tuple invert_spd(uintptr_t matrices,
   return plan_tuple(plan);
 }
 
+py::tuple accumulate_fisher(uintptr_t grads,
+                            int32_t grad_type,
+                            int64_t row_stride,
+                            uintptr_t fisher,
+                            int64_t num_blocks,
+                            int64_t size,
+                            int64_t num_samples,
+                            float scale,
+                            int device,
+                            uintptr_t stream) {
+  obs_kernels::AccumulateParams params{};
+  params.grads = pointer<const void>(grads);
+  params.grad_type = static_cast<obs_kernels::GradType>(grad_type);
+  params.row_stride = row_stride;
+  params.fisher = pointer<float>(fisher);
+  params.num_blocks = num_blocks;
+  params.size = size;
+  params.num_samples = num_samples;
+  params.scale = scale;
+  obs_kernels::LaunchPlan plan{};
+  {
+    const py::gil_scoped_release unlocked;
+    plan = obs_kernels::accumulate_fisher(params, device, pointer<CUstream_st>(stream));
+  }
+  return plan_tuple(plan);
+}
+
 py::dict build_info() {
   py::list architectures;
   std::istringstream names(OBS_ARCHITECTURES);
@@ -144,6 +172,21 @@ PYBIND11_MODULE(_C, module) {
              py::arg("info"),
              py::arg("num_blocks"),
              py::arg("size"),
+             py::arg("device"),
+             py::arg("stream"));
+  module.attr("MAX_ACCUMULATE_SIZE") = obs_kernels::kMaxAccumulateSize;
+  module.def("accumulate_fisher",
+             &accumulate_fisher,
+             "(op, path, blocks, threads) of the launch; see obs_kernels/accumulate.h.",
+             py::kw_only(),
+             py::arg("grads"),
+             py::arg("grad_type"),
+             py::arg("row_stride"),
+             py::arg("fisher"),
+             py::arg("num_blocks"),
+             py::arg("size"),
+             py::arg("num_samples"),
+             py::arg("scale"),
              py::arg("device"),
              py::arg("stream"));
 }

@@ -4,6 +4,7 @@
 // test_compiled.py compiles a .cu file against this in place of <cuda_runtime.h>.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <bit>
@@ -40,6 +41,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+
+using std::max;
+using std::min;
 
 struct alignas(8) uint2 {
   unsigned x, y;

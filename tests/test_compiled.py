@@ -252,6 +252,39 @@ def test_native_launches_nothing_for_nothing(native: ModuleType, change: dict[st
     assert native.launch_count() == before
 
 
+ACCUMULATE = {
+    "grads": 64, "grad_type": 2, "row_stride": 32, "fisher": 64, "num_blocks": 2, "size": 16, "num_samples": 3,
+    "scale": 1.0, "device": 0, "stream": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"size": 0}, "size must be 1 to 128, got 0"),
+        ({"size": 129}, "size must be 1 to 128, got 129"),
+        ({"num_blocks": -1}, "num_blocks must be 0 to 2^31 - 1"),
+        ({"num_blocks": 2**31}, "num_blocks must be 0 to 2^31 - 1"),
+        ({"num_samples": -1}, "num_samples must be 0 to 2^30"),
+        ({"num_samples": 2**31}, "num_samples must be 0 to 2^30"),
+        ({"row_stride": -32}, "row_stride must not be negative"),
+        ({"grad_type": 3}, "grad_type must be 0 (f32), 1 (f16) or 2 (bf16), got 3"),
+        ({"grads": 0}, "must not be null"),
+        ({"fisher": 66}, "aligned to their elements"),
+        ({"grads": 65}, "aligned to their elements"),
+        ({"grads": 66, "grad_type": 0}, "aligned to their elements"),
+        ({"device": -1}, "device must be an index, got -1"),
+    ],
+)
+def test_native_accumulate_refuses_bad_sizes(native: ModuleType, change: dict[str, int], text: str) -> None:
+    before = native.launch_count()
+    with pytest.raises(ValueError, match=re.escape(text)):
+        native.accumulate_fisher(**{**ACCUMULATE, **change})
+    for empty in ({"num_blocks": 0}, {"num_samples": 0}):
+        assert native.accumulate_fisher(**{**ACCUMULATE, **empty}) == ("accumulate_fisher_", "empty", 0, 0)
+    assert native.launch_count() == before
+
+
 def test_native_without_gpu_says_so(native: ModuleType) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -32,9 +32,11 @@ TRITON_CAPABILITY = (8, 0)
 """Oldest GPU of the Triton kernels: bf16 and tf32 products came with it."""
 MAX_INVERT_SIZE = 128
 """Widest block of the cuda kernel of ``invert_spd``."""
+MAX_ACCUMULATE_SIZE = 128
+"""Widest block of the cuda kernel of ``accumulate_fisher_``."""
 
 TABLE: dict[str, tuple[str, ...]] = {
-    "accumulate_fisher_": ("triton", "reference"),
+    "accumulate_fisher_": ("cuda", "triton", "reference"),
     "invert_spd": ("cuda", "reference"),
     "search_nm": ("reference",),
     "search_vnm": ("reference",),
@@ -54,6 +56,12 @@ def _accumulate_limit(fisher: Tensor, grads: Tensor) -> str | None:
     return None
 
 
+def _cuda_accumulate_limit(fisher: Tensor, grads: Tensor) -> str | None:
+    if fisher.shape[-1] > MAX_ACCUMULATE_SIZE:
+        return f"it takes blocks of at most {MAX_ACCUMULATE_SIZE}, got blocks of {fisher.shape[-1]}"
+    return _accumulate_limit(fisher, grads)
+
+
 def _invert_limit(matrices: Tensor) -> str | None:
     if matrices.dtype != torch.float32 or matrices.shape[-1] > MAX_INVERT_SIZE:
         return (
@@ -63,6 +71,7 @@ def _invert_limit(matrices: Tensor) -> str | None:
 
 
 LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
+    ("accumulate_fisher_", "cuda"): _cuda_accumulate_limit,
     ("accumulate_fisher_", "triton"): _accumulate_limit,
     ("invert_spd", "cuda"): _invert_limit,
 }

@@ -22,7 +22,8 @@ def accumulate_fisher_(fisher: Tensor, grads: Tensor, *, scale: float, backend: 
         fisher += scale * torch.einsum("sbi,sbj->bij", g, g)
 
     Args:
-        fisher: [B, D, D] float32 (or float64), symmetric; one block a run of D consecutive weights.
+        fisher: [B, D, D] float32 (or float64), symmetric; one block a run of D consecutive weights. A backend may read
+            one triangle only and write both.
         grads: [S, B * D] float16, bfloat16, float32 or float64; S gradients, the last block padded with zeros.
         scale: usually 1, or 1 / total samples; the caller owns the damping.
         backend: None, or a name of ``dispatch.BACKENDS``.

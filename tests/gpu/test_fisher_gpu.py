@@ -30,6 +30,12 @@ def randn(gen: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32)
     return torch.randn(*shape, generator=gen, dtype=dtype, device=DEVICE)
 
 
+def symmetric(gen: torch.Generator, count: int, size: int) -> Tensor:
+    """What the op expects to find: a backend may read one triangle only."""
+    fisher = randn(gen, count, size, size)
+    return fisher + fisher.mT
+
+
 def zeros(count: int, size: int) -> Tensor:
     return torch.zeros(count, size, size, device=DEVICE)
 
@@ -46,7 +52,7 @@ def accumulate(backend: str, fisher: Tensor, grads: Tensor, scale: float = 1.0) 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_blocks_and_samples(gen: torch.Generator, backend: str, size: int) -> None:
     needs(2 + (4 * SAMPLES[-1] + 8 * size) * MANY * size / 2**30)
-    start, grads = randn(gen, MANY, size, size), randn(gen, SAMPLES[-1], MANY * size)
+    start, grads = symmetric(gen, MANY, size), randn(gen, SAMPLES[-1], MANY * size)
     for count in (0, 1, 3, 1000, MANY):
         for samples in SAMPLES if count > 1 else (5,):
             part = grads[:samples, : count * size]  # rows apart by another stride than their length
@@ -62,7 +68,7 @@ def test_sizes_blocks_and_samples(gen: torch.Generator, backend: str, size: int)
 def test_half_precision(gen: torch.Generator, backend: str, size: int, dtype: torch.dtype) -> None:
     """Products of 16-bit gradients are exact in f32: the bound is that of f32 gradients."""
     for count, samples in ((1000, 1), (1003, 5), (1003, 33), (77, 256)):
-        start, grads = randn(gen, count, size, size), randn(gen, samples, count * size).to(dtype)
+        start, grads = symmetric(gen, count, size), randn(gen, samples, count * size).to(dtype)
         before = grads.clone()
         assert_accumulated(accumulate(backend, start.clone(), grads, 1 / samples), start, grads, 1 / samples)
         assert torch.equal(grads, before)
@@ -110,6 +116,7 @@ def test_between_guards(backend: str, size: int, dtype: torch.dtype) -> None:
     """
     count, gen = ragged(size), torch.Generator().manual_seed(7)
     start = torch.randn(count, size, size, generator=gen)
+    start = start + start.mT
     for samples, shift in ((5, None), (5, 0), (33, 1)):
         given = torch.randn(samples, count * size, generator=gen).to(dtype)
         fisher, grads = Guarded(start.to(DEVICE), shift), Guarded(given.to(DEVICE), shift)
@@ -149,7 +156,7 @@ def test_kernel_is_preferred(gen: torch.Generator, backend: str) -> None:
 @on_each
 @pytest.mark.parametrize("size", SOME)
 def test_three_times_the_same_bits(gen: torch.Generator, backend: str, size: int) -> None:
-    start, grads = randn(gen, 1003, size, size), randn(gen, 64, 1003 * size)
+    start, grads = symmetric(gen, 1003, size), randn(gen, 64, 1003 * size)
     first, *others = (accumulate(backend, start.clone(), grads) for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
 
@@ -185,7 +192,7 @@ def test_in_a_cuda_graph(gen: torch.Generator, backend: str, size: int) -> None:
     with torch.cuda.graph(graph):
         accumulate(backend, fisher, grads)
     for _ in range(2):
-        fisher.normal_()
+        fisher.copy_(symmetric(gen, 203, size))
         grads.copy_(randn(gen, *grads.shape))
         before = fisher.clone()
         graph.replay()
@@ -196,7 +203,7 @@ def test_in_a_cuda_graph(gen: torch.Generator, backend: str, size: int) -> None:
 @pytest.mark.multigpu
 @on_each
 def test_device_of_the_tensors_counts(gen: torch.Generator, backend: str) -> None:
-    start, grads = randn(gen, 37, 8, 8), randn(gen, 5, 37 * 8)
+    start, grads = symmetric(gen, 37, 8), randn(gen, 5, 37 * 8)
     assert torch.cuda.current_device() == 0
     for index in (1, 0, 1):
         there, given = start.to(f"cuda:{index}"), grads.to(f"cuda:{index}")
