@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +32,7 @@ SCHEMA = 1
 SOURCES = ("csrc", "python_bindings", "CMakeLists.txt", "obs_kernels/triton_kernels", "obs_kernels/cuda_calls.py")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS_LIMIT_S = 1800
-TOOL_LIMIT_S = 300
+TOOL_LIMIT_S = 480
 TOOL_ERROR_STATUS = 99
 LOG_VARIABLE = "OBS_KERNELS_GPU_REPORT_LOG"
 LAUNCHES = "obs_kernels launches:"
@@ -208,16 +209,22 @@ def build() -> str | None:
     return f"build of obs_kernels._C (exit status {done.returncode})" if done.returncode else None
 
 
-def run_tests() -> dict[str, Any]:
-    """Run ``pytest -m gpu tests/gpu`` in a process of its own and collect what came out."""
+def run_tests(jobs: int) -> dict[str, Any]:
+    """Run ``pytest -m gpu tests/gpu`` in processes of its own and collect what came out.
+
+    With several jobs (by pytest-xdist) the tests that take much of the GPU's memory come last and alone.
+    """
+    parts: list[tuple[str, list[str]]] = [("gpu", [])]
+    if jobs > 1:
+        parts = [("gpu and not big", ["-n", str(jobs)]), ("gpu and big", [])]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "results.jsonl"
         log.touch()
         env = {LOG_VARIABLE: str(log), "OBS_KERNELS_REQUIRE_GPU": "1"}
-        status, _ = _run(_pytest("gpu"), env, TESTS_LIMIT_S, echo=True)
+        states = [_run([*_pytest(marker), *options], env, TESTS_LIMIT_S, echo=True)[0] for marker, options in parts]
         results = read_results(log.read_text(encoding="utf-8").splitlines())
-    if status not in (0, 1):  # 1 = tests failed, and they are in the list
-        results["failed"].append(f"pytest ended with exit status {status}")
+    # 1 = tests failed, and they are in the list
+    results["failed"] += [f"pytest ended with exit status {status}" for status in states if status not in (0, 1)]
     return results
 
 
@@ -330,7 +337,7 @@ def check(path: Path) -> str:
     return verdict(report, source_files())
 
 
-def make_report(path: Path, *, commit: str | None, with_build: bool) -> int:
+def make_report(path: Path, *, commit: str | None, with_build: bool, jobs: int) -> int:
     """Build, test, sanitize and write; 0 if nothing failed."""
     import torch
 
@@ -342,10 +349,11 @@ def make_report(path: Path, *, commit: str | None, with_build: bool) -> int:
     files = source_files()  # before the tests, so that an edit meanwhile shows as stale
     tree = describe_tree(commit)
     problem = build() if with_build else None
-    results = run_tests()
+    results = run_tests(jobs)
     if problem:
         results["failed"].insert(0, problem)
-    sanitizer = {tool: run_sanitizer(tool) for tool in TOOLS}
+    with ThreadPoolExecutor(len(TOOLS)) as pool:  # side by side: a tool keeps one core busy, and little of the GPU
+        sanitizer = dict(zip(TOOLS, pool.map(run_sanitizer, TOOLS), strict=True))
     report = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -371,11 +379,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=REPORT, help="the report (default bench/gpu_report.json)")
     parser.add_argument("--commit", help="commit of this tree, where there is no git; says that the tree is clean")
     parser.add_argument("--no-build", action="store_true", help="take the module that is there")
+    parser.add_argument("--jobs", type=int, default=1, help="test processes; more than one needs pytest-xdist")
     options = parser.parse_args()
     if options.check:
         print(check(options.out))
         return 0
-    return make_report(options.out, commit=options.commit, with_build=not options.no_build)
+    return make_report(options.out, commit=options.commit, with_build=not options.no_build, jobs=options.jobs)
 
 
 if __name__ == "__main__":

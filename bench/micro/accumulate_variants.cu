@@ -214,8 +214,8 @@ void measure(int size, int samples, float copy, const std::vector<Variant>& vari
 }
 
 template <int kSize>
-struct NoPrefetch : obs::ThreadConfig<kSize> {
-  static constexpr bool kPrefetch = false;
+struct AskedEarly : obs::ThreadConfig<kSize> {
+  static constexpr bool kPrefetch = true;
 };
 template <int kSize>
 struct FewAhead : obs::ThreadConfig<kSize> {
@@ -230,15 +230,15 @@ struct SmallCtas : obs::ThreadConfig<kSize> {
 
 using obs::StagedConfig;
 template <bool kDirect>
-using Unasked = StagedConfig<kDirect, 3, 8192, false>;
+using Asked = StagedConfig<kDirect, 3, 8192, true>;
 template <bool kDirect>
 using TwoStages = StagedConfig<kDirect, 2, 8192>;
 template <bool kDirect>
 using LongStages = StagedConfig<kDirect, 3, 14336>;
 template <bool kDirect>
-using OneWarp = StagedConfig<kDirect, 3, 2048, true, 32, 16>;
+using OneWarp = StagedConfig<kDirect, 3, 2048, false, 32, 16>;
 template <bool kDirect>
-using EightWarps = StagedConfig<kDirect, 3, 16384, true, 256, 2>;
+using EightWarps = StagedConfig<kDirect, 3, 16384, false, 256, 2>;
 
 template <typename Element, int kSize>
 std::vector<Variant> small_variants() {
@@ -246,11 +246,11 @@ std::vector<Variant> small_variants() {
   constexpr int kVector = kSize < kMost ? kSize : kMost;
   std::vector<Variant> all = {
       thread<obs::ThreadConfig<kSize>, Element, kVector>("thread"),
-      thread<NoPrefetch<kSize>, Element, kVector>("thread, F not asked for early"),
+      thread<AskedEarly<kSize>, Element, kVector>("thread, F asked for early"),
       thread<FewAhead<kSize>, Element, kVector>("thread, half the words ahead"),
       thread<SmallCtas<kSize>, Element, kVector>("thread, two warps a CTA")};
   if (kSize == 8) {
-    all.push_back(tiles<StagedConfig<true, 3, 16384, true, 128, 4>, Element, 4>("tiles", 128));
+    all.push_back(tiles<StagedConfig<true, 3, 16384, false, 128, 4>, Element, 4>("tiles", 128));
     all.push_back(tiles<OneWarp<true>, Element, 4>("one warp", 32));
   }
   return all;
@@ -262,18 +262,17 @@ std::vector<Variant> large_variants(int size) {
   if (size == 50) {
     const int piece = Element::kBytes == 4 ? 8 : 4;
     return {tiles<obs::TilesInBands, Element, 2>("bands", blocks, piece),
-            tiles<Unasked<false>, Element, 2>("bands, F not asked for early", blocks, piece),
+            tiles<Asked<false>, Element, 2>("bands, F asked for early", blocks, piece),
             tiles<TwoStages<false>, Element, 2>("bands, two stages", blocks, piece),
             tiles<LongStages<false>, Element, 2>("bands, 14 KB stages", blocks, piece),
             tiles<OneWarp<false>, Element, 2>("bands, one warp", 1, piece),
             tiles<EightWarps<false>, Element, 2>("bands, eight warps", 8, piece)};
   }
-  std::vector<Variant> all = {
-      tiles<obs::TilesDirect, Element, 4>("tiles", blocks),
-      tiles<Unasked<true>, Element, 4>("tiles, F not asked for early", blocks),
-      tiles<TwoStages<true>, Element, 4>("tiles, two stages", blocks),
-      tiles<LongStages<true>, Element, 4>("tiles, 14 KB stages", blocks),
-      tiles<obs::TilesInBands, Element, 4>("bands", blocks)};
+  std::vector<Variant> all = {tiles<obs::TilesDirect, Element, 4>("tiles", blocks),
+                              tiles<Asked<true>, Element, 4>("tiles, F asked for early", blocks),
+                              tiles<TwoStages<true>, Element, 4>("tiles, two stages", blocks),
+                              tiles<LongStages<true>, Element, 4>("tiles, 14 KB stages", blocks),
+                              tiles<obs::TilesInBands, Element, 4>("bands", blocks)};
   if (size == 16) {
     all.push_back(tiles<OneWarp<true>, Element, 4>("one warp", 10));
     all.push_back(tiles<obs::TilesDirect, Element, 4>("tiles", 21));

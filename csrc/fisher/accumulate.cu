@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/device_guard.h"
@@ -120,8 +121,9 @@ LaunchPlan launch(const AccumulateParams& params, cudaStream_t stream) {
   if (params.size % kAccumulateTile == 0 && aligned(params.fisher, 16)) {
     return launch_tiles<TilesDirect, Element, 4>(params, stream);
   }
-  if (params.size % 2 == 0) return launch_tiles<TilesInBands, Element, 2>(params, stream);
-  return launch_tiles<TilesInBands, Element, 1>(params, stream);
+  using Bands = std::conditional_t<Element::kBytes == 2, TilesInBandsOf16Bits, TilesInBands>;
+  if (params.size % 2 == 0) return launch_tiles<Bands, Element, 2>(params, stream);
+  return launch_tiles<Bands, Element, 1>(params, stream);
 }
 
 void check(const AccumulateParams& params) {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/async_copy.cuh"
+#include "common/device.cuh"
 #include "fisher/inverse_config.h"
 #include "fisher/inverse_step.cuh"
 #include "obs_kernels/inverse.h"
@@ -95,7 +95,7 @@ __device__ __forceinline__ void for_each_piece(int size, int lane, const Move& m
 template <typename Config, int kVector>
 __device__ __forceinline__ void stage(const float* matrix, int size, int lane, float* staged) {
   for_each_piece<Config, kVector>(size, lane, [&](int to, int from) {
-    copy_async<static_cast<int>(sizeof(float)) * kVector>(staged + to, matrix + from);
+    async_copy<static_cast<int>(sizeof(float)) * kVector>(staged + to, matrix + from);
   });
 }
 
@@ -318,7 +318,8 @@ __global__ __launch_bounds__(Config::kThreads,
   Share<Config> share;
   if constexpr (Config::kStaged) {
     if (live) stage<Config, kVector>(matrix, size, place.lane, shared.matrix);
-    wait_for_copies();
+    async_commit();
+    async_wait<0>();
     wait_for_group<Config>();
     load_share<Config>(shared.matrix, stride_of<Config>(size), damp, size, place, share);
   } else {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/async_copy.cuh"
+#include "common/device.cuh"
 #include "fisher/inverse_config.h"
 #include "fisher/inverse_step.cuh"
 #include "obs_kernels/inverse.h"
@@ -62,9 +62,10 @@ __global__ __launch_bounds__(Config::kThreads) void invert_solo_kernel(InvertPar
   float* const inverses = params.inverse + first * Config::kEntries;
 
   for_each_piece<Config, kVector>(count, [&](int to, int from) {
-    copy_async<static_cast<int>(sizeof(float)) * kVector>(staged + to, matrices + from);
+    async_copy<static_cast<int>(sizeof(float)) * kVector>(staged + to, matrices + from);
   });
-  wait_for_copies();
+  async_commit();
+  async_wait<0>();
   __syncthreads();
 
   if (thread < count) {
