@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module _C: integers in (addresses, sizes, device index, stream), plans out. Tensors
-// stay on the Python side (obs_kernels/cuda_calls.py), so that one build serves every torch.
+// stay on the Python side (obs_kernels/cuda_calls), so that one build serves every torch.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
