@@ -30,14 +30,14 @@ def build(
     main: str,
     folder: Path,
     *,
-    sanitizer: str,
-    empty: Sequence[str],
+    sanitizer: str | None,
+    empty: Sequence[str] = (),
     replaced: Mapping[str, tuple[str, str, int]] | None = None,
 ) -> Path:
     """Program of ``csrc/source`` (a file or several) and ``tests/main`` in ``folder``; skips where a tool is missing.
 
-    ``empty`` are arguments that ask for no work; ``replaced`` maps a file of csrc/ to (regular expression, new text,
-    times that it must be found).
+    Without a sanitizer a shared library. ``empty`` are arguments that ask for no work; ``replaced`` maps a file of
+    csrc/ to (regular expression, new text, times that it must be found).
     """
     compiler = shutil.which("g++")
     if compiler is None:
@@ -55,10 +55,16 @@ def build(
         hosts.append((folder / "csrc" / name).with_suffix(".host.cpp"))
         hosts[-1].write_text(as_host_code(CSRC / name))
     program = folder / "program"
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g", "-pthread"]
+    if sanitizer is None:
+        flags += ["-shared", "-fPIC"]
+    else:
+        flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     includes = [f"-I{folder}", f"-I{folder}/csrc/include", f"-I{folder}/csrc", f"-I{ROOT}/tests"]
     sources = [*hosts, folder / "csrc" / "common" / "launch.cpp", ROOT / "tests" / main]
     subprocess.run([compiler, *flags, *includes, *map(str, sources), "-o", str(program)], check=True)
+    if sanitizer is None:
+        return program
     started = subprocess.run([program, *empty], capture_output=True, check=False)
     if started.returncode:
         pytest.skip(f"the {sanitizer} sanitizer does not start here: {started.stderr[:200]!r}")

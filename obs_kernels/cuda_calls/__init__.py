@@ -9,5 +9,18 @@ that side streams and CUDA graphs behave as they do for torch's own ops.
 from obs_kernels.cuda_calls.device import runs_on
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
 from obs_kernels.cuda_calls.packing import launch_pack, pack
+from obs_kernels.cuda_calls.search import launch_search_nm, prune_nm, prune_vnm, search_nm, search_vnm
 
-__all__ = ["invert_spd", "invert_spd_into", "launch_invert_spd", "launch_pack", "pack", "runs_on"]
+__all__ = [
+    "invert_spd",
+    "invert_spd_into",
+    "launch_invert_spd",
+    "launch_pack",
+    "launch_search_nm",
+    "pack",
+    "prune_nm",
+    "prune_vnm",
+    "runs_on",
+    "search_nm",
+    "search_vnm",
+]
