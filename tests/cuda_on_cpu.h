@@ -143,6 +143,17 @@ inline std::uint32_t __float_as_uint(float value) {
 inline float __uint_as_float(std::uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
+inline int __ffs(int bits) {
+  return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
+}
+inline int __clz(int bits) {
+  return std::countl_zero(static_cast<unsigned>(bits));
+}
+inline std::uint32_t __brev(std::uint32_t bits) {
+  std::uint32_t reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (bits >> i & 1u) << (31 - i);
+  return reversed;
+}
 inline int __popc(unsigned bits) {
   return std::popcount(bits);
 }

@@ -19,7 +19,7 @@ from obs_kernels import reference
 from obs_kernels.cuda_calls.column_tables import column_tables
 from obs_kernels.errors import SingularBlockError
 
-SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "panels.cu", "search.cpp")]
+SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "panels.cu", "search.cpp")]
 PATHS = {4: "pairs4", 8: "pairs8", 16: "pairs16", 32: "wide"}
 
 
@@ -31,6 +31,8 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         tmp_path_factory.mktemp("emulation") / "search",
         sanitizer=request.param,
         empty=["0", "2", "4", "1", "0", "0", "0"],
+        # so that few groups walk in strides too
+        replaced={"search/search_config.h": (r"kMaxBlocks = \d+", "kMaxBlocks = 2", 1)},
     )
 
 
@@ -247,6 +249,59 @@ def test_example_c(program: Path) -> None:
     assert kept_of(found.mask, 0, 0, 8) == (3, 6) and found.weight is not None
     assert float(found.saliency) == pytest.approx(187.4, rel=EXAMPLE_F32)
     assert found.weight[0, [3, 6]].tolist() == pytest.approx([3.8, -4.2], rel=EXAMPLE_F32)
+
+
+# n > 2
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(3, 4), (3, 5), (4, 8), (3, 8), (6, 8), (7, 8), (5, 9), (3, 12), (5, 16), (9, 16), (13, 16), (15, 16)]
+)
+def test_larger_sets_of_integers_with_diagonal_blocks(program: Path, gen: torch.Generator, n: int, m: int) -> None:
+    """Gains are integers: equal masks; dense, then with dead entries; ties."""
+    rows = 5 if m > 8 else 11
+    for high in (3, 1, 0):
+        weight, fisher = integer_problem(gen, rows, m, m, diagonal=True, low=-high, high=high)
+        damp = torch.randint(0, 3, (rows,), generator=gen).float()
+        for mask in (None, live_mask(gen, rows, m, m)):
+            found = emulate(program, weight, fisher, f"{n}:{m}", damp=damp, mask=mask)
+            assert found.path == ("sets8" if m <= 8 else "sets16")
+            assert_is_reference(found, weight, fisher, f"{n}:{m}", damp=damp, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(3, 4), (4, 7), (4, 8), (5, 8), (3, 10), (4, 12), (11, 12), (5, 16), (9, 16), (14, 16)]
+)
+def test_larger_sets_reach_the_optimum(program: Path, gen: torch.Generator, n: int, m: int) -> None:
+    """Strongly correlated blocks and dead entries, against f64; the new weight is that of the joint update."""
+    weight = torch.randn(4, m, generator=gen)
+    fisher = oracle.random_spd(gen, 4, m).float()
+    mask = torch.rand(4, m, generator=gen) < torch.tensor([1.0, 0.8, 0.5, 0.9])[:, None]
+    for alive in (None, mask):
+        found = emulate(program, weight, fisher, f"{n}:{m}", mask=alive)
+        best, least = reference.search_nm(
+            weight.double(), fisher.double(), f"{n}:{m}", damp=torch.zeros(1), method="combinatorial", mask=alive
+        )
+        assert not found.info.any() and torch.equal(found.mask.sum(1), best.sum(1))
+        assert alive is None or not (found.mask & ~alive).any()
+        assert (found.saliency <= least * (1 + SEARCH_LOSS_EQUAL_BLOCK) + 1e-6).all()
+        live = weight.double() if alive is None else weight.double().masked_fill(~alive, 0.0)
+        new = reference.obs_update(live, fisher.double(), found.mask, damp=torch.zeros(1), update="joint")
+        assert found.weight is not None and (found.weight - new).norm() <= 1e-4 * new.norm()
+        loss = reference.loss_increase(new - live, fisher.double(), damp=torch.zeros(1)).view(-1, 1)
+        torch.testing.assert_close(found.saliency.double(), loss, rtol=SALIENCY_EQUAL_BLOCK, atol=1e-6)
+
+
+def test_more_groups_than_blocks(program: Path, gen: torch.Generator) -> None:
+    """Blocks walk over the groups; bad ones among them are named."""
+    weight, fisher = integer_problem(gen, 19, 16, 8, diagonal=True)
+    good = emulate(program, weight, fisher, "4:8")
+    assert_is_reference(good, weight, fisher, "4:8")
+    fisher[7, 2, 2], weight[9, 1] = -1.0, torch.inf
+    found = emulate(program, weight, fisher, "4:8")
+    assert found.info.nonzero().flatten().tolist() == [7, 18] and found.info[7] == 3 and found.info[18] == -1
+    same = found.info.view(19, 2) == 0
+    assert torch.equal(found.saliency[same], good.saliency[same])
 
 
 # panels

@@ -30,6 +30,7 @@ struct Task {
 // n <= 2. Alignment to 16 bytes of all that the task points at is found out inside.
 LaunchPlan launch_pairs(const Task& task, Mode mode, cudaStream_t stream);  // m <= 16
 LaunchPlan launch_wide(const Task& task, Mode mode, cudaStream_t stream);   // m <= 32
+LaunchPlan launch_sets(const Task& task, cudaStream_t stream);              // n > 2, m <= 16
 
 // Columns of `panels` panels from `first_panel` on, from the gains of their groups.
 LaunchPlan launch_columns(const PanelParams& params,

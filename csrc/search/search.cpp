@@ -62,13 +62,20 @@ int64_t gains_stride(int64_t n, int64_t m) {
 
 LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream) {
   check_sizes(params);
-  OBS_CHECK(params.n <= 2, "n must be at most 2, got ", params.n);
+  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize,
+            "m must be at most ",
+            kMaxSetsSize,
+            " for n > 2, got n = ",
+            params.n,
+            ", m = ",
+            params.m);
   if (params.num_groups == 0) return {"search_nm", "empty", 0, 0};
   check_pointers(params, device);
   const DeviceGuard guard(device);
   search::Task task{};
   task.groups = params;
   task.count = params.num_groups;
+  if (params.n > 2) return search::launch_sets(task, stream);
   return params.m <= 16 ? search::launch_pairs(task, search::Mode::kChoose, stream)
                         : search::launch_wide(task, search::Mode::kChoose, stream);
 }

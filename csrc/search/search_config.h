@@ -36,6 +36,18 @@ struct WideConfig {
   static constexpr int kMinBlocks = 5;
 };
 
+// n > 2: a warp a group, its lanes over subsets.
+struct SetsConfig {
+  static constexpr int kThreads = 128;
+  // 44 numbers of a half, and what a tree of eliminations adds: below 255 registers they would
+  // spill.
+  static constexpr int kMinBlocks16 = 2;
+  static constexpr int kMinBlocks8 = 5;
+  // A block lists the subsets once and walks over groups; 15 blocks an SM of the largest GPUs even
+  // out the end.
+  static constexpr int kMaxBlocks = 2048;
+};
+
 // Choice of the columns of a panel: threads own column sets, and walk over the rows in order.
 template <int kThreadsValue, int kSetsValue, int kRowsValue, int kCapacityValue>
 struct PanelConfig {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
-from obs_kernels.patterns import NMPattern
+from obs_kernels.patterns import NMPattern, VNMPattern
 
 BACKENDS = ("reference", "triton", "cuda")
 MODULES = {
@@ -35,8 +35,8 @@ MAX_INVERT_SIZE = 128
 """Widest block of the cuda kernel of ``invert_spd``."""
 MAX_SEARCH_SIZE = 32
 """Largest m of the cuda kernels of the search."""
-MAX_SEARCH_KEPT = 2
-"""Largest n of the same."""
+MAX_SETS_SIZE = 16
+"""Largest m of the same for n > 2, which panels do not have."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "accumulate_fisher_": ("triton", "reference"),
@@ -72,8 +72,12 @@ def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, met
         return f"it searches by method='combinatorial' only, got {method!r}"
     if fisher.dtype != torch.float32 or weight.dtype == torch.float64:
         return f"it takes a float32 fisher and a weight of at most 32 bits, got {fisher.dtype} and {weight.dtype}"
-    if pattern.m > MAX_SEARCH_SIZE or pattern.n > MAX_SEARCH_KEPT:
-        return f"it takes n <= {MAX_SEARCH_KEPT} and m <= {MAX_SEARCH_SIZE}, got {pattern}"
+    panels = isinstance(pattern, VNMPattern)
+    if pattern.m > MAX_SEARCH_SIZE or (pattern.n > 2 and (panels or pattern.m > MAX_SETS_SIZE)):
+        return (
+            f"it takes m <= {MAX_SEARCH_SIZE} with n <= 2, and without panels m <= {MAX_SETS_SIZE} with any n, got "
+            f"{pattern}"
+        )
     if fisher.shape[1] not in (pattern.m, *range(pattern.m, MAX_INVERT_SIZE + 1)):
         return f"it takes Fisher blocks of at most {MAX_INVERT_SIZE}, got {fisher.shape[1]}"
     return None

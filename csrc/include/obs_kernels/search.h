@@ -17,6 +17,7 @@ inline constexpr int32_t kFisherNotFinite = -2;
 inline constexpr int32_t kDampNotValid = -3;  // negative or not finite
 
 inline constexpr int64_t kMaxSearchSize = 32;     // m
+inline constexpr int64_t kMaxSetsSize = 16;       // m for n > 2
 inline constexpr int64_t kMaxSearchRows = 65536;  // v
 
 // All pointers are device memory, contiguous, and aligned to their element at least; wider
@@ -39,7 +40,7 @@ struct SearchParams {
 };
 
 // Least loss of each group over all sets of n live entries (all of them where there are fewer).
-// Ties go to the lower index. n <= 2, m <= kMaxSearchSize.
+// Ties go to the lower index. n <= 2: m <= kMaxSearchSize; else m <= kMaxSetsSize.
 // Throws ArgumentError for sizes out of range, CudaError if the launch fails.
 LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream);
 
