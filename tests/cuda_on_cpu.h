@@ -108,13 +108,58 @@ inline void __syncwarp() {
 }
 
 // The value of lane `source` of the `width` lanes that the caller belongs to.
-inline float __shfl_sync(unsigned, float value, int source, int width) {
+template <typename T>
+T __shfl_sync(unsigned, T value, int source, int width = 32) {
   emulation::exchange[threadIdx.x] = std::bit_cast<std::uint32_t>(value);
   __syncwarp();
   const unsigned group = threadIdx.x / static_cast<unsigned>(width) * static_cast<unsigned>(width);
-  const auto got = std::bit_cast<float>(emulation::exchange[group + static_cast<unsigned>(source)]);
+  const auto got = std::bit_cast<T>(emulation::exchange[group + static_cast<unsigned>(source)]);
   __syncwarp();
   return got;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  const unsigned lane = threadIdx.x % emulation::kWarp;
+  return __shfl_sync(mask, value, static_cast<int>(lane ^ static_cast<unsigned>(bits)));
+}
+
+inline std::uint32_t __ballot_sync(unsigned mask, bool vote) {
+  return __reduce_or_sync(mask, vote ? 1u << threadIdx.x % emulation::kWarp : 0u);
+}
+
+// Rounded alone: without -mfma the host compiler contracts nothing.
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+  return a - b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
+inline std::uint32_t __float_as_uint(float value) {
+  return std::bit_cast<std::uint32_t>(value);
+}
+inline float __uint_as_float(std::uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+inline int __ffs(int bits) {
+  return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
+}
+inline int __clz(int bits) {
+  return std::countl_zero(static_cast<unsigned>(bits));
+}
+inline std::uint32_t __brev(std::uint32_t bits) {
+  std::uint32_t reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (bits >> i & 1u) << (31 - i);
+  return reversed;
+}
+inline int __popc(unsigned bits) {
+  return std::popcount(bits);
 }
 
 inline float __frsqrt_rn(float value) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a program that runs the kernels of one .cu file on the CPU, under the host compiler's sanitizers."""
+"""Builds a program that runs the kernels of some .cu files on the CPU, under the host compiler's sanitizers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ SANITIZERS = ("address,undefined", "thread")
 def as_host_code(source: Path) -> str:
     """Kernel launches become calls of the emulation; everything else stays as it is."""
     text = source.read_text(encoding="utf-8")
-    launch = re.compile(r"((?:\w+::)*\w+<[\w, ]+>)\s*<<<(.+?), ([\w:]+), 0, stream>>>\((.+?)\);", re.S)
+    launch = re.compile(r"((?:\w+::)*\w+<[\w:, ]+>)\s*<<<(.+?), ([\w:]+), 0, stream>>>\((.+?)\);", re.S)
     host, count = launch.subn(r"emulation::launch(\2, \3, [&] { \1(\4); });", text)
     assert count == text.count("<<<")
     return host
 
 
 def build(
-    source: str,
+    source: str | Sequence[str],
     main: str,
     folder: Path,
     *,
-    sanitizer: str,
-    empty: Sequence[str],
+    sanitizer: str | None,
+    empty: Sequence[str] = (),
     replaced: Mapping[str, tuple[str, str, int]] | None = None,
 ) -> Path:
-    """Program of ``csrc/source`` and ``tests/main`` in ``folder``; skips where compiler or sanitizer is missing.
+    """Program of ``csrc/source`` (a file or several) and ``tests/main`` in ``folder``; skips where a tool is missing.
 
-    ``empty`` are arguments that ask for no work; ``replaced`` maps a file of csrc/ to (regular expression, new text,
-    times that it must be found).
+    Without a sanitizer a shared library. ``empty`` are arguments that ask for no work; ``replaced`` maps a file of
+    csrc/ to (regular expression, new text, times that it must be found).
     """
     compiler = shutil.which("g++")
     if compiler is None:
@@ -50,13 +50,21 @@ def build(
         text, count = re.subn(old, new, (folder / "csrc" / name).read_text())
         assert count == times
         (folder / "csrc" / name).write_text(text)
-    host = folder / "kernels.cpp"
-    host.write_text(as_host_code(CSRC / source))
+    hosts = []
+    for name in [source] if isinstance(source, str) else source:
+        hosts.append((folder / "csrc" / name).with_suffix(".host.cpp"))
+        hosts[-1].write_text(as_host_code(CSRC / name))
     program = folder / "program"
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g", "-pthread"]
+    if sanitizer is None:
+        flags += ["-shared", "-fPIC"]
+    else:
+        flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     includes = [f"-I{folder}", f"-I{folder}/csrc/include", f"-I{folder}/csrc", f"-I{ROOT}/tests"]
-    sources = [host, folder / "csrc" / "common" / "launch.cpp", ROOT / "tests" / main]
+    sources = [*hosts, folder / "csrc" / "common" / "launch.cpp", ROOT / "tests" / main]
     subprocess.run([compiler, *flags, *includes, *map(str, sources), "-o", str(program)], check=True)
+    if sanitizer is None:
+        return program
     started = subprocess.run([program, *empty], capture_output=True, check=False)
     if started.returncode:
         pytest.skip(f"the {sanitizer} sanitizer does not start here: {started.stderr[:200]!r}")

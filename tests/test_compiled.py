@@ -580,14 +580,14 @@ def good_report() -> dict[str, object]:
 
 
 def test_source_hash_is_stable(tmp_path: Path) -> None:
-    wanted = ["CMakeLists.txt", "csrc/a.h", "csrc/b.cu", "obs_kernels/cuda_calls.py", "python_bindings/x.cpp"]
+    wanted = ["CMakeLists.txt", "csrc/a.h", "csrc/b.cu", "obs_kernels/cuda_calls/c.py", "python_bindings/x.cpp"]
     for name in ["README.md", *reversed(wanted)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     first = gpu_report.source_files(tmp_path)
     assert list(first) == wanted
     # a fixed number: the hash must not depend on the machine, the order of a walk or this version of Python
-    assert gpu_report.source_hash(first) == "sha256:5c9ede03869dda892a2594bb349434ac6f3ae6e20716c5b5894c3eb04c768c26"
+    assert gpu_report.source_hash(first) == "sha256:8c71cea9b8579103797d96d5aaf630274be2ffc6663f5d4933070ca0172915b1"
     assert gpu_report.source_hash(dict(reversed(first.items()))) == gpu_report.source_hash(first)
     cache = tmp_path / "csrc" / "__pycache__" / "junk"
     cache.parent.mkdir()

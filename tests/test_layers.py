@@ -38,7 +38,7 @@ STORAGE_IDENTITY = {
     ("pruning/layer.py", "find_layers"): "whether another module holds the same weight",
     ("pruning/layer.py", "_weight_owners"): "which modules hold a weight",
 }
-"""(file, function) that may ask for ``data_ptr()`` outside of cuda_calls.py, and what for."""
+"""(file, function) that may ask for ``data_ptr()`` outside of cuda_calls, and what for."""
 
 
 class Import(NamedTuple):
@@ -166,10 +166,10 @@ def test_heavy_libraries_are_imported_late():
     assert not wrong
 
 
-def test_addresses_are_taken_in_one_file():
+def test_addresses_are_taken_in_one_folder():
     for path in files():
         name = str(path.relative_to(PACKAGE))
-        if name == "cuda_calls.py":
+        if name.startswith("cuda_calls/"):
             continue
         tree = ast.parse(path.read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

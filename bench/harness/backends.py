@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from bench.harness.case import Selection
 from obs_kernels.ops import dispatch
 
 
-def runnable(op: str, selection: Selection, *like: Tensor) -> list[str]:
+def runnable(op: str, selection: Selection, *like: Any) -> list[str]:
     """Backends of ``op`` that were asked for and can run on tensors such as ``like``, the best first.
 
     Those that cannot run on the device at all are named in the header of the result (``env["unavailable"]``).
@@ -20,7 +21,7 @@ def runnable(op: str, selection: Selection, *like: Tensor) -> list[str]:
     return [backend for backend in asked if dispatch.unavailable(op, backend, kind, *like) is None]
 
 
-def called(op: str, selection: Selection, *like: Tensor) -> str | None:
+def called(op: str, selection: Selection, *like: Any) -> str | None:
     """The backend of the row of the public op: what ``backend=None`` takes, or the first that was asked for."""
     if selection.backends is None:
         return dispatch.resolve(op, None, *like)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
+from obs_kernels.patterns import NMPattern, VNMPattern
 
 BACKENDS = ("reference", "triton", "cuda")
 MODULES = {
@@ -34,12 +35,16 @@ MAX_INVERT_SIZE = 128
 """Widest block of the cuda kernel of ``invert_spd``."""
 MAX_ACCUMULATE_SIZE = 128
 """Widest block of the cuda kernel of ``accumulate_fisher_``."""
+MAX_SEARCH_SIZE = 32
+"""Largest m of the cuda kernels of the search."""
+MAX_SETS_SIZE = 16
+"""Largest m of the same for n > 2, which panels do not have."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "accumulate_fisher_": ("cuda", "triton", "reference"),
     "invert_spd": ("cuda", "reference"),
-    "search_nm": ("reference",),
-    "search_vnm": ("reference",),
+    "search_nm": ("cuda", "reference"),
+    "search_vnm": ("cuda", "reference"),
     "obs_update": ("reference",),
     "block_saliency": ("reference",),
     "loss_increase": ("reference",),
@@ -70,18 +75,38 @@ def _invert_limit(matrices: Tensor) -> str | None:
     return None
 
 
+def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, method: str) -> str | None:
+    if method != "combinatorial" or fisher is None:
+        return f"it searches by method='combinatorial' only, got {method!r}"
+    if fisher.dtype != torch.float32 or weight.dtype == torch.float64:
+        return f"it takes a float32 fisher and a weight of at most 32 bits, got {fisher.dtype} and {weight.dtype}"
+    panels = isinstance(pattern, VNMPattern)
+    if pattern.m > MAX_SEARCH_SIZE or (pattern.n > 2 and (panels or pattern.m > MAX_SETS_SIZE)):
+        return (
+            f"it takes m <= {MAX_SEARCH_SIZE} with n <= 2, and without panels m <= {MAX_SETS_SIZE} with any n, got "
+            f"{pattern}"
+        )
+    if fisher.shape[1] not in (pattern.m, *range(pattern.m, MAX_INVERT_SIZE + 1)):
+        return f"it takes Fisher blocks of at most {MAX_INVERT_SIZE}, got {fisher.shape[1]}"
+    return None
+
+
 LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("accumulate_fisher_", "cuda"): _cuda_accumulate_limit,
     ("accumulate_fisher_", "triton"): _accumulate_limit,
     ("invert_spd", "cuda"): _invert_limit,
+    ("search_nm", "cuda"): _search_limit,
+    ("search_vnm", "cuda"): _search_limit,
 }
-"""Why a backend cannot run an op on given tensors (None: it can), where it takes less than the reference."""
+"""Why a backend cannot run an op on given arguments (None: it can), where it takes less than the reference."""
 
 log = logging.getLogger("obs_kernels")
 
 
-def resolve(op: str, backend: str | None, *tensors: Tensor) -> str:
-    """The backend that will run ``op`` on ``tensors`` (all on one device); a concrete name, never None."""
+def resolve(op: str, backend: str | None, *tensors: Any) -> str:
+    """The backend that will run ``op`` on ``tensors`` (all on one device; then whatever its entry of ``LIMITS`` asks
+    for); a concrete name, never None.
+    """
     device_type = tensors[0].device.type
     asked = backend if backend is not None else os.environ.get("OBS_KERNELS_BACKEND") or None
     if asked is None:
@@ -100,7 +125,7 @@ def resolve(op: str, backend: str | None, *tensors: Tensor) -> str:
     return asked
 
 
-def unavailable(op: str, backend: str, device_type: str, *tensors: Tensor) -> str | None:
+def unavailable(op: str, backend: str, device_type: str, *tensors: Any) -> str | None:
     """Why ``backend`` cannot run ``op`` on that kind of device (and on ``tensors``, if given), or None if it can."""
     if backend not in TABLE[op]:
         return f"this version has no {backend} kernel for it"

@@ -73,7 +73,7 @@ def search_nm(
         damp_tensor(damp, weight, fisher),
         method,
         mask,
-        backend=resolve("search_nm", backend, weight),
+        backend=resolve("search_nm", backend, weight, fisher, parsed, method),
     )
     return Selection(chosen, saliency)
 
@@ -113,7 +113,7 @@ def search_vnm(
         method,
         mask,
         num_columns,
-        backend=resolve("search_vnm", backend, weight),
+        backend=resolve("search_vnm", backend, weight, fisher, parsed, method),
     )
     return Selection(chosen, saliency, columns)
 

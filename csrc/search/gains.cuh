@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// What all search kernels share: the formulas that decide masks, and the scale of a block.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cfloat>
+#include <cstdint>
+
+#include "obs_kernels/search.h"
+#include "search/launches.h"
+
+namespace obs_kernels::search {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// gain(a, b) = (F_bb u_a^2 - 2 F_ab u_a u_b + F_aa u_b^2) / (F_aa F_bb - F_ab^2), in this order and
+// each step rounded alone: equal masks on every backend for integer-valued inputs.
+__device__ __forceinline__ float pair_gain(float fa, float fb, float fab, float ua, float ub) {
+  const float first = __fmul_rn(__fmul_rn(fb, ua), ua);
+  const float cross = __fmul_rn(__fmul_rn(__fmul_rn(2.0f, fab), ua), ub);
+  const float second = __fmul_rn(__fmul_rn(fa, ub), ub);
+  const float above = __fadd_rn(__fsub_rn(first, cross), second);
+  return __fdiv_rn(above, __fsub_rn(__fmul_rn(fa, fb), __fmul_rn(fab, fab)));
+}
+
+__device__ __forceinline__ float single_gain(float f, float u) {
+  return __fdiv_rn(__fmul_rn(u, u), f);
+}
+
+// A power of four near the largest diagonal, and its reciprocal. Gains are of the third order in F
+// and would underflow below 1e-13; a power of two changes no bit otherwise.
+struct Unit {
+  float value;
+  float inverse;
+};
+
+__device__ __forceinline__ Unit unit_of(float top) {
+  if (!(top > 0.0f && top <= FLT_MAX)) return {1.0f, 1.0f};
+  // frexp: top = x * 2^exponent with 1/2 <= x < 1; a denormal counts as the least normal number.
+  int exponent = static_cast<int>(__float_as_uint(top) >> 23) - 126;
+  exponent -= exponent & 1;
+  exponent = exponent > 126 ? 126 : exponent < -124 ? -124 : exponent;
+  return {__uint_as_float(static_cast<unsigned>(exponent + 127) << 23),
+          __uint_as_float(static_cast<unsigned>(127 - exponent) << 23)};
+}
+
+__device__ __forceinline__ bool good_pivot(float pivot) {
+  return pivot > 0.0f && pivot <= FLT_MAX;
+}
+
+__device__ __forceinline__ bool good_damp(float damp) {
+  return damp >= 0.0f && damp <= FLT_MAX;
+}
+
+// A gain in the table of a row, so that the largest entry is the best of those that hold the fewest
+// dead entries. With a dead one: a negative number, the larger the gain the nearer to zero.
+constexpr unsigned kDeadTop = 0x7F000000u;
+
+__device__ __forceinline__ float with_dead(float gain, bool dead) {
+  const float clamped = fminf(fmaxf(gain, 0.0f), 1e38f);
+  return dead ? -__uint_as_float(kDeadTop - __float_as_uint(clamped)) : clamped;
+}
+
+__device__ __forceinline__ float without_dead(float entry) {
+  const unsigned bits = __float_as_uint(entry);
+  return bits >> 31 ? __uint_as_float(kDeadTop - (bits & 0x7FFFFFFFu)) : entry;
+}
+
+__device__ __forceinline__ uint32_t all_bits(int m) {
+  return m == 32 ? 0xFFFFFFFFu : (1u << m) - 1u;
+}
+
+// Columns that the panel of a group leaves open.
+__device__ __forceinline__ uint32_t open_columns(const Task& task, int64_t group) {
+  if (task.column_bits == nullptr) return 0xFFFFFFFFu;
+  const int64_t row = group / task.wide;
+  return task.column_bits[row / task.v * task.wide + (group - row * task.wide)];
+}
+
+}  // namespace obs_kernels::search

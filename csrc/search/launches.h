@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels of the search, by the file that holds them; each compiles apart from the others.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "obs_kernels/search.h"
+
+namespace obs_kernels::search {
+
+enum class Mode {
+  kChoose,  // mask, saliency, weights
+  kGains,   // the table of gains of every group
+};
+
+// Groups first .. first + count of a problem.
+struct Task {
+  SearchParams groups;
+  int64_t first;
+  int64_t count;
+  const uint32_t* column_bits;  // of panels; null = all columns
+  int64_t v;
+  int64_t wide;
+  float* gains;  // [count, stride]
+  int64_t stride;
+};
+
+// n <= 2. Alignment to 16 bytes of all that the task points at is found out inside.
+LaunchPlan launch_pairs(const Task& task, Mode mode, cudaStream_t stream);  // m <= 16
+LaunchPlan launch_wide(const Task& task, Mode mode, cudaStream_t stream);   // m <= 32
+LaunchPlan launch_sets(const Task& task, cudaStream_t stream);              // n > 2, m <= 16
+
+// Columns of `panels` panels from `first_panel` on, from the gains of their groups.
+LaunchPlan launch_columns(const PanelParams& params,
+                          int64_t first_panel,
+                          int64_t panels,
+                          int64_t stride,
+                          cudaStream_t stream);
+LaunchPlan launch_panel_sums(const PanelParams& params, cudaStream_t stream);
+
+}  // namespace obs_kernels::search

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// How groups and panels are spread over threads, apart from the kernels.
+#pragma once
+
+namespace obs_kernels {
+
+// n <= 2, m <= 16: a thread a group, its curvature in registers, so that nothing is exchanged and
+// each pair costs some 25 instructions. A warp stages the blocks of its 32 groups in shared memory,
+// kStageRows rows of each at a time, since a thread alone would read them 64 lines at once.
+template <int kSizeValue,
+          int kStageRowsValue,
+          int kStagesValue,
+          int kThreadsValue,
+          int kMinBlocksValue>
+struct PairsConfig {
+  static constexpr int kSize = kSizeValue;
+  static constexpr int kStageRows = kStageRowsValue;
+  static constexpr int kStages = kStagesValue;  // buffers: the next is filled while one is read
+  static constexpr int kThreads = kThreadsValue;
+  static constexpr int kMinBlocks = kMinBlocksValue;
+  // Four floats of padding: eight neighbouring lanes read 16 bytes each from all 32 banks.
+  static constexpr int kStride = kSizeValue * kStageRowsValue + 4;
+};
+
+using Pairs4 = PairsConfig<4, 4, 1, 128, 8>;
+// 34 KiB of shared memory a block, six of which fit an SM: the registers must allow as many.
+using Pairs8 = PairsConfig<8, 8, 1, 128, 5>;
+// 136 numbers a thread: more than the 168 registers of a third warp a scheduler. Four rows a stage
+// and two stages keep two loads of 8 KiB a warp under way.
+using Pairs16 = PairsConfig<16, 4, 2, 64, 4>;
+
+// n <= 2, m of 17 to 32: a lane a row of the block.
+struct WideConfig {
+  static constexpr int kSize = 32;
+  static constexpr int kThreads = 128;
+  static constexpr int kMinBlocks = 5;
+};
+
+// n > 2: a warp a group, its lanes over subsets.
+struct SetsConfig {
+  static constexpr int kThreads = 128;
+  // 44 numbers of a half, and what a tree of eliminations adds: below 255 registers they would
+  // spill.
+  static constexpr int kMinBlocks16 = 2;
+  static constexpr int kMinBlocks8 = 5;
+  // A block lists the subsets once and walks over groups; 15 blocks an SM of the largest GPUs even
+  // out the end.
+  static constexpr int kMaxBlocks = 2048;
+};
+
+// Choice of the columns of a panel: threads own column sets, and walk over the rows in order.
+template <int kThreadsValue, int kSetsValue, int kRowsValue, int kCapacityValue>
+struct PanelConfig {
+  static constexpr int kThreads = kThreadsValue;
+  static constexpr int kSets = kSetsValue;          // of a thread at a time, sums in registers
+  static constexpr int kRows = kRowsValue;          // of a chunk in shared memory
+  static constexpr int kCapacity = kCapacityValue;  // entries of a row's table
+};
+
+using PanelSmall = PanelConfig<128, 1, 16, 128>;  // m <= 8: 70 column sets at most, one each
+using PanelMedium = PanelConfig<256, 8, 8, 704>;  // m = 16: 1,820 sets of four in one go, 22 KiB
+using PanelLarge =
+    PanelConfig<256, 8, 2, 5632>;  // m = 32: 496 pairs and 4,960 triples a row, 44 KiB
+
+inline constexpr int kSumThreads = 128;
+
+}  // namespace obs_kernels

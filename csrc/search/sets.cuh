@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// n > 2: every set of n of up to 16, by halves. The entries are cut into a first and a last half. A
+// lane takes a subset of the first half, eliminates it (Cholesky of the subset, then the Schur
+// complement of the last half, in registers), and walks over the subsets of the last half that fill
+// it up to n: a tree of eliminations that is unrolled at compile time. All lanes of a warp take
+// subsets of one size, so that they walk in step. On average an elimination serves dozens of sets.
+//
+// gain(K + i) = gain(K) + (u_i - F_iK z)^2 / (F_ii - F_iK F_KK^-1 F_Ki), as in the reference.
+#pragma once
+
+#include <cstdint>
+
+#include "common/division.cuh"
+#include "search/group.cuh"
+#include "search/rows.cuh"
+
+namespace obs_kernels::search {
+
+// A dead entry in a set costs more than all live ones may gain: such a set is taken only where
+// there is no other. Decoupled, it changes nothing else; its square times 16 is still a number.
+constexpr float kDeadLinear = 1e18f;
+constexpr float kDeadPivot = -1.0f;
+
+// value^2 / pivot. Hundreds of these stand in a row, and a branch in each would keep the compiler
+// from mixing them. Pivots are of the scale of 1 here.
+__device__ __forceinline__ float grown(float gain, float value, float pivot, float inverse) {
+  return __fadd_rn(gain, divide(__fmul_rn(value, value), pivot, inverse));
+}
+
+// The best set of a lane: `key` has bit 31 - i for entry i, so that of equal sizes the
+// lexicographically first has the largest.
+struct Best {
+  float gain;
+  uint32_t key;
+};
+
+__device__ __forceinline__ void take_better(float gain, uint32_t key, Best& best) {
+  if (gain > best.gain || (gain == best.gain && key > best.key)) best = {gain, key};
+}
+
+// Curvature and linear part of the last kSize entries, the earlier ones of a set eliminated.
+template <int kSize>
+struct Rest {
+  float f[kSize * (kSize + 1) / 2 + 1];  // never empty
+  float u[kSize + 1];
+};
+
+// Subsets of kCount of the entries kFrom .. of `rest`, on top of `gain` and `key`, in lexicographic
+// order. `first` is the place of the first entry of `rest` in the group.
+template <int kSize, int kCount, int kFrom = 0>
+__device__ __forceinline__ void walk(
+    const Rest<kSize>& rest, float gain, uint32_t key, int first, Best& best) {
+  if constexpr (kCount == 0) {
+    if (gain > best.gain) best = {gain, key};
+  } else if constexpr (kCount == 1) {
+#pragma unroll
+    for (int i = kFrom; i < kSize; ++i) {
+      const float pivot = rest.f[Group<kSize>::at(i, i)];
+      const float sum = grown(gain, rest.u[i], pivot, reciprocal(pivot));
+      if (sum > best.gain) best = {sum, key | 0x80000000u >> (first + i)};
+    }
+  } else if constexpr (kCount <= kSize - kFrom) {
+    // with entry kFrom: eliminate it
+    constexpr int kLeft = kSize - kFrom - 1;
+    const float pivot = rest.f[Group<kSize>::at(kFrom, kFrom)];
+    const float value = rest.u[kFrom];
+    const float inverse = reciprocal(pivot);
+    Rest<kLeft> next;
+    for_each_index<kLeft>([&](auto row) {
+      constexpr int i = decltype(row)::value;
+      constexpr int kRow = kFrom + 1 + i;
+      const float part = rest.f[Group<kSize>::at(kFrom, kRow)] * inverse;
+      next.u[i] = fmaf(-part, value, rest.u[kRow]);
+#pragma unroll
+      for (int j = i; j < kLeft; ++j) {
+        next.f[Group<kLeft>::at(i, j)] = fmaf(-part,
+                                              rest.f[Group<kSize>::at(kFrom, kFrom + 1 + j)],
+                                              rest.f[Group<kSize>::at(kRow, kFrom + 1 + j)]);
+      }
+    });
+    const float sum = grown(gain, value, pivot, inverse);
+    const uint32_t with = key | 0x80000000u >> (first + kFrom);
+    walk<kLeft, kCount - 1>(next, sum, with, first + kFrom + 1, best);
+    walk<kSize, kCount, kFrom + 1>(rest, gain, key, first, best);
+  }
+}
+
+// Eliminates the kCount entries of `subset` (bits, of the first half): their gain, and the rest.
+template <int kHalf, int kCount>
+__device__ __forceinline__ float eliminate(
+    const float* f, int stride, const float* u, uint32_t subset, Rest<kHalf>& rest) {
+  float gain = 0.0f;
+  for_each_index<kHalf>([&](auto row) {
+    constexpr int i = decltype(row)::value;
+    rest.u[i] = u[kHalf + i];
+#pragma unroll
+    for (int j = i; j < kHalf; ++j) {
+      rest.f[Group<kHalf>::at(i, j)] = f[(kHalf + i) * stride + kHalf + j];
+    }
+  });
+  // F_KK = L D L^T. Of each entry k of the set: coupling[k][i] = (L D)_ki, and row k of L^-1
+  // F_K,rest with L^-1 u_K behind it, which leaves the rest at once.
+  constexpr int kRoom = kCount > 0 ? kCount : 1;
+  float coupling[kRoom][kRoom];
+  float inverse[kRoom];
+  float across[kRoom][kHalf + 1];
+  int place[kRoom];
+  for_each_index<kCount>([&](auto step) {
+    constexpr int k = decltype(step)::value;
+    place[k] = __ffs(static_cast<int>(subset)) - 1;
+    subset &= subset - 1u;
+    const float* const line = f + place[k] * stride;
+    float pivot = line[place[k]];
+    float value = u[place[k]];
+    float share[kRoom];
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) across[k][j] = line[kHalf + j];
+#pragma unroll
+    for (int i = 0; i < k; ++i) {
+      float own = line[place[i]];
+#pragma unroll
+      for (int h = 0; h < i; ++h) own = fmaf(-share[h], coupling[i][h], own);
+      coupling[k][i] = own;
+      share[i] = own * inverse[i];
+      pivot = fmaf(-share[i], own, pivot);
+      value = fmaf(-share[i], across[i][kHalf], value);
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) across[k][j] = fmaf(-share[i], across[i][j], across[k][j]);
+    }
+    inverse[k] = reciprocal(pivot);
+    across[k][kHalf] = value;
+    gain = grown(gain, value, pivot, inverse[k]);
+    for_each_index<kHalf>([&](auto row) {
+      constexpr int i = decltype(row)::value;
+      const float part = across[k][i] * inverse[k];
+      rest.u[i] = fmaf(-part, value, rest.u[i]);
+#pragma unroll
+      for (int j = i; j < kHalf; ++j) {
+        float& target = rest.f[Group<kHalf>::at(i, j)];
+        target = fmaf(-part, across[k][j], target);
+      }
+    });
+  });
+  return gain;
+}
+
+}  // namespace obs_kernels::search

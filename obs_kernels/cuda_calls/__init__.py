@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops of the compiled module, with the names and parameters of ``obs_kernels.reference``; a file a topic.
+
+The only folder that takes ``data_ptr()``: whatever reaches an address here has been checked for device, dtype, shape
+and contiguity. Outputs are allocated through torch and work is queued on torch's current stream without waiting, so
+that side streams and CUDA graphs behave as they do for torch's own ops.
+"""
+
+from obs_kernels.cuda_calls.device import runs_on
+from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_fisher
+from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
+from obs_kernels.cuda_calls.packing import launch_pack, pack
+from obs_kernels.cuda_calls.search import launch_search_nm, prune_nm, prune_vnm, search_nm, search_vnm
+
+__all__ = [
+    "accumulate_fisher_",
+    "invert_spd",
+    "invert_spd_into",
+    "launch_accumulate_fisher",
+    "launch_invert_spd",
+    "launch_pack",
+    "launch_search_nm",
+    "pack",
+    "prune_nm",
+    "prune_vnm",
+    "runs_on",
+    "search_nm",
+    "search_vnm",
+]

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cuda_calls.search`` with the kernels as a library of the CPU: allocation, D > m, errors, and the fused step."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from emulation import build
+from oracle import example_e, example_g, groups_of, kept_of
+from tolerances import EXAMPLE_F32, SALIENCY_CONDITIONAL, SEARCH_LOSS_CONDITIONAL
+from torch import Tensor
+
+from obs_kernels import _ext, reference
+from obs_kernels.cuda_calls import conditional, search
+from obs_kernels.errors import (
+    ConfigError,
+    DTypeNotSupportedError,
+    NonFiniteError,
+    ShapeNotSupportedError,
+    SingularBlockError,
+)
+from obs_kernels.ops import dispatch
+from obs_kernels.patterns import parse_pattern
+
+SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "panels.cu", "search.cpp")]
+ADDRESS, SIZE = ctypes.c_void_p, ctypes.c_int64
+
+
+class SearchParams(ctypes.Structure):
+    _fields_ = [
+        ("weight", ADDRESS), ("fisher", ADDRESS), ("damp", ADDRESS), ("damp_each", ctypes.c_bool), ("alive", ADDRESS),
+        ("mask", ADDRESS), ("saliency", ADDRESS), ("new_weight", ADDRESS), ("info", ADDRESS), ("num_groups", SIZE),
+        ("n", SIZE), ("m", SIZE),
+    ]  # fmt: skip
+
+
+class PanelParams(ctypes.Structure):
+    _fields_ = [
+        ("groups", SearchParams), ("derived", ADDRESS), ("lists", ADDRESS), ("column_sets", ADDRESS),
+        ("num_derived", SIZE), ("length", SIZE), ("num_sets", SIZE), ("columns", ADDRESS), ("panel_saliency", ADDRESS),
+        ("column_bits", ADDRESS), ("gains", ADDRESS), ("gains_bytes", SIZE), ("v", SIZE), ("wide", SIZE),
+        ("num_columns", SIZE),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("emulation") / "library"
+    found = ctypes.CDLL(str(build(SOURCES, "search_library_on_cpu.cpp", folder, sanitizer=None)))
+    for call in (found.search_nm_on_cpu, found.search_vnm_on_cpu):
+        call.restype = ctypes.c_char_p
+    return found
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled module is the library, and its device the CPU."""
+
+    def groups(arguments: dict[str, Any]) -> SearchParams:
+        assert arguments["device"] is None and arguments["stream"] == 17
+        return SearchParams(**{name: arguments[name] for name, _ in SearchParams._fields_})
+
+    def search_nm(**arguments: Any) -> tuple[str, str, int, int]:
+        return "search_nm", library.search_nm_on_cpu(ctypes.byref(groups(arguments))).decode(), 0, 0
+
+    def search_vnm(**arguments: Any) -> tuple[str, str, int, int]:
+        own = {name: arguments[name] for name, _ in PanelParams._fields_[1:]}
+        params = PanelParams(groups=groups(arguments), **own)
+        return "search_vnm", library.search_vnm_on_cpu(ctypes.byref(params)).decode(), 0, 0
+
+    monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(search_nm=search_nm, search_vnm=search_vnm))
+    monkeypatch.setattr(search, "check_on_cuda", lambda **tensors: None)
+    monkeypatch.setattr(search, "check_gpu", lambda index: None)
+    monkeypatch.setattr(conditional, "invert_spd", reference.invert_spd)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=17))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def problem(gen: torch.Generator, rows: int, cols: int, size: int) -> tuple[Tensor, Tensor]:
+    weight = torch.randn(rows, cols, generator=gen)
+    return weight, oracle.random_spd(gen, rows * cols // size, size).float()
+
+
+OPTIONS = {"damp": torch.tensor([0.01]), "method": "combinatorial"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "2:16", "4:8"])
+def test_search_nm_of_any_dtype_and_strides(gen: torch.Generator, pattern: str, dtype: torch.dtype) -> None:
+    m = int(pattern.split(":")[1])
+    weight, fisher = problem(gen, 6, 2 * m, m)
+    weight, mask = weight.to(dtype), torch.rand(6, 2 * m, generator=gen) < 0.7
+    for alive in (None, mask):
+        wanted, saliency = reference.search_nm(weight, fisher, pattern, mask=alive, **OPTIONS)
+        found = search.search_nm(weight.t().clone().t(), fisher.mT, pattern, mask=alive, **OPTIONS)
+        assert torch.equal(found[0], wanted) and found[0].dtype == torch.bool
+        torch.testing.assert_close(found[1], saliency, rtol=1e-4, atol=1e-6)
+
+
+def test_search_vnm_in_several_launches(gen: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, fisher = problem(gen, 12, 16, 8)
+    wanted = reference.search_vnm(weight, fisher, "2:2:8", mask=None, num_columns=4, **OPTIONS)
+    for limit in (1, 4 * 2 * 2 * 28 * 4, 1 << 20):
+        monkeypatch.setattr(search, "GAINS_BYTES", limit)
+        found = search.search_vnm(weight, fisher, "2:2:8", mask=None, num_columns=4, **OPTIONS)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing(gen: torch.Generator) -> None:
+    mask, saliency = search.search_nm(torch.zeros(0, 8), torch.zeros(0, 8, 8), "2:8", mask=None, **OPTIONS)
+    assert mask.shape == (0, 8) and saliency.shape == (0, 1)
+
+
+@pytest.mark.parametrize(("pattern", "size"), [("2:4", 8), ("2:8", 32), ("1:4", 12), ("2:8", 16), ("3:8", 16)])
+def test_wider_blocks(gen: torch.Generator, pattern: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D > m, some blocks at a time; dead entries leave the block first."""
+    n, m = (int(part) for part in pattern.split(":"))
+    monkeypatch.setattr(conditional, "BYTES_AT_ONCE", 3 * 4 * size * size)
+    weight, fisher = problem(gen, 5, 2 * size, size)
+    damp = torch.rand(10, generator=gen)
+    mask = torch.rand(5, 2 * size, generator=gen) < 0.8
+    for alive in (None, mask):
+        found, saliency = search.search_nm(weight, fisher, pattern, damp=damp, method="combinatorial", mask=alive)
+        for (row, group), member in groups_of(weight, fisher, m, damp=damp, mask=alive).items():
+            losses = member.losses(n)
+            loss = losses[kept_of(found, row, group, m)]
+            assert loss <= member.best(n)[1] * (1 + SEARCH_LOSS_CONDITIONAL) + 1e-6
+            assert float(saliency[row, group]) == pytest.approx(loss, rel=SALIENCY_CONDITIONAL, abs=1e-6)
+
+
+def test_panels_of_wider_blocks(gen: torch.Generator) -> None:
+    weight, fisher = problem(gen, 8, 32, 16)
+    mask = torch.rand(8, 32, generator=gen) < 0.8
+    for alive in (None, mask):
+        wanted = reference.search_vnm(weight, fisher, "4:2:8", mask=alive, num_columns=4, **OPTIONS)
+        found = search.search_vnm(weight, fisher, "4:2:8", mask=alive, num_columns=4, **OPTIONS)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
+        torch.testing.assert_close(found[1], wanted[1], rtol=SALIENCY_CONDITIONAL, atol=1e-5)
+
+
+def test_example_g() -> None:
+    weight, fisher = example_g(torch.float32)
+    found, saliency = search.search_nm(
+        weight, fisher, "2:8", damp=torch.tensor([0.5]), method="combinatorial", mask=None
+    )
+    assert found.nonzero()[:, 1].tolist() == [0, 7, 11, 12]
+    assert saliency.flatten().tolist() == pytest.approx([60.850642, 177.304694], rel=10 * EXAMPLE_F32)
+
+
+def test_fused_step_of_groups(gen: torch.Generator) -> None:
+    """Search and update in one; what is wrong stands in ``info`` and nothing is raised."""
+    weight, fisher = problem(gen, 6, 16, 8)
+    damp = torch.rand(12, generator=gen)
+    wanted, saliency = reference.search_nm(weight, fisher, "2:8", damp=damp, method="combinatorial", mask=None)
+    new = reference.obs_update(weight, fisher, wanted, damp=damp, update="joint")
+    for kind in (torch.float32, torch.bfloat16):
+        mask, updated, loss, info = search.prune_nm(weight.to(kind), fisher, "2:8", damp=damp, mask=None)
+        assert updated.dtype == kind and not info.any()
+    mask, updated, loss, info = search.prune_nm(weight, fisher, "2:8", damp=damp, mask=None)
+    assert torch.equal(mask, wanted)
+    torch.testing.assert_close(updated, new, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, saliency, rtol=1e-4, atol=1e-6)
+    fisher[3] = -1.0
+    mask, updated, loss, info = search.prune_nm(weight, fisher, "2:8", damp=damp, mask=None)
+    assert info.nonzero().flatten().tolist() == [3] and torch.equal(updated[1, 8:], weight[1, 8:])
+    with pytest.raises(ShapeNotSupportedError, match=r"fisher must be \[B, 4, 4\]"):
+        search.prune_nm(weight, fisher, "2:4", damp=damp, mask=None)
+
+
+def test_fused_step_of_panels() -> None:
+    weight, fisher = example_e(torch.float32)
+    damp = torch.ones(1)
+    mask, updated, loss, columns, info = search.prune_vnm(weight, fisher, "4:2:8", damp=damp, mask=None, num_columns=4)
+    assert columns.flatten().tolist() == [0, 4, 5, 6] and not info.any()
+    assert updated[0, [0, 4]].tolist() == pytest.approx([-6.392318, 5.665809], rel=EXAMPLE_F32)
+    assert updated[3, [4, 6]].tolist() == pytest.approx([-8.429397, 8.047019], rel=EXAMPLE_F32)
+    assert float(loss) == pytest.approx(839.487105, rel=EXAMPLE_F32) and int(mask.sum()) == 8
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_bad_values_raise_as_in_the_reference(gen: torch.Generator, size: int) -> None:
+    weight, fisher = problem(gen, 4, 16, size)
+    cases: list[tuple[type[Exception], Tensor, Tensor, Tensor]] = []
+    for bad in (float("nan"), float("inf")):
+        wrong, blocks = weight.clone(), fisher.clone()
+        wrong[2, 3], blocks[1, 0, 5] = bad, bad
+        cases += [(NonFiniteError, wrong, fisher, OPTIONS["damp"]), (NonFiniteError, weight, blocks, OPTIONS["damp"])]
+    singular = fisher.clone()
+    singular[2] = 0.0
+    cases.append((SingularBlockError, weight, singular, torch.zeros(1)))
+    cases.append((ConfigError, weight, fisher, torch.tensor([-1.0])))
+    for error, w, f, damp in cases:
+        options = {"damp": damp, "method": "combinatorial", "mask": None}
+        with pytest.raises(error) as wanted:
+            reference.search_nm(w, f, "2:8", **options)
+        with pytest.raises(error) as found:
+            search.search_nm(w, f, "2:8", **options)
+        assert str(found.value) == str(wanted.value)
+        with pytest.raises(error):
+            search.search_vnm(w, f, "2:2:8", num_columns=4, **options)
+
+
+def test_what_the_kernels_do_not_take(gen: torch.Generator) -> None:
+    weight, fisher = problem(gen, 4, 16, 8)
+    with pytest.raises(ConfigError, match="method must be 'combinatorial' on the cuda backend"):
+        search.search_nm(weight, fisher, "2:8", damp=torch.zeros(1), method="greedy", mask=None)
+    with pytest.raises(DTypeNotSupportedError, match="float32 on the cuda backend"):
+        search.search_nm(weight.double(), fisher, "2:8", mask=None, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "method", "size", "dtype", "text"),
+    [
+        ("2:8", "pairwise", 8, torch.float32, "method='combinatorial' only, got 'pairwise'"),
+        ("2:8", "combinatorial", 8, torch.float64, "float32 fisher and a weight of at most 32 bits"),
+        ("3:20", "combinatorial", 20, torch.float32, "without panels m <= 16 with any n, got 3:20"),
+        ("2:40", "combinatorial", 40, torch.float32, "m <= 32 with n <= 2"),
+        ("2:8", "combinatorial", 136, torch.float32, "Fisher blocks of at most 128, got 136"),
+        ("2:3:8", "combinatorial", 8, torch.float32, "without panels m <= 16 with any n, got 2:3:8"),
+        ("2:8", "combinatorial", 128, torch.float32, None),
+        ("9:16", "combinatorial", 16, torch.float32, None),
+        ("2:2:32", "combinatorial", 32, torch.float32, None),
+    ],
+)
+def test_dispatch_knows_what_the_kernels_take(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, method: str, size: int, dtype: torch.dtype, text: str | None
+) -> None:
+    monkeypatch.setattr(_ext, "reason", lambda: None)
+    weight = torch.zeros(2, size, dtype=dtype)
+    fisher = torch.zeros(2, size, size, dtype=dtype)
+    op = "search_vnm" if pattern.count(":") == 2 else "search_nm"
+    reason = dispatch.unavailable(op, "cuda", "cuda", weight, fisher, parse_pattern(pattern), method)
+    assert reason is None if text is None else text in str(reason)
