@@ -28,7 +28,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench" / "gpu_report.json"
 SCHEMA = 1
-SOURCES = ("csrc", "python_bindings", "CMakeLists.txt", "obs_kernels/triton_kernels", "obs_kernels/cuda_calls.py")
+SOURCES = (
+    "csrc",
+    "python_bindings",
+    "CMakeLists.txt",
+    "obs_kernels/triton_kernels",
+    "obs_kernels/cuda_calls.py",
+    "obs_kernels/cuda_device.py",
+    "obs_kernels/cuda_update.py",
+)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS_LIMIT_S = 1800
 TOOL_LIMIT_S = 300

@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ops of the compiled module, with the names and parameters of ``obs_kernels.reference``.
 
-The only file that takes ``data_ptr()``: whatever reaches an address here has been checked for device, dtype, shape and
-contiguity. Outputs are allocated through torch and work is queued on torch's current stream without waiting, so that
-side streams and CUDA graphs behave as they do for torch's own ops.
+With ``cuda_update.py`` the only file that takes ``data_ptr()``: whatever reaches an address here has been checked for
+device, dtype, shape and contiguity. Outputs are allocated through torch and work is queued on torch's current stream
+without waiting, so that side streams and CUDA graphs behave as they do for torch's own ops.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from obs_kernels import _ext
-from obs_kernels.checks import check_pack, check_square_blocks
-from obs_kernels.errors import (
-    ConfigError,
-    DeviceMismatchError,
-    DTypeNotSupportedError,
-    ShapeNotSupportedError,
-    UnsupportedGPUError,
-)
+from obs_kernels.checks import check_damp_values, check_finite, check_info, check_pack, check_square_blocks
+from obs_kernels.cuda_device import check_gpu, check_on_cuda, runs_on
+from obs_kernels.cuda_update import launch_loss_increase, launch_update_joint, launch_update_single
+from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.packed_format import packed_shapes
 from obs_kernels.patterns import NMPattern, VNMPattern
 
-__all__ = ["invert_spd", "invert_spd_into", "launch_invert_spd", "launch_pack", "pack", "runs_on"]
+__all__ = [
+    "block_saliency",
+    "invert_spd",
+    "invert_spd_into",
+    "launch_invert_spd",
+    "launch_loss_increase",
+    "launch_pack",
+    "launch_update_joint",
+    "launch_update_single",
+    "loss_increase",
+    "obs_update",
+    "pack",
+    "runs_on",
+]
+
+SCRATCH_BYTES = 256 << 20
+"""Of each temporary of blocks: ``block_saliency`` holds up to three at a time, ``obs_update`` one."""
 
 
 def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +51,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Te
     """
     _ext.load()
     parsed = check_pack(weight, mask, pattern)
-    _check_on_cuda(weight=weight, mask=mask)
+    check_on_cuda(weight=weight, mask=mask)
     device = weight.device
     values_shape, codes_shape, columns_shape = packed_shapes(parsed, *weight.shape)
     values = torch.empty(values_shape, dtype=weight.dtype, device=device)
@@ -57,7 +67,7 @@ def launch_pack(
     """Fill the outputs of ``pack``, which the caller has allocated; returns what was launched."""
     native = _ext.load()
     check_pack(weight, mask, pattern)
-    _check_on_cuda(weight=weight, mask=mask, values=values, codes=codes, columns=columns)
+    check_on_cuda(weight=weight, mask=mask, values=values, codes=codes, columns=columns)
     rows, cols = weight.shape
     shapes = [tuple(tensor.shape) for tensor in (values, codes, columns)]
     wanted = [shape or (0,) for shape in packed_shapes(pattern, rows, cols)]
@@ -68,7 +78,7 @@ def launch_pack(
             f"values, codes and columns must be {weight.dtype}, uint8 and uint8, "
             f"got {values.dtype}, {codes.dtype} and {columns.dtype}"
         )
-    _check_gpu(weight.device.index)
+    check_gpu(weight.device.index)
     plan = native.pack(
         weight=weight.data_ptr(),
         mask=mask.data_ptr(),
@@ -113,7 +123,7 @@ def launch_invert_spd(matrices: Tensor, damp: Tensor, inverse: Tensor, info: Ten
     native = _ext.load()
     check_square_blocks("matrices", matrices)
     damp = damp.to(torch.float32).contiguous()
-    _check_on_cuda(matrices=matrices, damp=damp, inverse=inverse, info=info)
+    check_on_cuda(matrices=matrices, damp=damp, inverse=inverse, info=info)
     num_blocks, size, _ = matrices.shape
     if matrices.dtype != torch.float32 or inverse.dtype != torch.float32 or info.dtype != torch.int32:
         raise DTypeNotSupportedError(
@@ -133,7 +143,7 @@ def launch_invert_spd(matrices: Tensor, damp: Tensor, inverse: Tensor, info: Ten
     if not num_blocks or not size:
         info.zero_()
         return LaunchPlan("invert_spd", "empty", 0, 0)
-    _check_gpu(matrices.device.index)
+    check_gpu(matrices.device.index)
     plan = native.invert_spd(
         matrices=matrices.data_ptr(),
         damp=damp.data_ptr(),
@@ -148,45 +158,144 @@ def launch_invert_spd(matrices: Tensor, damp: Tensor, inverse: Tensor, info: Ten
     return LaunchPlan(*plan)
 
 
-def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """True if code for ``architectures`` (as CMake writes them: "80", "90a", "86-real") runs on ``capability``."""
-    return any(_covers(architecture, capability) for architecture in architectures)
+def obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, *, damp: Tensor, update: str) -> Tensor:
+    """New weight of the same shape and dtype; pruned entries are +0. D <= 128, ``fisher`` f32.
+
+    Values are looked at once, at the end, which waits for the GPU; not while a CUDA graph is being captured, where a
+    block that fails only loses its pruned weights.
+
+    Raises:
+        NonFiniteError, ConfigError, SingularBlockError: values that the reference refuses, with its texts.
+        BackendUnavailableError, DeviceMismatchError, UnsupportedGPUError, DTypeNotSupportedError: as named.
+    """
+    if update == "none" or fisher is None or weight.numel() == 0:
+        _refuse(weight, None, damp, _not_finite(weight))
+        return weight.masked_fill(~mask, 0.0).contiguous()
+    weight, fisher, mask = weight.contiguous(), fisher.contiguous(), mask.contiguous()
+    updated = torch.empty_like(weight)
+    if update == "joint":
+        info = torch.empty(fisher.shape[0], dtype=torch.int32, device=fisher.device)
+        launch_update_joint(weight, fisher, mask, damp, updated, info)
+        _refuse(weight, fisher, damp, info < 0, torch.where(info < 0, -1 - info, info), "kept part of fisher")
+        return updated
+    size, flat = fisher.shape[1], weight.view(-1)
+    info = torch.zeros(fisher.shape[0], dtype=torch.int32, device=fisher.device)
+    for part, inverse in _inverses(fisher, damp, None, weight.numel(), info):
+        span = slice(part.start * size, part.stop * size)
+        launch_update_single(flat[span], inverse, mask.view(-1)[span], updated.view(-1)[span])
+    _refuse(weight, fisher, damp, _not_finite(weight, fisher, damp), info, "fisher")
+    return updated
 
 
-def _covers(architecture: str, capability: tuple[int, int]) -> bool:
-    found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
-    if found is None:
-        raise ConfigError(f"architecture must look like '80', '90a' or '86-real', got {architecture!r}")
-    target = int(found[1]), int(found[2])
-    if found[3] == "a":
-        return capability == target
-    same_family = capability[0] == target[0] and capability[1] >= target[1]
-    if found[3] == "f" or found[4] == "-real":
-        return same_family
-    return capability >= target  # the PTX inside is compiled by the driver of any later GPU
+def loss_increase(change: Tensor, fisher: Tensor, *, damp: Tensor) -> Tensor:
+    """``1/2 dw^T (F + damp I) dw`` of each Fisher block, [B] f32. One value of ``damp`` counts as checked."""
+    if damp.numel() > 1 and not torch.cuda.is_current_stream_capturing():
+        check_damp_values(damp)
+    loss = torch.empty(fisher.shape[0], dtype=torch.float32, device=fisher.device)
+    launch_loss_increase(change.contiguous(), fisher.contiguous(), damp, loss)
+    return loss
 
 
-@functools.cache
-def _check_gpu(device: int) -> None:
-    architectures = _ext.load().build_info()["architectures"]
-    capability = torch.cuda.get_device_capability(device)
-    if not runs_on(capability, architectures):
-        raise UnsupportedGPUError(
-            f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the compiled module holds code for "
-            f"{', '.join(architectures)}. Fix: use backend='reference', or build with CMAKE_CUDA_ARCHITECTURES="
-            f"{capability[0]}{capability[1]}"
-        )
+def block_saliency(
+    weight: Tensor, fisher: Tensor | None, block: int, *, damp: Tensor, method: str, mask: Tensor | None
+) -> Tensor:
+    """``1/2 w_Q^T [(F^-1)_QQ]^-1 w_Q`` of each run of ``block`` weights; method "combinatorial" only, D <= 128."""
+    if method != "combinatorial" or fisher is None:
+        raise ConfigError(f"method must be 'combinatorial' on the cuda backend, got {method!r}; use 'reference'")
+    num_blocks, size, _ = fisher.shape
+    units = torch.empty(num_blocks * (size // block), dtype=torch.float32, device=weight.device)
+    if not num_blocks:
+        return units
+    weight, fisher = weight.contiguous(), fisher.contiguous()
+    w = weight.new_zeros(num_blocks * size, dtype=torch.float32)
+    w[: weight.numel()] = (weight if mask is None else weight.masked_fill(~mask, 0.0)).view(-1)
+    info = torch.zeros(num_blocks, dtype=torch.int32, device=weight.device)
+    inner_info = torch.zeros(units.numel(), dtype=torch.int32, device=weight.device)
+    alive = None if mask is None else mask.contiguous().view(-1)
+    none = damp.new_zeros(1)
+    for part, inverse in _inverses(fisher, damp, alive, weight.numel(), info):
+        values = w[part.start * size : part.stop * size].view(-1, block)
+        span = slice(part.start * (size // block), part.stop * (size // block))
+        if block == 1:
+            values = values[:, 0]
+            torch.mul(values / inverse.diagonal(dim1=1, dim2=2).reshape(-1), 0.5 * values, out=units[span])
+            continue
+        inner = inverse.view(-1, size // block, block, size // block, block).diagonal(dim1=1, dim2=3)
+        inner = inner.permute(0, 3, 1, 2).reshape(-1, block, block).contiguous()
+        launch_invert_spd(inner, none, inner, inner_info[span])
+        launch_loss_increase(values, inner, none, units[span])
+    _refuse(weight, fisher, damp, _not_finite(weight, fisher, damp), info, "fisher")
+    _refuse(weight, fisher, damp, None, inner_info, "inverse fisher of a block")
+    return units[: weight.numel() // block]
 
 
-def _check_on_cuda(**tensors: Tensor) -> None:
-    device = next(iter(tensors.values())).device
-    for name, tensor in tensors.items():
-        if not tensor.is_cuda:
-            raise DeviceMismatchError(f"{name} must be on a CUDA device, got {tensor.device}; move it with .to('cuda')")
-        if tensor.device != device:
-            raise DeviceMismatchError(f"tensors must share a device, got {name} on {tensor.device}, others on {device}")
-        if not tensor.is_contiguous():
-            raise ShapeNotSupportedError(
-                f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}; "
-                f"call .contiguous()"
-            )
+def _inverses(
+    fisher: Tensor, damp: Tensor, alive: Tensor | None, num_weights: int, info: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """(blocks, inverse of the damped ones) in parts that share their memory; fills ``info``.
+
+    What lies beyond the weight, or is dead (``alive`` [num_weights] False), is decoupled first.
+    """
+    num_blocks, size, _ = fisher.shape
+    step = min(num_blocks, max(1, SCRATCH_BYTES // (4 * size * size)))
+    scratch = torch.empty(step, size, size, dtype=torch.float32, device=fisher.device)
+    whole = num_weights // size if alive is None else 0  # blocks before this one are inverted as they are
+    for start in range(0, num_blocks, step):
+        part = slice(start, min(start + step, num_blocks))
+        inverse, damps = scratch[: part.stop - start], damp if damp.numel() == 1 else damp[part]
+        ready = max(0, min(part.stop, whole) - start)
+        if ready:
+            each = damps if damps.numel() == 1 else damps[:ready]
+            launch_invert_spd(fisher[start : start + ready], each, inverse[:ready], info[start : start + ready])
+        if start + ready < part.stop:
+            rest = slice(start + ready, part.stop)
+            blocks = _decoupled(fisher[rest], alive, rest, num_weights)
+            launch_invert_spd(blocks, damps if damps.numel() == 1 else damps[ready:], inverse[ready:], info[rest])
+        yield part, inverse
+
+
+def _decoupled(blocks: Tensor, alive: Tensor | None, part: slice, num_weights: int) -> Tensor:
+    """A copy of ``blocks`` without the rows and columns of dead entries: diagonal 1 there."""
+    size = blocks.shape[1]
+    live = torch.zeros(blocks.shape[0] * size, dtype=torch.bool, device=blocks.device)
+    count = min(part.stop * size, num_weights) - part.start * size
+    live[:count] = True if alive is None else alive[part.start * size : part.start * size + count]
+    dead = ~live.view(-1, size)
+    copy = blocks.masked_fill(dead[:, :, None], 0.0).masked_fill_(dead[:, None, :], 0.0)
+    copy.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
+    return copy
+
+
+def _not_finite(weight: Tensor, fisher: Tensor | None = None, damp: Tensor | None = None) -> Tensor:
+    """Whether any value is NaN or Inf (of ``damp``: or negative), as a tensor of one bool; no temporaries."""
+    ends = [end.float() for t in (weight, fisher, damp) if t is not None and t.numel() for end in torch.aminmax(t)]
+    if not ends:
+        return torch.zeros(1, dtype=torch.bool, device=weight.device)
+    bad = ~torch.isfinite(torch.stack(ends)).all()
+    return bad if damp is None else bad | (ends[-2] < 0)
+
+
+def _refuse(
+    weight: Tensor,
+    fisher: Tensor | None,
+    damp: Tensor,
+    suspect: Tensor | None,
+    info: Tensor | None = None,
+    what: str = "",
+) -> None:
+    """Raise as the reference does if anything is ``suspect`` or ``info`` names a pivot: one look at the GPU's values.
+
+    Nothing is looked at while a CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return
+    codes = [t.any() for t in (suspect, info) if t is not None]
+    if not bool(torch.stack(codes).any()):
+        return
+    if suspect is not None and bool(suspect.any()):  # an overflow is no error of the arguments
+        check_finite("weight", weight)
+        if fisher is not None:
+            check_finite("fisher", fisher)
+            check_damp_values(damp)
+    if info is not None:
+        check_info(what, info)

@@ -15,8 +15,18 @@ inline bool aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-inline uintptr_t element_size(WeightType type) {
-  return type == WeightType::kFloat32 ? 4 : 2;
+inline void check_alignment(WeightType type,
+                            const void* weight,
+                            const void* updated,
+                            const float* fisher) {
+  const uintptr_t bytes = type == WeightType::kFloat32 ? 4 : 2;
+  OBS_CHECK(aligned(weight, bytes) && aligned(updated, bytes) && aligned(fisher, sizeof(float)),
+            "weight, updated and fisher must be aligned to their elements, got ",
+            weight,
+            ", ",
+            updated,
+            " and ",
+            fisher);
 }
 
 template <typename Params>

@@ -68,43 +68,23 @@ struct alignas(16) Four {
 // The rows of column `lane`, in ascending order and kDepth loads ahead: start(first) before the
 // rows first to first + kDepth - 1, then visit(e, value) for row first + e. Rows beyond `size`
 // count as zeros.
-template <typename Config, typename Start, typename Visit>
+template <int kDepth, typename Start, typename Visit>
 __device__ __forceinline__ void for_each_row(
     const float* matrix, int lane, int size, bool live, Start start, Visit visit) {
   const bool has_column = live && lane < size;
   const float* next = matrix + lane;
 #pragma unroll 1
-  for (int first = 0; first < size; first += Config::kDepth) {
-    float values[Config::kDepth];
+  for (int first = 0; first < size; first += kDepth) {
+    float values[kDepth];
 #pragma unroll
-    for (int e = 0; e < Config::kDepth; ++e) {
+    for (int e = 0; e < kDepth; ++e) {
       values[e] = has_column && first + e < size ? *next : 0.0f;
       next += size;
     }
     start(first);
 #pragma unroll
-    for (int e = 0; e < Config::kDepth; ++e) visit(e, values[e]);
+    for (int e = 0; e < kDepth; ++e) visit(e, values[e]);
   }
-}
-
-// sum_i F_i,lane factors[i]; `factors` are in shared memory, and zeros beyond `size`.
-template <typename Config>
-__device__ __forceinline__ float column_sum(
-    const float* matrix, const float* factors, int lane, int size, bool live) {
-  float sum = 0.0f;
-  Four four{};
-  const float* now = factors;
-  for_each_row<Config>(
-      matrix,
-      lane,
-      size,
-      live,
-      [&](int first) { now = factors + first; },
-      [&](int e, float value) {
-        if (e % 4 == 0) four = *reinterpret_cast<const Four*>(now + e);
-        sum = fmaf(value, four.at[e % 4], sum);
-      });
-  return sum;
 }
 
 }  // namespace obs_kernels::update

@@ -115,7 +115,7 @@ __global__ __launch_bounds__(Config::kThreads,
   int row_rank = 0;
   const float* factors = shared.line;
   Four four{};
-  for_each_row<Config>(
+  for_each_row<Config::kDepth>(
       params.fisher + (place.live ? place.block * size * size : 0),
       lane,
       size,

@@ -34,15 +34,7 @@ LaunchPlan update_joint(const UpdateParams& params, int device, cudaStream_t str
       "weight, mask, fisher, damp, updated and info must not be null for ",
       params.num_blocks,
       " blocks");
-  const uintptr_t bytes = update::element_size(params.type);
-  OBS_CHECK(update::aligned(params.weight, bytes) && update::aligned(params.updated, bytes) &&
-                update::aligned(params.fisher, sizeof(float)),
-            "weight, updated and fisher must be aligned to their elements, got ",
-            params.weight,
-            ", ",
-            params.updated,
-            " and ",
-            params.fisher);
+  update::check_alignment(params.type, params.weight, params.updated, params.fisher);
   const DeviceGuard guard(device);
   const LaunchPlan plan = update::for_size(params.size, [&](auto config, const char* path) {
     return launch_joint<decltype(config)>(params, path, stream);
