@@ -20,6 +20,7 @@ from obs_kernels.errors import (
     DTypeNotSupportedError,
     NonFiniteError,
     ShapeNotSupportedError,
+    SingularBlockError,
 )
 from obs_kernels.patterns import NMPattern, Pattern, VNMPattern, parse_pattern
 
@@ -244,3 +245,15 @@ def check_damp_values(damp: Tensor) -> None:
         raise ConfigError(
             f"damp must be finite and at least 0, got {damp.min().item()}; it is added to the diagonal of each block"
         )
+
+
+def check_info(what: str, info: Tensor, offset: int = 0) -> None:
+    """Raise ``SingularBlockError`` naming the first of the blocks [B] whose ``info`` is not 0 (reads the values)."""
+    if not bool((info != 0).any()):
+        return
+    bad = (info != 0).nonzero().flatten()
+    first = int(bad[0])
+    raise SingularBlockError(
+        f"{what}: {bad.numel()} of {info.shape[0]} blocks are not positive definite, the first is block "
+        f"{first + offset} at pivot {int(info[first])}; raise damp, or set on_singular='increase_damp'"
+    )

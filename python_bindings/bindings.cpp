@@ -7,29 +7,22 @@
 #include <sstream>
 #include <string>
 
+#include "bind.h"
 #include "obs_kernels/accumulate.h"
 #include "obs_kernels/errors.h"
 #include "obs_kernels/inverse.h"
 #include "obs_kernels/launch_plan.h"
 #include "obs_kernels/packing.h"
-#include "obs_kernels/search.h"
 
 namespace py = pybind11;
+using obs_kernels::bindings::plan_tuple;
+using obs_kernels::bindings::pointer;
 
 namespace {
 
 // Raised whenever a signature below changes; _ext.py refuses a module of another number, which is
 // what a checkout sees when sources moved on and nobody built again.
-constexpr int kInterface = 4;
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-py::tuple plan_tuple(const obs_kernels::LaunchPlan& plan) {
-  return py::make_tuple(plan.op, plan.path, plan.blocks, plan.threads);
-}
+constexpr int kInterface = 5;
 
 py::tuple pack(uintptr_t weight,
                uintptr_t mask,
@@ -117,111 +110,6 @@ py::tuple accumulate_fisher(uintptr_t grads,
   return plan_tuple(plan);
 }
 
-obs_kernels::SearchParams search_params(uintptr_t weight,
-                                        uintptr_t fisher,
-                                        uintptr_t damp,
-                                        bool damp_each,
-                                        uintptr_t alive,
-                                        uintptr_t mask,
-                                        uintptr_t saliency,
-                                        uintptr_t new_weight,
-                                        uintptr_t info,
-                                        int64_t num_groups,
-                                        int64_t n,
-                                        int64_t m) {
-  obs_kernels::SearchParams params{};
-  params.weight = pointer<const float>(weight);
-  params.fisher = pointer<const float>(fisher);
-  params.damp = pointer<const float>(damp);
-  params.damp_each = damp_each;
-  params.alive = pointer<const uint8_t>(alive);
-  params.mask = pointer<uint8_t>(mask);
-  params.saliency = pointer<float>(saliency);
-  params.new_weight = pointer<float>(new_weight);
-  params.info = pointer<int32_t>(info);
-  params.num_groups = num_groups;
-  params.n = n;
-  params.m = m;
-  return params;
-}
-
-py::tuple search_nm(uintptr_t weight,
-                    uintptr_t fisher,
-                    uintptr_t damp,
-                    bool damp_each,
-                    uintptr_t alive,
-                    uintptr_t mask,
-                    uintptr_t saliency,
-                    uintptr_t new_weight,
-                    uintptr_t info,
-                    int64_t num_groups,
-                    int64_t n,
-                    int64_t m,
-                    int device,
-                    uintptr_t stream) {
-  const obs_kernels::SearchParams params = search_params(
-      weight, fisher, damp, damp_each, alive, mask, saliency, new_weight, info, num_groups, n, m);
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::search_nm(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
-}
-
-py::tuple search_vnm(uintptr_t weight,
-                     uintptr_t fisher,
-                     uintptr_t damp,
-                     bool damp_each,
-                     uintptr_t alive,
-                     uintptr_t mask,
-                     uintptr_t saliency,
-                     uintptr_t new_weight,
-                     uintptr_t info,
-                     int64_t num_groups,
-                     int64_t n,
-                     int64_t m,
-                     uintptr_t derived,
-                     uintptr_t lists,
-                     uintptr_t column_sets,
-                     int64_t num_derived,
-                     int64_t length,
-                     int64_t num_sets,
-                     uintptr_t columns,
-                     uintptr_t panel_saliency,
-                     uintptr_t column_bits,
-                     uintptr_t gains,
-                     int64_t gains_bytes,
-                     int64_t v,
-                     int64_t wide,
-                     int64_t num_columns,
-                     int device,
-                     uintptr_t stream) {
-  obs_kernels::PanelParams params{};
-  params.groups = search_params(
-      weight, fisher, damp, damp_each, alive, mask, saliency, new_weight, info, num_groups, n, m);
-  params.tables.derived = pointer<const uint16_t>(derived);
-  params.tables.lists = pointer<const uint16_t>(lists);
-  params.tables.columns = pointer<const uint8_t>(column_sets);
-  params.tables.num_derived = num_derived;
-  params.tables.length = length;
-  params.tables.num_sets = num_sets;
-  params.columns = pointer<uint8_t>(columns);
-  params.saliency = pointer<float>(panel_saliency);
-  params.column_bits = pointer<uint32_t>(column_bits);
-  params.gains = pointer<float>(gains);
-  params.gains_bytes = gains_bytes;
-  params.v = v;
-  params.wide = wide;
-  params.num_columns = num_columns;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::search_vnm(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
-}
-
 py::dict build_info() {
   py::list architectures;
   std::istringstream names(OBS_ARCHITECTURES);
@@ -295,54 +183,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scale"),
              py::arg("device"),
              py::arg("stream"));
-  module.def("search_nm",
-             &search_nm,
-             "(op, path, blocks, threads) of the launch; see obs_kernels/search.h.",
-             py::kw_only(),
-             py::arg("weight"),
-             py::arg("fisher"),
-             py::arg("damp"),
-             py::arg("damp_each"),
-             py::arg("alive"),
-             py::arg("mask"),
-             py::arg("saliency"),
-             py::arg("new_weight"),
-             py::arg("info"),
-             py::arg("num_groups"),
-             py::arg("n"),
-             py::arg("m"),
-             py::arg("device"),
-             py::arg("stream"));
-  module.def("search_vnm",
-             &search_vnm,
-             "(op, path, blocks, threads) of the last large launch; see obs_kernels/search.h.",
-             py::kw_only(),
-             py::arg("weight"),
-             py::arg("fisher"),
-             py::arg("damp"),
-             py::arg("damp_each"),
-             py::arg("alive"),
-             py::arg("mask"),
-             py::arg("saliency"),
-             py::arg("new_weight"),
-             py::arg("info"),
-             py::arg("num_groups"),
-             py::arg("n"),
-             py::arg("m"),
-             py::arg("derived"),
-             py::arg("lists"),
-             py::arg("column_sets"),
-             py::arg("num_derived"),
-             py::arg("length"),
-             py::arg("num_sets"),
-             py::arg("columns"),
-             py::arg("panel_saliency"),
-             py::arg("column_bits"),
-             py::arg("gains"),
-             py::arg("gains_bytes"),
-             py::arg("v"),
-             py::arg("wide"),
-             py::arg("num_columns"),
-             py::arg("device"),
-             py::arg("stream"));
+  obs_kernels::bindings::bind_search(module);
+  obs_kernels::bindings::bind_update(module);
 }

@@ -158,8 +158,44 @@ inline std::uint32_t __brev(std::uint32_t bits) {
   for (int i = 0; i < 32; ++i) reversed |= (bits >> i & 1u) << (31 - i);
   return reversed;
 }
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const unsigned warp = threadIdx.x / emulation::kWarp;
+  emulation::exchange[threadIdx.x] = value;
+  __syncwarp();
+  unsigned most = 0;
+  for (unsigned lane = 0; lane < emulation::kWarp; ++lane) {
+    most = std::max(most, emulation::exchange[warp * emulation::kWarp + lane]);
+  }
+  __syncwarp();
+  return most;
+}
+
 inline int __popc(unsigned bits) {
   return std::popcount(bits);
+}
+
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half half) {
+  return static_cast<float>(half.value);
+}
+inline __half __float2half_rn(float value) {
+  return {static_cast<_Float16>(value)};
+}
+
+struct __nv_bfloat16 {
+  std::uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 value) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
+}
+// Ties to even, which carries into the exponent as it should; NaN is not rounded up to infinity.
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if (std::isnan(value)) return {0x7FFF};
+  return {static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 
 inline float __frsqrt_rn(float value) {

@@ -44,7 +44,7 @@ def build(
         pytest.skip("g++ was not found")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(CSRC, folder / "csrc")
-    for name in ("cuda_runtime.h", "cuda_runtime_api.h"):
+    for name in ("cuda_runtime.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"):
         (folder / name).write_text(f'#pragma once\n#include "{ROOT}/tests/cuda_on_cpu.h"\n')
     for name, (old, new, times) in (replaced or {}).items():
         text, count = re.subn(old, new, (folder / "csrc" / name).read_text())

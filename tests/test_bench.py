@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench import cases, peers
 from bench import run as bench_run
-from bench.cases import fisher, inverse
+from bench.cases import fisher, inverse, update
 from bench.harness import Case, Check, Context, Problem, Selection, Variant, backends, case, make_row, plans, session
 from bench.harness.rows import problem_rows, with_limit
 from obs_kernels.errors import ConfigError
@@ -298,10 +298,12 @@ def test_every_file_of_the_cases_is_in_the_registry():
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("topic", ["fisher", "inverse"])
+@pytest.mark.parametrize("topic", ["fisher", "inverse", "update"])
 def test_every_size_has_its_variants_and_peers(topic: str):
     found = list(cases.load(topic).problems(Selection()))  # type: ignore[misc]
-    assert len({p.label for p in found}) == len(found) == {"fisher": 2 * 7 * 2 * 2, "inverse": 2 * 7}[topic]
+    assert (
+        len({p.label for p in found}) == len(found) == {"fisher": 2 * 7 * 2 * 2, "inverse": 2 * 7, "update": 20}[topic]
+    )
     for one in found:
         names = [v.name for v in one.variants]
         assert len(set(names)) == len(names) and {"reference", "call reference"} <= set(names)
@@ -309,7 +311,8 @@ def test_every_size_has_its_variants_and_peers(topic: str):
         assert one.real_shape is not None and one.real_shape["B"] > one.shape["B"]
         inputs = one.make(0)
         held = sum(t.numel() * t.element_size() for t in inputs.values())
-        assert one.set_bytes == held * (2 if topic == "inverse" else 1), "the inverses belong to it"
+        outputs = {"fisher": 0, "inverse": held, "update": list(inputs.values())[-1].nbytes}[topic]
+        assert one.set_bytes == held + outputs, "the results belong to it"
         again = one.make(0)
         assert all(torch.equal(t, again[name]) for name, t in inputs.items())
         assert not torch.equal(list(one.make(1).values())[-1], list(inputs.values())[-1])
@@ -368,6 +371,21 @@ def test_the_check_of_the_inverse_sees_what_it_must():
     assert not inverse.check_inverse(lambda a: peers.linalg_inverse(a) * (1 + 1e-3), inputs, damp=0.0).ok
     failed = (torch.linalg.inv(matrices), torch.ones(200, dtype=torch.int32))
     assert not inverse.check_inverse(lambda a: failed, inputs, damp=0.0).ok
+
+
+def test_the_check_of_the_update_sees_what_it_must():
+    inputs = update.make_inputs(200, 16, 4, torch.float32, torch.device("cpu"), seed=0)
+    assert (inputs["mask"].sum(1) == 4).all()
+    for solve in (peers.lu_solve, peers.cholesky_solve):
+
+        def run(given: dict[str, Tensor], damp: float = update.DAMP, solve: peers.Solve = solve) -> Tensor:
+            return peers.kept_solve(given["weight"], given["fisher"], given["mask"], solve=solve, damp=damp)
+
+        assert update.check_update(run, inputs).ok
+        assert not update.check_update(lambda given, run=run: run(given, 0.0), inputs).ok, "the damping left out"
+        assert not update.check_update(lambda given, run=run: run(given) * (1 + 1e-4), inputs).ok
+        assert not update.check_update(lambda given, run=run: run(given) + ~given["mask"] * 1e-30, inputs).ok
+    assert not update.check_update(lambda given: given["weight"] * given["mask"], inputs).ok, "only pruned"
 
 
 def test_the_recursion_gives_the_inverse_of_the_damped_fisher(gen: torch.Generator):

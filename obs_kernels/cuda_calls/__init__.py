@@ -11,15 +11,23 @@ from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
 from obs_kernels.cuda_calls.packing import launch_pack, pack
 from obs_kernels.cuda_calls.search import launch_search_nm, prune_nm, prune_vnm, search_nm, search_vnm
+from obs_kernels.cuda_calls.update import block_saliency, loss_increase, obs_update
+from obs_kernels.cuda_calls.update_launches import launch_loss_increase, launch_update_joint, launch_update_single
 
 __all__ = [
     "accumulate_fisher_",
+    "block_saliency",
     "invert_spd",
     "invert_spd_into",
     "launch_accumulate_fisher",
     "launch_invert_spd",
+    "launch_loss_increase",
     "launch_pack",
     "launch_search_nm",
+    "launch_update_joint",
+    "launch_update_single",
+    "loss_increase",
+    "obs_update",
     "pack",
     "prune_nm",
     "prune_vnm",

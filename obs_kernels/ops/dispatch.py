@@ -39,15 +39,17 @@ MAX_SEARCH_SIZE = 32
 """Largest m of the cuda kernels of the search."""
 MAX_SETS_SIZE = 16
 """Largest m of the same for n > 2, which panels do not have."""
+MAX_UPDATE_SIZE = 128
+"""The same of ``obs_update``, ``loss_increase`` and ``block_saliency``."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "accumulate_fisher_": ("cuda", "triton", "reference"),
     "invert_spd": ("cuda", "reference"),
     "search_nm": ("cuda", "reference"),
     "search_vnm": ("cuda", "reference"),
-    "obs_update": ("reference",),
-    "block_saliency": ("reference",),
-    "loss_increase": ("reference",),
+    "obs_update": ("cuda", "reference"),
+    "block_saliency": ("cuda", "reference"),
+    "loss_increase": ("cuda", "reference"),
     "pack": ("cuda", "reference"),
     "unpack": ("reference",),
     "sparse_linear": ("reference",),
@@ -91,33 +93,49 @@ def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, met
     return None
 
 
+def _update_limit(weight: Tensor, fisher: Tensor | None = None) -> str | None:
+    if weight.dtype == torch.float64 or (fisher is not None and fisher.dtype != torch.float32):
+        kind = "" if fisher is None else f" and a {fisher.dtype} fisher"
+        return f"it takes a weight of at most 32 bits and a float32 fisher, got {weight.dtype}{kind}"
+    if fisher is not None and fisher.shape[-1] > MAX_UPDATE_SIZE:
+        return f"it takes fisher blocks of at most {MAX_UPDATE_SIZE}, got {fisher.shape[-1]}"
+    return None
+
+
+def _saliency_limit(weight: Tensor, fisher: Tensor | None = None, method: str = "combinatorial") -> str | None:
+    if method != "combinatorial":
+        return f"it takes method='combinatorial' only, got {method!r}"
+    return _update_limit(weight, fisher)
+
+
 LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("accumulate_fisher_", "cuda"): _cuda_accumulate_limit,
     ("accumulate_fisher_", "triton"): _accumulate_limit,
     ("invert_spd", "cuda"): _invert_limit,
     ("search_nm", "cuda"): _search_limit,
     ("search_vnm", "cuda"): _search_limit,
+    ("obs_update", "cuda"): _update_limit,
+    ("loss_increase", "cuda"): _update_limit,
+    ("block_saliency", "cuda"): _saliency_limit,
 }
 """Why a backend cannot run an op on given arguments (None: it can), where it takes less than the reference."""
 
 log = logging.getLogger("obs_kernels")
 
 
-def resolve(op: str, backend: str | None, *tensors: Any) -> str:
-    """The backend that will run ``op`` on ``tensors`` (all on one device; then whatever its entry of ``LIMITS`` asks
-    for); a concrete name, never None.
-    """
-    device_type = tensors[0].device.type
+def resolve(op: str, backend: str | None, tensor: Tensor, *more: Any) -> str:
+    """The backend that will run ``op`` on ``tensor`` and ``more``, what its ``LIMITS`` look at; never None."""
+    device_type = tensor.device.type
     asked = backend if backend is not None else os.environ.get("OBS_KERNELS_BACKEND") or None
     if asked is None:
         for name in TABLE[op]:
-            if unavailable(op, name, device_type, *tensors) is None:
+            if unavailable(op, name, device_type, tensor, *more) is None:
                 if not torch.compiler.is_compiling():
                     _log_once(op, name, device_type)
                 return name
     if asked not in BACKENDS:
         raise ConfigError(f"backend must be None, {', '.join(map(repr, BACKENDS))}, got {asked!r}")
-    reason = unavailable(op, asked, device_type, *tensors)
+    reason = unavailable(op, asked, device_type, tensor, *more)
     if reason is not None:
         raise BackendUnavailableError(
             f"backend {asked!r} cannot run {op}: {reason}; pass backend=None to let the package choose"
@@ -125,15 +143,15 @@ def resolve(op: str, backend: str | None, *tensors: Any) -> str:
     return asked
 
 
-def unavailable(op: str, backend: str, device_type: str, *tensors: Any) -> str | None:
-    """Why ``backend`` cannot run ``op`` on that kind of device (and on ``tensors``, if given), or None if it can."""
+def unavailable(op: str, backend: str, device_type: str, *arguments: Any) -> str | None:
+    """Why ``backend`` cannot run ``op`` on that kind of device (and on ``arguments``, if given), or None if it can."""
     if backend not in TABLE[op]:
         return f"this version has no {backend} kernel for it"
     if backend == "reference":
         return None
     reason = _no_triton(device_type) if backend == "triton" else _no_cuda(device_type)
     limit = LIMITS.get((op, backend))
-    return limit(*tensors) if reason is None and limit is not None and tensors else reason
+    return limit(*arguments) if reason is None and limit is not None and arguments else reason
 
 
 def _no_cuda(device_type: str) -> str | None:

@@ -46,7 +46,7 @@ def obs_update(
         mask,
         damp_tensor(damp, weight, fisher),
         update,
-        backend=resolve("obs_update", backend, weight),
+        backend=resolve("obs_update", backend, weight, fisher),
     )
 
 
@@ -59,8 +59,9 @@ def loss_increase(change: Tensor, fisher: Tensor, *, damp: float | Tensor = 0.0,
         backend: None, or a name of ``dispatch.BACKENDS``.
     """
     _check_loss_increase(change, fisher, damp)
+    _check_one_value(damp)
     return torch.ops.obs_kernels.loss_increase(
-        change, fisher, damp_tensor(damp, change, fisher), backend=resolve("loss_increase", backend, change)
+        change, fisher, damp_tensor(damp, change, fisher), backend=resolve("loss_increase", backend, change, fisher)
     )
 
 
@@ -96,8 +97,14 @@ def block_saliency(
         damp_tensor(damp, weight, fisher),
         method,
         mask,
-        backend=resolve("block_saliency", backend, weight),
+        backend=resolve("block_saliency", backend, weight, fisher, method),
     )
+
+
+def _check_one_value(damp: float | Tensor) -> None:
+    """In the op one value on a GPU counts as checked, so that a number need not be read back."""
+    if isinstance(damp, Tensor) and damp.is_cuda and damp.numel() == 1:
+        checks.check_damp_values(damp)
 
 
 def _check_loss_increase(change: Tensor, fisher: Tensor, damp: float | Tensor) -> None:

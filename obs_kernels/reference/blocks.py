@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from obs_kernels.errors import SingularBlockError
+from obs_kernels.checks import check_info
 from obs_kernels.reference.fisher import add_damp, factor_spd
 
 
@@ -40,13 +40,7 @@ def damp_blocks(fisher: Tensor, alive: Tensor, damp: Tensor, dtype: torch.dtype)
 def factor_or_raise(matrices: Tensor, what: str, offset: int = 0) -> Tensor:
     """Cholesky factors, or ``SingularBlockError`` naming the first block that is not positive definite."""
     factor, info = factor_spd(matrices)
-    if bool((info != 0).any()):
-        bad = (info != 0).nonzero().flatten()
-        first = int(bad[0])
-        raise SingularBlockError(
-            f"{what}: {bad.numel()} of {matrices.shape[0]} blocks are not positive definite, the first is block "
-            f"{first + offset} at pivot {int(info[first])}; raise damp, or set on_singular='increase_damp'"
-        )
+    check_info(what, info, offset)
     return factor
 
 

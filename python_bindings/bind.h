@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files of the module share, a file a topic.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "obs_kernels/launch_plan.h"
+
+struct CUstream_st;
+
+namespace obs_kernels::bindings {
+
+namespace py = pybind11;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline py::tuple plan_tuple(const LaunchPlan& plan) {
+  return py::make_tuple(plan.op, plan.path, plan.blocks, plan.threads);
+}
+
+void bind_search(py::module_& module);
+void bind_update(py::module_& module);
+
+}  // namespace obs_kernels::bindings
