@@ -37,6 +37,8 @@ PATTERNS_AND_DTYPES = {
 LESS = {
     ("accumulate_fisher_", "triton"): ("any block size D", "gradients f16 bf16 f32, Fisher f32"),
     ("invert_spd", "cuda"): ("D up to 128", "f32"),
+    ("search_nm", "cuda"): ("m up to 32 with n up to 2, m up to 16 with any n", "weight f16 bf16 f32, Fisher f32"),
+    ("search_vnm", "cuda"): ("m up to 32 with n up to 2", "as search_nm on cuda"),
 }
 ARCHITECTURES = {
     "reference": "CPU, and any GPU that torch has",
