@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our kernels are measured against: torch's own calls, and sparseml's recursion written from its definition."""
+"""What our kernels are measured against: torch's own calls; sparseml's recursion, VENOM's search by definition."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -63,3 +64,23 @@ def lu_solve(matrices: Tensor, right: Tensor) -> Tensor:
 def cholesky_solve(matrices: Tensor, right: Tensor) -> Tensor:
     """``torch.linalg.cholesky`` and ``torch.cholesky_solve``."""
     return torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(matrices))[:, :, 0]
+
+
+def search_by_pruned_sets(weight: Tensor, fisher: Tensor, *, n: int, damp: float) -> tuple[Tensor, Tensor]:
+    """Kept set [N, n] and loss [N] of groups (``weight`` [N, m], ``fisher`` [N, m, m]), one pruned set after another.
+
+    VENOM's search from its definition: F^-1, and for every set Q of m - n an (m - n) x (m - n) system a group,
+    ``rho(Q) = 1/2 w_Q^T [(F^-1)_QQ]^-1 w_Q``.
+    """
+    m = weight.shape[1]
+    finv = torch.linalg.inv(fisher + damp * torch.eye(m, dtype=fisher.dtype, device=fisher.device))
+    best = torch.full_like(weight[:, 0], torch.inf)
+    chosen = torch.zeros(weight.shape[0], n, dtype=torch.int64, device=weight.device)
+    for kept in combinations(range(m), n):
+        pruned = [i for i in range(m) if i not in kept]
+        w = weight[:, pruned]
+        loss = 0.5 * (w * torch.linalg.solve(finv[:, pruned][:, :, pruned], w)).sum(1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        chosen[better] = torch.tensor(kept, device=weight.device)
+    return chosen, best

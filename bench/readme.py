@@ -38,6 +38,8 @@ LESS = {
     ("accumulate_fisher_", "cuda"): ("D up to 128", "gradients f16 bf16 f32, Fisher f32"),
     ("accumulate_fisher_", "triton"): ("any block size D", "gradients f16 bf16 f32, Fisher f32"),
     ("invert_spd", "cuda"): ("D up to 128", "f32"),
+    ("search_nm", "cuda"): ("m up to 32 with n up to 2, m up to 16 with any n", "weight f16 bf16 f32, Fisher f32"),
+    ("search_vnm", "cuda"): ("m up to 32 with n up to 2", "as search_nm on cuda"),
     ("obs_update", "cuda"): ("any mask, D up to 128", "weight f16 bf16 f32, Fisher f32"),
     ("block_saliency", "cuda"): ("combinatorial, D up to 128", "weight f16 bf16 f32, Fisher f32"),
     ("loss_increase", "cuda"): ("D up to 128", "change f16 bf16 f32, Fisher f32"),

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from bench import cases, peers
 from bench import run as bench_run
-from bench.cases import fisher, inverse, update
+from bench.cases import fisher, inverse, search, update
 from bench.harness import Case, Check, Context, Problem, Selection, Variant, backends, case, make_row, plans, session
 from bench.harness.rows import problem_rows, with_limit
+from obs_kernels import reference
 from obs_kernels.errors import ConfigError
 from obs_kernels.ops import dispatch
+from obs_kernels.patterns import parse_pattern
 from obs_kernels.report.bench import bench_facts, bench_table, is_bench_result, ratio_text, schema_problems
 from obs_kernels.timing import Ceilings, Spread
 
@@ -386,6 +389,30 @@ def test_the_check_of_the_update_sees_what_it_must():
         assert not update.check_update(lambda given, run=run: run(given) * (1 + 1e-4), inputs).ok
         assert not update.check_update(lambda given, run=run: run(given) + ~given["mask"] * 1e-30, inputs).ok
     assert not update.check_update(lambda given: given["weight"] * given["mask"], inputs).ok, "only pruned"
+
+
+@pytest.mark.parametrize("pattern", ["2:8", "4:2:8"])
+def test_the_check_of_the_search_sees_what_it_must(pattern: str):
+    inputs = search.make(8, 32, 8, torch.device("cpu"), seed=0)
+    op = "search_vnm" if pattern.count(":") == 2 else "search_nm"
+
+    def run(weight: Tensor, fisher_: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        mask, saliency = search._public(op, pattern, "reference", weight, fisher_)
+        return mask, saliency * factor
+
+    parsed = parse_pattern(pattern)
+    assert search.check_search(run, inputs, pattern=parsed).ok
+    assert not search.check_search(partial(run, factor=1.01), inputs, pattern=parsed).ok
+
+
+def test_the_peer_of_the_search_finds_the_optimum():
+    inputs = search.make(6, 16, 8, torch.device("cpu"), seed=0)
+    weight, blocks = inputs["weight"].double().view(-1, 8), inputs["fisher"].double()
+    kept, loss = peers.search_by_pruned_sets(weight, blocks, n=3, damp=0.1)
+    options = {"damp": torch.tensor([0.1]), "method": "combinatorial", "mask": None}
+    mask, saliency = reference.search_nm(weight, blocks, "3:8", **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, saliency[:, 0])
+    assert torch.equal(torch.zeros_like(mask).scatter_(1, kept, True), mask)
 
 
 def test_the_recursion_gives_the_inverse_of_the_damped_fisher(gen: torch.Generator):

@@ -15,13 +15,11 @@ from torch import Tensor
 from bench import peers
 from bench.cases.inverse import random_spd
 from bench.harness.backends import called, runnable, some_blocks
-from bench.harness.case import DTYPES, Case, Check, Inputs, Problem, Selection, Variant
+from bench.harness.case import DTYPES, WEIGHTS, Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops
 from obs_kernels.ops.dispatch import kernel
 
 OP = "obs_update"
-WEIGHTS = 14_155_776
-"""Of one BERT-large matrix pair, as in the case of the Fisher."""
 SIZES = (8, 16, 32, 64, 128)
 SHARES = {"kept 1/4": 4, "kept 1/2": 2}
 """Kept entries of a block are D over this: 2:8 and 2:4 keep as many."""
@@ -46,7 +44,7 @@ def problems(selection: Selection) -> Iterator[Problem]:
 
 def problem(selection: Selection, name: str, size: int, dtype: str, share: str) -> Problem:
     """One size: k^3 / 3 operations a block for the factor, 2 k^2 for its solves, 2 D^2 for the right side."""
-    real = WEIGHTS // size
+    real = WEIGHTS["14M"] // size
     count = real if selection.device.type == "cuda" else max(1, min(real, CPU_ENTRIES // size**2))
     kept = size // SHARES[share]
     shape = {"B": count, "D": size, "K": kept}
