@@ -264,6 +264,20 @@ struct Choice {
   float new_second;
 };
 
+// The new weights of two entries with curvature fa, fb, `coupling`, or of one (first == second).
+__device__ __forceinline__ Choice
+make_choice(int first, int second, float coupling, float fa, float ua, float fb, float ub) {
+  Choice choice{1u << first | 1u << second, first, second, 0.0f, 0.0f};
+  if (first == second) {
+    choice.new_first = choice.new_second = ua / fa;
+  } else {
+    const float inverse = 1.0f / (fa * fb - coupling * coupling);
+    choice.new_first = (fb * ua - coupling * ub) * inverse;
+    choice.new_second = (fa * ub - coupling * ua) * inverse;
+  }
+  return choice;
+}
+
 // The best of the sets of n <= 2 inside `open`, by closed forms.
 template <int kSize>
 __device__ __forceinline__ Choice choose(const Group<kSize>& group, uint32_t open, int n) {
@@ -304,7 +318,6 @@ __device__ __forceinline__ Choice choose(const Group<kSize>& group, uint32_t ope
   if (code < 0) return choice;
   choice.first = code / kSize;
   choice.second = code % kSize;
-  choice.kept = 1u << choice.first | 1u << choice.second;
   float fa = 0.0f, fb = 0.0f, ua = 0.0f, ub = 0.0f;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
@@ -317,14 +330,7 @@ __device__ __forceinline__ Choice choose(const Group<kSize>& group, uint32_t ope
       ub = group.u[i];
     }
   }
-  if (choice.first == choice.second) {
-    choice.new_first = choice.new_second = ua / fa;
-  } else {
-    const float inverse = 1.0f / (fa * fb - coupling * coupling);
-    choice.new_first = (fb * ua - coupling * ub) * inverse;
-    choice.new_second = (fa * ub - coupling * ua) * inverse;
-  }
-  return choice;
+  return make_choice(choice.first, choice.second, coupling, fa, ua, fb, ub);
 }
 
 // 1/2 dw^T F dw of the change itself: E - gain would cancel. `w` becomes the new weight.

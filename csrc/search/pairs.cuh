@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "search/group.cuh"
+#include "search/indexed.cuh"
 
 namespace obs_kernels::search {
 
@@ -90,7 +91,10 @@ template <typename Config, bool kExact, Mode kMode>
 __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void pairs_kernel(Task task) {
   constexpr int kSize = Config::kSize;
   constexpr int kWarps = Config::kThreads / kWarp;
-  alignas(16) __shared__ float stages[kWarps][Config::kStages * kWarp * Config::kStride];
+  // What is staged, and then the blocks that the loop over the pairs looks into.
+  constexpr int kStaged = Config::kStages * kWarp * Config::kStride;
+  constexpr int kIndexed = Config::kIndexed ? Indexed<kSize>::kFloats : 0;
+  alignas(16) __shared__ float stages[kWarps][kStaged > kIndexed ? kStaged : kIndexed];
 
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
@@ -115,14 +119,26 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void pairs_ke
     condition(damp, group);
     const bool masked = p.alive != nullptr;
     float* const table = task.gains + (start + lane) * task.stride;
-    store_gains<kSize, kExact>(group, static_cast<int>(p.n), m, masked, table);
+    const int n = static_cast<int>(p.n);
+    if constexpr (Config::kIndexed) {
+      const Indexed<kSize> block = make_indexed(group, lane, stages[warp]);
+      store_gains_indexed<kSize, kExact>(block, group.live, group.unit, n, m, masked, table);
+    } else {
+      store_gains<kSize, kExact>(group, n, m, masked, table);
+    }
   } else {
     float weight_poison = 0.0f;
 #pragma unroll
     for (const float value : group.w) weight_poison = fmaf(value, 0.0f, weight_poison);
     condition(damp, group);
     const uint32_t open = group.live & open_columns(task, at);
-    const Choice choice = choose(group, open, static_cast<int>(p.n));
+    const int n = static_cast<int>(p.n);
+    Choice choice;
+    if constexpr (Config::kIndexed) {
+      choice = choose_indexed(make_indexed(group, lane, stages[warp]), open, n, m);
+    } else {
+      choice = choose(group, open, n);
+    }
     float loss = apply(choice, group);
     int32_t info = factor(group);  // last, since it destroys the block
     if (!good_damp(damp)) info = kDampNotValid;

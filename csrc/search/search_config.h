@@ -11,13 +11,16 @@ template <int kSizeValue,
           int kStageRowsValue,
           int kStagesValue,
           int kThreadsValue,
-          int kMinBlocksValue>
+          int kMinBlocksValue,
+          bool kIndexedValue = false>
 struct PairsConfig {
   static constexpr int kSize = kSizeValue;
   static constexpr int kStageRows = kStageRowsValue;
   static constexpr int kStages = kStagesValue;  // buffers: the next is filled while one is read
   static constexpr int kThreads = kThreadsValue;
   static constexpr int kMinBlocks = kMinBlocksValue;
+  // Whether the pairs are a loop over shared memory and not unrolled over registers.
+  static constexpr bool kIndexed = kIndexedValue;
   // Four floats of padding: eight neighbouring lanes read 16 bytes each from all 32 banks.
   static constexpr int kStride = kSizeValue * kStageRowsValue + 4;
 };
@@ -27,7 +30,7 @@ using Pairs4 = PairsConfig<4, 4, 1, 128, 8>;
 using Pairs8 = PairsConfig<8, 8, 1, 128, 5>;
 // 136 numbers a thread: more than the 168 registers of a third warp a scheduler. Four rows a stage
 // and two stages keep two loads of 8 KiB a warp under way.
-using Pairs16 = PairsConfig<16, 4, 2, 64, 4>;
+using Pairs16 = PairsConfig<16, 4, 2, 64, 4, true>;
 
 // n <= 2, m of 17 to 32: a lane a row of the block.
 struct WideConfig {
