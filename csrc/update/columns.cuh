@@ -47,7 +47,7 @@ struct Place {
       : group(static_cast<int>(threadIdx.x) / Config::kSize),
         lane(static_cast<int>(threadIdx.x) % Config::kSize),
         block(int64_t{blockIdx.x} * Config::kGroups + group),
-        live(block < num_blocks),
+        live(Config::kGroups == 1 || block < num_blocks),
         at(block * size + lane),
         real(live && lane < size && at < num_weights) {}
 };
@@ -65,25 +65,48 @@ struct alignas(16) Four {
   float at[4];
 };
 
-// The rows of column `lane`, in ascending order and kDepth loads ahead: start(first) before the
-// rows first to first + kDepth - 1, then visit(e, value) for row first + e. Rows beyond `size`
-// count as zeros.
-template <int kDepth, typename Start, typename Visit>
-__device__ __forceinline__ void for_each_row(
-    const float* matrix, int lane, int size, bool live, Start start, Visit visit) {
-  const bool has_column = live && lane < size;
-  const float* next = matrix + lane;
+// A size that is known when compiling. The addresses of all loads are then one register and what
+// an instruction holds itself, and no load asks whether there is such a row.
+template <int kValue>
+struct Fixed {
+  __device__ constexpr operator int() const { return kValue; }
+};
+template <typename Size>
+constexpr bool kIsFixed = false;
+template <int kValue>
+constexpr bool kIsFixed<Fixed<kValue>> = true;
+
+template <int kDepth, typename Size, typename Start, typename Visit>
+__device__ __forceinline__ void walk_rows(
+    const float* column, Size size, bool has_column, Start start, Visit visit) {
 #pragma unroll 1
   for (int first = 0; first < size; first += kDepth) {
     float values[kDepth];
 #pragma unroll
     for (int e = 0; e < kDepth; ++e) {
-      values[e] = has_column && first + e < size ? *next : 0.0f;
-      next += size;
+      values[e] = 0.0f;
+      if (has_column && (kIsFixed<Size> || first + e < size)) values[e] = column[e * size];
     }
+    column += kDepth * size;
     start(first);
 #pragma unroll
     for (int e = 0; e < kDepth; ++e) visit(e, values[e]);
+  }
+}
+
+// The rows of column `lane`, in ascending order and up to kDepth loads ahead: start(first) before
+// those loads are used, then visit(e, value) for rows first + e. Rows beyond `size` count as zeros.
+// `size` is kSize or less.
+template <int kSize, int kDepth, typename Start, typename Visit>
+__device__ __forceinline__ void for_each_row(
+    const float* matrix, int lane, int size, bool live, Start start, Visit visit) {
+  static_assert(kSize % kDepth == 0, "whole columns");
+  if (size == kSize) {
+    walk_rows<kDepth>(matrix + lane, Fixed<kSize>{}, live, start, visit);
+  } else {
+    // Each load in flight has an address of its own here: 8 of them are what registers allow.
+    constexpr int kFew = kDepth < 8 ? kDepth : 8;
+    walk_rows<kFew>(matrix + lane, size, live && lane < size, start, visit);
   }
 }
 

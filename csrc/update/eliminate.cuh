@@ -4,24 +4,15 @@
 // Step j subtracts from every other row its multiple of row j that clears column j; rows above j
 // are cleared too, so nothing is left to substitute, and threads that Cholesky would leave idle do
 // the work of that second pass. The pivots are the squares of Cholesky's, so positive definiteness
-// is tested on the way. Row j right of the diagonal equals column j below it, and the threads of
-// those rows hold that column: each puts its entry into shared memory, and all read the row from
+// can be tested at the end. Row j right of the diagonal equals column j below it, and the threads
+// of those rows hold that column: each puts its entry into shared memory, and all read the row from
 // there. After a step every row moves one place to the left, which costs nothing and makes all
 // steps the same code: column j is always at place 0.
 #pragma once
 
-#include <cfloat>
-
 #include "update/columns.cuh"
 
 namespace obs_kernels::update {
-
-// What a thread holds of the system.
-template <int kSize>
-struct Row {
-  float at[kSize];  // the columns not yet eliminated
-  int failed;       // the first pivot that is not positive and finite, 1-based
-};
 
 template <int kSize>
 struct Exchange {
@@ -32,32 +23,32 @@ struct Exchange {
   float pivot[kSize];
 };
 
+// `row` holds the columns not yet eliminated.
 template <int kLength, typename Config, typename Sync>
 __device__ __forceinline__ void eliminate_column(int j,
                                                  int lane,
                                                  int kept,
                                                  bool busy,
                                                  Exchange<Config::kSize>& exchange,
-                                                 Row<Config::kSize>& row,
+                                                 float (&row)[Config::kSize],
                                                  Sync sync) {
   float* const shared = exchange.row[j % 2];
-  if (lane >= j && lane < kept) shared[lane - j] = row.at[0];
+  if (lane >= j && lane < kept) shared[lane - j] = row[0];
   sync();
   if (!busy || j >= kept) return;
   Four four = *reinterpret_cast<const Four*>(shared);
   const float pivot = four.at[0];
-  if (row.failed == 0 && !(pivot > 0.0f && pivot <= FLT_MAX)) row.failed = j + 1;
   float factor = 0.0f;
   if (lane == j) {
     exchange.pivot[j] = pivot;
   } else {
-    factor = row.at[0] / pivot;
+    factor = row[0] / pivot;
     exchange.right[lane] = fmaf(-factor, exchange.right[j], exchange.right[lane]);
   }
 #pragma unroll
   for (int column = 1; column < kLength; ++column) {
     if (column % 4 == 0) four = *reinterpret_cast<const Four*>(shared + column);
-    row.at[column - 1] = fmaf(-factor, four.at[column % 4], row.at[column]);
+    row[column - 1] = fmaf(-factor, four.at[column % 4], row[column]);
   }
 }
 
@@ -70,7 +61,7 @@ __device__ __forceinline__ void eliminate(int j,
                                           int kept,
                                           bool busy,
                                           Exchange<Config::kSize>& exchange,
-                                          Row<Config::kSize>& row,
+                                          float (&row)[Config::kSize],
                                           Sync sync) {
 #pragma unroll 1
   for (; most - j > kLength - Config::kPhase; ++j) {

