@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import search_quality
 from bench.oneshot_squad import RESULTS
@@ -44,21 +45,53 @@ LESS = {
     ("block_saliency", "cuda"): ("combinatorial, D up to 128", "weight f16 bf16 f32, Fisher f32"),
     ("loss_increase", "cuda"): ("D up to 128", "change f16 bf16 f32, Fisher f32"),
 }
-ARCHITECTURES = {
-    "reference": "CPU, and any GPU that torch has",
-    "triton": "sm_80 and newer",
-    "cuda": "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120",
-}
 
 
 def support_table() -> str:
-    """Op x backend x pattern x dtype x architecture, from the dispatch table."""
-    lines = ["| op | backend | pattern | dtype | runs on |", "|---|---|---|---|---|"]
+    """Op x pattern x dtype x backend, from the dispatch table; "-" where a backend has no kernel."""
+    lines = ["| op | takes | dtypes | triton takes | cuda takes |", "|---|---|---|---|---|"]
     for op, backends in TABLE.items():
-        for name in reversed(backends):
-            patterns, dtypes = LESS.get((op, name), PATTERNS_AND_DTYPES[op])
-            lines.append(f"| `{op}` | {name} | {patterns} | {dtypes} | {ARCHITECTURES[name]} |")
+        kernels = [", ".join(LESS.get((op, k), ("the same",))) if k in backends else "-" for k in ("triton", "cuda")]
+        lines.append(f"| `{op}` | {' | '.join([*PATTERNS_AND_DTYPES[op], *kernels])} |")
     return "\n".join(lines)
+
+
+def kernel_tables() -> str:
+    """Share of the byte floor and ratio to the fastest peer, from the stored results of the kernel bench."""
+    fisher, inverse, search = (_rows(topic) for topic in ("fisher", "inverse", "search"))
+    columns = {
+        "accumulate bf16, S = 32": (fisher, {"S": 32}, "bf16"),
+        "bf16, S = 64": (fisher, {"S": 64}, "bf16"),
+        "f32, S = 32": (fisher, {"S": 32}, "f32"),
+        "f32, S = 64": (fisher, {"S": 64}, "f32"),
+        "inverse": (inverse, {}, "f32"),
+    }
+    lines = [f"| D | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
+    for size in sorted({row["shape"]["D"] for row in inverse}):
+        cells = [_share(rows, {"D": size, **sizes}, dtype) for rows, sizes, dtype in columns.values()]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    rows = [row for row in search if row["config"].get("config") == "with update" and row["name"] == "bert-base"]
+    lines += [
+        "",
+        f"| BERT-base | {' | '.join(row['pattern'] for row in rows)} |",
+        f"|---{'|---:' * len(rows)}|",
+        f"| search and update, ms | {' | '.join(f'{row["us"] / 1000:.1f}' for row in rows)} |",
+        f"| share of the floor | {' | '.join(f'{row["limit_share"]:.0%}' for row in rows)} |",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(topic: str) -> list[dict[str, Any]]:
+    """Kernel rows of the backend that ``backend=None`` takes on a GPU."""
+    stored = json.loads((RESULTS.parent / f"{topic}.json").read_text())
+    rows: list[dict[str, Any]] = stored["rows"]
+    return [row for row in rows if row["path"] == "kernel" and row["config"].get("backend") == "cuda"]
+
+
+def _share(rows: list[dict[str, Any]], sizes: dict[str, int], dtype: str) -> str:
+    (row,) = (r for r in rows if r["dtype"] == dtype and r["name"] == "14M" and sizes.items() <= r["shape"].items())
+    ratio = min(ratio for name, ratio in row["x_peer"].items() if name.startswith("torch"))
+    return f"{row['limit_share']:.0%}, {ratio:.1f} x"
 
 
 def oneshot_table() -> str:
@@ -99,7 +132,7 @@ def search_table() -> str:
     return "\n".join(search_quality.ratio_table(stored))
 
 
-PARTS = {"support": support_table, "oneshot": oneshot_table, "search": search_table}
+PARTS = {"support": support_table, "kernels": kernel_tables, "oneshot": oneshot_table, "search": search_table}
 
 
 def render(text: str) -> str:

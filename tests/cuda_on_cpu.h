@@ -171,10 +171,6 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   return most;
 }
 
-inline int __ffs(int bits) {
-  return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
-}
-
 inline int __popc(unsigned bits) {
   return std::popcount(bits);
 }

@@ -90,7 +90,8 @@ def ours(selection: Selection, pattern: NMPattern, weights: int) -> Iterator[Var
     def variant(name: str, run: Search, backend: str, path: str = "kernel", num_bytes: int | None = None) -> Variant:
         check = partial(check_search, run, pattern=pattern)
         call = lambda i: run(i["weight"], i["fisher"])  # noqa: E731
-        return Variant(name, call, check, {"backend": backend}, path, num_bytes=num_bytes)
+        config = {"backend": backend} | ({} if num_bytes is None else {"config": "with update"})
+        return Variant(name, call, check, config, path, num_bytes=num_bytes)
 
     for backend in runnable(op, selection, *like):
         slow = backend == "reference" and comb(pattern.m, pattern.n) > MANY_SETS and selection.device.type == "cuda"

@@ -21,6 +21,7 @@
 #include "fisher/accumulate_config.h"
 #include "fisher/accumulate_thread.cuh"
 #include "fisher/accumulate_tiles.cuh"
+#include "timing.h"
 
 namespace obs = obs_kernels;
 using obs::accumulate::Bfloat16;
@@ -28,36 +29,7 @@ using obs::accumulate::Float32;
 
 namespace {
 
-constexpr int kRuns = 15;
 constexpr int64_t kWeights = 14155776;  // six of the matrices of BERT-base
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
-
-float median_us(const std::function<void()>& launch) {
-  cudaEvent_t start;
-  cudaEvent_t stop;
-  check(cudaEventCreate(&start), "event");
-  check(cudaEventCreate(&stop), "event");
-  launch();
-  std::vector<float> times;
-  for (int run = 0; run < kRuns; ++run) {
-    check(cudaEventRecord(start), "record");
-    launch();
-    check(cudaEventRecord(stop), "record");
-    check(cudaEventSynchronize(stop), "run");
-    float ms = 0.0f;
-    check(cudaEventElapsedTime(&ms, start, stop), "elapsed");
-    times.push_back(1e3f * ms);
-  }
-  check(cudaEventDestroy(start), "event");
-  check(cudaEventDestroy(stop), "event");
-  std::sort(times.begin(), times.end());
-  return times[kRuns / 2];
-}
 
 // Whole numbers from -8 to 8, the same on both sides.
 __host__ __device__ float gradient(int64_t at) {

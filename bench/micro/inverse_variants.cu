@@ -21,38 +21,11 @@
 #include "fisher/inverse_config.h"
 #include "fisher/inverse_group.cuh"
 #include "fisher/inverse_solo.cuh"
+#include "timing.h"
 
 namespace obs = obs_kernels;
 
 namespace {
-
-constexpr int kRuns = 15;
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
-
-float median_us(const std::function<void()>& launch) {
-  cudaEvent_t start;
-  cudaEvent_t stop;
-  check(cudaEventCreate(&start), "event");
-  check(cudaEventCreate(&stop), "event");
-  launch();
-  std::vector<float> times;
-  for (int run = 0; run < kRuns; ++run) {
-    check(cudaEventRecord(start), "record");
-    launch();
-    check(cudaEventRecord(stop), "record");
-    check(cudaEventSynchronize(stop), "run");
-    float ms = 0.0f;
-    check(cudaEventElapsedTime(&ms, start, stop), "elapsed");
-    times.push_back(1e3f * ms);
-  }
-  std::sort(times.begin(), times.end());
-  return times[kRuns / 2];
-}
 
 // A A^T / size + I / 4 of uniform numbers, a few different matrices repeated.
 std::vector<float> random_spd(int64_t blocks, int size) {

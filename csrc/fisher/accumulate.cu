@@ -21,10 +21,6 @@ using accumulate::Bfloat16;
 using accumulate::Float16;
 using accumulate::Float32;
 
-bool aligned(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
-
 // Bytes of the widest access to gradients that never leaves a Fisher block: of all rows and blocks.
 template <typename Element>
 int piece_bytes(const AccumulateParams& params) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of three types as f32, and rows of F in pieces.
+// Gradients of three types as f32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,13 +7,9 @@
 #include <cstdint>
 
 #include "common/device.cuh"
+#include "common/pieces.cuh"
 
 namespace obs_kernels::accumulate {
-
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Piece {
-  T at[kCount];
-};
 
 struct Float32 {
   static constexpr int kBytes = 4;
@@ -65,37 +61,6 @@ __device__ __forceinline__ void widen(const uint32_t (&words)[words_of<Element, 
     for (int at = 0; at < kCount; ++at) {
       values[at] = at % 2 == 0 ? Element::low(words[at / 2]) : Element::high(words[at / 2]);
     }
-  }
-}
-
-// Neighbours of one row of a Fisher block from column `first`, kVector at once; those at or beyond
-// `size` are not touched.
-template <int kVector, int kCount>
-__device__ __forceinline__ void load_row(const float* row,
-                                         int first,
-                                         int size,
-                                         float (&values)[kCount]) {
-#pragma unroll
-  for (int piece = 0; piece < kCount; piece += kVector) {
-    if (first + piece >= size) continue;
-    const auto loaded = *reinterpret_cast<const Piece<float, kVector>*>(row + first + piece);
-#pragma unroll
-    for (int at = 0; at < kVector; ++at) values[piece + at] = loaded.at[at];
-  }
-}
-
-template <int kVector, int kCount>
-__device__ __forceinline__ void store_row(float* row,
-                                          int first,
-                                          int size,
-                                          const float (&values)[kCount]) {
-#pragma unroll
-  for (int piece = 0; piece < kCount; piece += kVector) {
-    if (first + piece >= size) continue;
-    Piece<float, kVector> stored;
-#pragma unroll
-    for (int at = 0; at < kVector; ++at) stored.at[at] = values[piece + at];
-    *reinterpret_cast<Piece<float, kVector>*>(row + first + piece) = stored;
   }
 }
 

@@ -90,10 +90,6 @@ LaunchPlan launch_group(const InvertParams& params, bool wide, cudaStream_t stre
   return launch_group<Group128>(params, wide, "group128", stream);
 }
 
-bool aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 void check(const InvertParams& params) {
   OBS_CHECK(params.size >= 1 && params.size <= kMaxInvertSize,
             "size must be 1 to ",

@@ -102,8 +102,8 @@ __device__ __forceinline__ void stage(const float* matrix, int size, int lane, f
 template <typename Config, int kVector>
 __device__ __forceinline__ void copy_out(const float* staged, int size, int lane, float* inverse) {
   for_each_piece<Config, kVector>(size, lane, [&](int from, int to) {
-    *reinterpret_cast<Piece<kVector>*>(inverse + to) =
-        *reinterpret_cast<const Piece<kVector>*>(staged + from);
+    *reinterpret_cast<Piece<float, kVector>*>(inverse + to) =
+        *reinterpret_cast<const Piece<float, kVector>*>(staged + from);
   });
 }
 

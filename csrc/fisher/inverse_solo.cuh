@@ -90,8 +90,8 @@ __global__ __launch_bounds__(Config::kThreads) void invert_solo_kernel(InvertPar
   }
   __syncthreads();
   for_each_piece<Config, kVector>(count, [&](int from, int to) {
-    *reinterpret_cast<Piece<kVector>*>(inverses + to) =
-        *reinterpret_cast<const Piece<kVector>*>(staged + from);
+    *reinterpret_cast<Piece<float, kVector>*>(inverses + to) =
+        *reinterpret_cast<const Piece<float, kVector>*>(staged + from);
   });
 }
 

@@ -25,60 +25,24 @@
 
 #include <cuda_runtime.h>
 
+#include "common/pieces.cuh"
 #include "common/reciprocal_root.cuh"
 
 namespace obs_kernels::inverse {
 
 constexpr int kChunk = 4;
 
-// `count` neighbours, read or written at once.
-template <int kCount>
-struct alignas(sizeof(float) * kCount) Piece {
-  float at[kCount];
-};
-
 __device__ __forceinline__ void load_four(const float* shared, float (&values)[kChunk]) {
-  const auto loaded = *reinterpret_cast<const Piece<kChunk>*>(shared);
+  const auto loaded = *reinterpret_cast<const Piece<float, kChunk>*>(shared);
 #pragma unroll
   for (int at = 0; at < kChunk; ++at) values[at] = loaded.at[at];
 }
 
 __device__ __forceinline__ void store_four(float* shared, const float (&values)[kChunk]) {
-  Piece<kChunk> stored;
+  Piece<float, kChunk> stored;
 #pragma unroll
   for (int at = 0; at < kChunk; ++at) stored.at[at] = values[at];
-  *reinterpret_cast<Piece<kChunk>*>(shared) = stored;
-}
-
-// kCount neighbours of one row, in pieces of kVector elements. Those at or beyond `size` are not
-// touched.
-template <int kVector, int kCount>
-__device__ __forceinline__ void load_row(const float* row,
-                                         int first,
-                                         int size,
-                                         float (&values)[kCount]) {
-#pragma unroll
-  for (int piece = 0; piece < kCount; piece += kVector) {
-    if (first + piece >= size) continue;
-    const auto loaded = *reinterpret_cast<const Piece<kVector>*>(row + first + piece);
-#pragma unroll
-    for (int at = 0; at < kVector; ++at) values[piece + at] = loaded.at[at];
-  }
-}
-
-template <int kVector, int kCount>
-__device__ __forceinline__ void store_row(float* row,
-                                          int first,
-                                          int size,
-                                          const float (&values)[kCount]) {
-#pragma unroll
-  for (int piece = 0; piece < kCount; piece += kVector) {
-    if (first + piece >= size) continue;
-    Piece<kVector> stored;
-#pragma unroll
-    for (int at = 0; at < kVector; ++at) stored.at[at] = values[piece + at];
-    *reinterpret_cast<Piece<kVector>*>(row + first + piece) = stored;
-  }
+  *reinterpret_cast<Piece<float, kChunk>*>(shared) = stored;
 }
 
 // 1 / sqrt(pivot); 1 where the pivot fails, so that the other matrices go on.

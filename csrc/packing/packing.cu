@@ -216,10 +216,6 @@ __global__ __launch_bounds__(PackPanelsConfig::kMaxThreads) void pack_panels_ker
   }
 }
 
-bool aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 template <typename Element>
 LaunchPlan launch_quads(const PackArgs<Element>& args, cudaStream_t stream) {
   using Config = PackGroupsConfig;

@@ -27,10 +27,6 @@ LaunchPlan launch(const Task& task, Mode mode, const char* path, cudaStream_t st
   return {"search_nm", path, blocks, Config::kThreads};
 }
 
-bool aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 template <typename Config>
 LaunchPlan launch_size(
     const Task& task, Mode mode, const char* path, const char* ragged, cudaStream_t stream) {

@@ -9,14 +9,11 @@
 
 #include "common/check.h"
 #include "common/device_guard.h"
+#include "common/launch.h"
 #include "search/launches.h"
 
 namespace obs_kernels {
 namespace {
-
-bool aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
 
 void check_sizes(const SearchParams& params) {
   OBS_CHECK(params.n >= 1 && params.n < params.m && params.m <= kMaxSearchSize,

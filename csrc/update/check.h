@@ -6,14 +6,11 @@
 #include <limits>
 
 #include "common/check.h"
+#include "common/launch.h"
 #include "obs_kernels/update.h"
 #include "update/update_config.h"
 
 namespace obs_kernels::update {
-
-inline bool aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
 
 inline void check_alignment(WeightType type,
                             const void* weight,
