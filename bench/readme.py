@@ -27,6 +27,8 @@ PATTERNS_AND_DTYPES = {
     "invert_spd": ("any D", "f32 f64"),
     "search_nm": ("n:m up to 20,000 kept sets", "weight f16 bf16 f32 f64, Fisher f32 f64"),
     "search_vnm": ("v:n:m, n to m columns", "as search_nm"),
+    "prune_nm": ("as search_nm, D = m", "as search_nm"),
+    "prune_vnm": ("as search_vnm, D = m", "as search_nm"),
     "obs_update": ("any mask", "as search_nm"),
     "block_saliency": ("unstructured, blockN", "as search_nm"),
     "loss_increase": ("any", "as search_nm"),
@@ -41,6 +43,8 @@ LESS = {
     ("invert_spd", "cuda"): ("D up to 128", "f32"),
     ("search_nm", "cuda"): ("m up to 32 with n up to 2, m up to 16 with any n", "weight f16 bf16 f32, Fisher f32"),
     ("search_vnm", "cuda"): ("m up to 32 with n up to 2", "as search_nm on cuda"),
+    ("prune_nm", "cuda"): ("as search_nm on cuda, D = m", "as search_nm on cuda"),
+    ("prune_vnm", "cuda"): ("as search_vnm on cuda, D = m", "as search_nm on cuda"),
     ("obs_update", "cuda"): ("any mask, D up to 128", "weight f16 bf16 f32, Fisher f32"),
     ("block_saliency", "cuda"): ("combinatorial, D up to 128", "weight f16 bf16 f32, Fisher f32"),
     ("loss_increase", "cuda"): ("D up to 128", "change f16 bf16 f32, Fisher f32"),
@@ -71,13 +75,13 @@ def kernel_tables() -> str:
         cells = [_share(rows, {"D": size, **sizes}, dtype) for rows, sizes, dtype in columns.values()]
         lines.append(f"| {size} | {' | '.join(cells)} |")
     rows = [row for row in search if row["config"].get("config") == "with update" and row["name"] == "bert-base"]
-    lines += [
-        "",
-        f"| BERT-base | {' | '.join(row['pattern'] for row in rows)} |",
-        f"|---{'|---:' * len(rows)}|",
-        f"| search and update, ms | {' | '.join(f'{row["us"] / 1000:.1f}' for row in rows)} |",
-        f"| share of the floor | {' | '.join(f'{row["limit_share"]:.0%}' for row in rows)} |",
-    ]
+    step = {
+        "BERT-base": [row["pattern"] for row in rows],
+        "search and update, ms": [f"{row['us'] / 1000:.1f}" for row in rows],
+        "share of the floor": [f"{row['limit_share']:.0%}" for row in rows],
+    }
+    first, *others = (f"| {name} | {' | '.join(cells)} |" for name, cells in step.items())
+    lines += ["", first, f"|---{'|---:' * len(rows)}|", *others]
     return "\n".join(lines)
 
 

@@ -169,6 +169,29 @@ def check_search(
     return parsed
 
 
+def check_prune(
+    weight: Tensor,
+    fisher: Tensor,
+    pattern: str | Pattern,
+    damp: float | Tensor,
+    mask: Tensor | None,
+    num_columns: int | None,
+) -> NMPattern:
+    """Check the arguments of ``prune_nm`` (``num_columns`` None) or ``prune_vnm``; returns the parsed pattern."""
+    parsed = check_search(weight, fisher, pattern, damp, "combinatorial", mask, num_columns)
+    check_own_blocks(fisher, parsed)
+    return parsed
+
+
+def check_own_blocks(fisher: Tensor, pattern: NMPattern) -> None:
+    """Check that each group of ``pattern`` is a Fisher block of its own: D = m."""
+    if fisher.shape[1] != pattern.m:
+        raise ShapeNotSupportedError(
+            f"fisher must be [B, {pattern.m}, {pattern.m}] for choice and update in one pass of pattern {pattern}, got "
+            f"{list(fisher.shape)}; search first, then update"
+        )
+
+
 def _check_counts(pattern: NMPattern, method: str, num_columns: int | None) -> None:
     n, m = pattern.n, pattern.m
     if method == "pairwise" and m % 2:
@@ -257,3 +280,13 @@ def check_info(what: str, info: Tensor, offset: int = 0) -> None:
         f"{what}: {bad.numel()} of {info.shape[0]} blocks are not positive definite, the first is block "
         f"{first + offset} at pivot {int(info[first])}; raise damp, or set on_singular='increase_damp'"
     )
+
+
+def check_step_info(info: Tensor, weight: Tensor, fisher: Tensor, damp: Tensor) -> None:
+    """Raise what ``info`` [B] of a search or a pruning step tells of, non-finite values first (reads the values)."""
+    if not bool((info != 0).any()):
+        return
+    check_finite("weight", weight)
+    check_finite("fisher", fisher)
+    check_damp_values(damp)
+    check_info("fisher", info)

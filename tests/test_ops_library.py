@@ -76,6 +76,17 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((randn(16, 4).half().T, spd(4, 16), "2:2:8", ONE, "pairwise", None, 4), REFERENCE),
         ((randn(4, 16), spd(8, 8).double(), "2:2:8", ONE, "combinatorial", None, 4), REFERENCE),
     ],
+    "prune_nm": [
+        ((randn(4, 16), spd(8, 8), "2:8", ONE, None), REFERENCE),
+        ((randn(16, 4).T, spd(8, 8), "3:8", torch.rand(8), half_mask(4, 16)), REFERENCE),
+        ((randn(4, 16).half(), spd(8, 8), "2:8", ONE, None), REFERENCE),
+        ((randn(4, 16), spd(16, 4).double(), "2:4", ONE, None), REFERENCE),
+    ],
+    "prune_vnm": [
+        ((randn(4, 16), spd(8, 8), "2:2:8", ONE, None, 4), REFERENCE),
+        ((randn(16, 4).bfloat16().T, spd(8, 8), "2:2:8", torch.rand(8), half_mask(4, 16), 5), REFERENCE),
+        ((randn(4, 16).double(), spd(8, 8), "2:2:8", ONE, None, 4), REFERENCE),
+    ],
     "obs_update": [
         ((randn(4, 16), spd(8, 8), half_mask(4, 16), ONE, update), REFERENCE) for update in ("joint", "single", "none")
     ]
@@ -128,6 +139,10 @@ def selection(sel: ops.Selection) -> tuple[Tensor, ...]:
     return (sel.mask, sel.saliency) if sel.columns is None else (sel.mask, sel.saliency, sel.columns)
 
 
+def step_parts(done: ops.Pruned) -> tuple[Tensor, ...]:
+    return tuple(t for t in (done.mask, done.weight, done.saliency, done.columns, done.info) if t is not None)
+
+
 def parts(sparse: ops.SparseWeight) -> tuple[Tensor, ...]:
     return (sparse.values, sparse.codes, sparse.columns_or_empty())
 
@@ -145,6 +160,8 @@ COMPILED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda w, f: selection(ops.search_vnm(w, f, "2:2:8", damp=0.1, method="pairwise")),
         (WEIGHT, FISHER),
     ),
+    "prune_nm": (lambda w, f, m: step_parts(ops.prune_nm(w * 2, f, "2:8", damp=0.1, mask=m)), (WEIGHT, FISHER, MASK)),
+    "prune_vnm": (lambda w, f: step_parts(ops.prune_vnm(w, f, "2:2:8", damp=0.1)), (WEIGHT, FISHER)),
     "obs_update": (lambda w, f, m: ops.obs_update(w, f, m, damp=0.1) * 2, (WEIGHT, FISHER, MASK)),
     "loss_increase": (lambda w, f: ops.loss_increase(w, f, damp=0.1).sum(), (WEIGHT, FISHER)),
     "block_saliency": (lambda w, f: ops.block_saliency(w, f, 4, damp=0.1), (WEIGHT, FISHER)),
@@ -226,6 +243,18 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             torch.zeros(3, 8), torch.zeros(3, 8, 8), "2:2:8", torch.zeros(1), "combinatorial", None, 4, **REFERENCE
         ),
     ),
+    "prune_nm": (
+        lambda: ops.prune_nm(torch.zeros(2, 16), torch.zeros(2, 16, 16), "2:8"),
+        lambda: torch.ops.obs_kernels.prune_nm(
+            torch.zeros(2, 16), torch.zeros(2, 16, 16), "2:8", torch.zeros(1), None, **REFERENCE
+        ),
+    ),
+    "prune_vnm": (
+        lambda: ops.prune_vnm(torch.zeros(2, 8), torch.zeros(2, 8, 8), "2:2:8", num_columns=1),
+        lambda: torch.ops.obs_kernels.prune_vnm(
+            torch.zeros(2, 8), torch.zeros(2, 8, 8), "2:2:8", torch.zeros(1), None, 1, **REFERENCE
+        ),
+    ),
     "obs_update": (
         lambda: ops.obs_update(torch.zeros(2, 8), torch.zeros(3, 8, 8), torch.zeros(2, 8, dtype=torch.bool)),
         lambda: torch.ops.obs_kernels.obs_update(
@@ -277,6 +306,8 @@ def call_with(name: str, backend: str | None) -> Any:
         "invert_spd": lambda: ops.invert_spd(spd(2, 4), backend=backend),
         "search_nm": lambda: ops.search_nm(WEIGHT, FISHER, "2:8", backend=backend),
         "search_vnm": lambda: ops.search_vnm(WEIGHT, FISHER, "2:2:8", backend=backend),
+        "prune_nm": lambda: ops.prune_nm(WEIGHT, FISHER, "2:8", backend=backend),
+        "prune_vnm": lambda: ops.prune_vnm(WEIGHT, FISHER, "2:2:8", backend=backend),
         "obs_update": lambda: ops.obs_update(WEIGHT, FISHER, MASK, backend=backend),
         "loss_increase": lambda: ops.loss_increase(WEIGHT, FISHER, backend=backend),
         "block_saliency": lambda: ops.block_saliency(WEIGHT, FISHER, 4, backend=backend),
@@ -421,13 +452,18 @@ def test_autocast_changes_no_gradient(activation):
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
 
 
-@pytest.mark.parametrize("name", ["search_nm", "search_vnm", "obs_update", "loss_increase", "block_saliency", "pack"])
+@pytest.mark.parametrize(
+    "name",
+    ["search_nm", "search_vnm", "prune_nm", "prune_vnm", "obs_update", "loss_increase", "block_saliency", "pack"],
+)
 def test_a_parameter_gives_results_without_gradient(name):
     """A layer's weight is a Parameter: pack(layer.weight) must give values that sparse_linear takes."""
     weight = torch.nn.Parameter(WEIGHT.clone())
     calls: dict[str, Callable[[], Any]] = {
         "search_nm": lambda: ops.search_nm(weight, FISHER, "2:8"),
         "search_vnm": lambda: ops.search_vnm(weight, FISHER, "2:2:8"),
+        "prune_nm": lambda: ops.prune_nm(weight, FISHER, "2:8"),
+        "prune_vnm": lambda: ops.prune_vnm(weight, FISHER, "2:2:8"),
         "obs_update": lambda: ops.obs_update(weight, FISHER, MASK),
         "loss_increase": lambda: ops.loss_increase(weight, FISHER),
         "block_saliency": lambda: ops.block_saliency(weight, FISHER, 4),

@@ -101,9 +101,7 @@ def ours(selection: Selection, pattern: NMPattern, weights: int) -> Iterator[Var
         options = {"damp": damp, "method": "combinatorial", "mask": None, **panels}
         yield variant(backend, partial(_call, run, text, options), backend)
         if backend == "cuda":
-            from obs_kernels import cuda_calls
-
-            fused = cuda_calls.prune_vnm if panels else cuda_calls.prune_nm
+            fused = kernel("prune_vnm" if panels else "prune_nm", backend)
             step = partial(_fused, fused, text, {"damp": damp, "mask": None, **panels})
             yield variant("cuda, with update", step, backend, num_bytes=weights * (4 * pattern.m + 9))
     chosen = called(op, selection, *like)

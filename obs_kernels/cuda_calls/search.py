@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from obs_kernels import _ext
-from obs_kernels.checks import check_damp_values, check_finite, check_search
+from obs_kernels.checks import check_own_blocks, check_search, check_step_info
 from obs_kernels.cuda_calls.column_tables import column_tables
 from obs_kernels.cuda_calls.conditional import conditional_curvature
 from obs_kernels.cuda_calls.device import check_gpu, check_on_cuda
-from obs_kernels.errors import (
-    ConfigError,
-    DTypeNotSupportedError,
-    ShapeNotSupportedError,
-    SingularBlockError,
-)
+from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.patterns import NMPattern, VNMPattern
 
@@ -72,7 +67,7 @@ def prune_nm(
     nothing, its weight stays and its saliency is NaN. Nothing waits for the device.
     """
     parsed = _checked(weight, fisher, pattern, damp, "combinatorial", mask, None)
-    _check_own_blocks(fisher, parsed)
+    check_own_blocks(fisher, parsed)
     return _run_nm(weight, fisher, parsed, damp, mask, update=True)
 
 
@@ -82,7 +77,7 @@ def prune_vnm(
     """Mask, new weight, saliency [R/v, C/m], columns and ``info`` [B]; as ``prune_nm``, and F is read twice."""
     parsed = _checked(weight, fisher, pattern, damp, "combinatorial", mask, num_columns)
     assert isinstance(parsed, VNMPattern)
-    _check_own_blocks(fisher, parsed)
+    check_own_blocks(fisher, parsed)
     return _run_vnm(weight, fisher, parsed, damp, mask, num_columns, update=True)
 
 
@@ -108,17 +103,7 @@ def raise_for(info: Tensor, weight: Tensor, fisher: Tensor, damp: Tensor) -> Non
     """Raise what the reference raises if ``info`` tells of bad values; one read of the host, none in a capture."""
     if not info.numel() or torch.cuda.is_current_stream_capturing():
         return
-    if not bool((info != 0).any()):
-        return
-    check_finite("weight", weight)
-    check_finite("fisher", fisher)
-    check_damp_values(damp)
-    bad = (info != 0).nonzero().flatten()
-    first = int(bad[0])
-    raise SingularBlockError(
-        f"fisher: {bad.numel()} of {info.numel()} blocks are not positive definite, the first is block {first} at "
-        f"pivot {int(info[first])}; raise damp, or set on_singular='increase_damp'"
-    )
+    check_step_info(info, weight, fisher, damp)
 
 
 def _checked(
@@ -141,14 +126,6 @@ def _checked(
         )
     check_on_cuda(weight=weight.contiguous(), fisher=fisher.contiguous())
     return parsed
-
-
-def _check_own_blocks(fisher: Tensor, pattern: NMPattern) -> None:
-    if fisher.shape[1] != pattern.m:
-        raise ShapeNotSupportedError(
-            f"fisher must be [B, {pattern.m}, {pattern.m}] for choice and update in one pass of pattern {pattern}, got "
-            f"{list(fisher.shape)}; search first, then update"
-        )
 
 
 def _run_nm(

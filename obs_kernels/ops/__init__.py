@@ -7,11 +7,13 @@ Docstring, checks, dispatch and ``torch.library`` registration, so that ``torch.
 from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.ops.matmul import sparse_linear
 from obs_kernels.ops.packing import pack, unpack
+from obs_kernels.ops.prune import Pruned, prune_nm, prune_vnm
 from obs_kernels.ops.search import Selection, search_nm, search_vnm
 from obs_kernels.ops.sparse_weight import SparseWeight
 from obs_kernels.ops.update import block_saliency, loss_increase, obs_update
 
 __all__ = [
+    "Pruned",
     "Selection",
     "SparseWeight",
     "accumulate_fisher_",
@@ -20,6 +22,8 @@ __all__ = [
     "loss_increase",
     "obs_update",
     "pack",
+    "prune_nm",
+    "prune_vnm",
     "search_nm",
     "search_vnm",
     "sparse_linear",

@@ -47,6 +47,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "invert_spd": ("cuda", "reference"),
     "search_nm": ("cuda", "reference"),
     "search_vnm": ("cuda", "reference"),
+    "prune_nm": ("cuda", "reference"),
+    "prune_vnm": ("cuda", "reference"),
     "obs_update": ("cuda", "reference"),
     "block_saliency": ("cuda", "reference"),
     "loss_increase": ("cuda", "reference"),
@@ -93,6 +95,10 @@ def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, met
     return None
 
 
+def _prune_limit(weight: Tensor, fisher: Tensor, pattern: NMPattern) -> str | None:
+    return _search_limit(weight, fisher, pattern, "combinatorial")  # D = m on every backend: the op checks it
+
+
 def _update_limit(weight: Tensor, fisher: Tensor | None = None) -> str | None:
     if weight.dtype == torch.float64 or (fisher is not None and fisher.dtype != torch.float32):
         kind = "" if fisher is None else f" and a {fisher.dtype} fisher"
@@ -114,6 +120,8 @@ LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("invert_spd", "cuda"): _invert_limit,
     ("search_nm", "cuda"): _search_limit,
     ("search_vnm", "cuda"): _search_limit,
+    ("prune_nm", "cuda"): _prune_limit,
+    ("prune_vnm", "cuda"): _prune_limit,
     ("obs_update", "cuda"): _update_limit,
     ("loss_increase", "cuda"): _update_limit,
     ("block_saliency", "cuda"): _saliency_limit,

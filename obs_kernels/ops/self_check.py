@@ -19,7 +19,8 @@ from obs_kernels.ops.dispatch import BACKENDS, TABLE, unavailable
 from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.ops.matmul import sparse_linear
 from obs_kernels.ops.packing import pack, unpack
-from obs_kernels.ops.search import search_nm, search_vnm
+from obs_kernels.ops.prune import Pruned, prune_nm, prune_vnm
+from obs_kernels.ops.search import Selection, search_nm, search_vnm
 from obs_kernels.ops.update import block_saliency, loss_increase, obs_update
 
 _TOLERANCE = 1e-4
@@ -129,7 +130,10 @@ def _check_inverse(backend: str, device: torch.device) -> list[float]:
 
 def _check_search_nm(backend: str, device: torch.device) -> list[float]:
     weight, fisher, given, blocks = _problem(device)
-    found = search_nm(given, blocks, "2:8", backend=backend)
+    return _group_errors(search_nm(given, blocks, "2:8", backend=backend), weight, fisher)
+
+
+def _group_errors(found: Selection | Pruned, weight: Tensor, fisher: Tensor) -> list[float]:
     subsets = list(combinations(range(8), 2))
     errors = []
     for row in range(4):
@@ -141,7 +145,10 @@ def _check_search_nm(backend: str, device: torch.device) -> list[float]:
 
 def _check_search_vnm(backend: str, device: torch.device) -> list[float]:
     weight, fisher, given, blocks = _problem(device)
-    found = search_vnm(given, blocks, "4:2:8", backend=backend)
+    return _panel_errors(search_vnm(given, blocks, "4:2:8", backend=backend), weight, fisher)
+
+
+def _panel_errors(found: Selection | Pruned, weight: Tensor, fisher: Tensor) -> list[float]:
     pairs = list(combinations(range(8), 2))
     losses = [dict(zip(pairs, _row_losses(weight[r], fisher[r], pairs), strict=True)) for r in range(4)]
     best = min(
@@ -153,6 +160,24 @@ def _check_search_vnm(backend: str, device: torch.device) -> list[float]:
         return [float("inf")]
     mine = sum(losses[r][pair] for r, pair in enumerate(chosen))
     return [mine / best - 1, abs(float(found.saliency[0, 0]) / best - 1)]
+
+
+def _check_prune_nm(backend: str, device: torch.device) -> list[float]:
+    weight, fisher, given, blocks = _problem(device)
+    found = prune_nm(given, blocks, "2:8", backend=backend)
+    return _group_errors(found, weight, fisher) + _weight_errors(found, weight, fisher)
+
+
+def _check_prune_vnm(backend: str, device: torch.device) -> list[float]:
+    weight, fisher, given, blocks = _problem(device)
+    found = prune_vnm(given, blocks, "4:2:8", backend=backend)
+    return _panel_errors(found, weight, fisher) + _weight_errors(found, weight, fisher)
+
+
+def _weight_errors(found: Pruned, weight: Tensor, fisher: Tensor) -> list[float]:
+    gone = [tuple((~row).nonzero().flatten().tolist()) for row in found.mask.cpu()]
+    wanted = torch.stack([_least_loss(w, f, p)[1] for w, f, p in zip(weight, fisher, gone, strict=True)])
+    return [_relative(found.weight, wanted), float(found.info.any())]
 
 
 def _check_update(backend: str, device: torch.device) -> list[float]:
@@ -215,6 +240,8 @@ _CHECKS: dict[str, Callable[[str, torch.device], list[float]]] = {
     "invert_spd": _check_inverse,
     "search_nm": _check_search_nm,
     "search_vnm": _check_search_vnm,
+    "prune_nm": _check_prune_nm,
+    "prune_vnm": _check_prune_vnm,
     "obs_update": _check_update,
     "block_saliency": _check_block_saliency,
     "loss_increase": _check_loss_increase,

@@ -104,13 +104,17 @@ class PrunedLayer:
 
     def mean_fisher(self) -> Tensor:
         """[B, D, D] undamped mean of g g^T, a new tensor."""
+        return self.require_sum() / self.num_grads
+
+    def require_sum(self) -> Tensor:
+        """``fisher_sum``, itself; ``ConfigError`` if no gradient came."""
         fisher = self.fisher_sum
         if fisher is None or self.num_grads == 0:
             raise ConfigError(
                 f"{self.name} has no gradients; call collect(loader, loss_fn), or loss.backward() and "
                 f"accumulate(), before prune()"
             )
-        return fisher / self.num_grads
+        return fisher
 
     def set_fisher(self, fisher_sum: Tensor | None, num_grads: int) -> None:
         """Take a sum [B, D, D] float32 over ``num_grads`` gradients in place of the present one and what waits."""
@@ -133,19 +137,19 @@ class PrunedLayer:
         """The [R, C] part of a padded tensor."""
         return values[: self.mask.shape[0], : self.mask.shape[1]]
 
-    def live_damp(self, fisher: Tensor, cfg: OBSConfig) -> float:
-        """Absolute damping.
+    def live_damp(self, cfg: OBSConfig) -> Tensor:
+        """Absolute damping of the mean Fisher, a float64 scalar on the weight's device that no one has waited for.
 
         ``cfg.damp``, or the share of the mean diagonal of F over live weights (tiny if that is 0).
         """
         if cfg.damp is not None:
-            return cfg.damp
-        diagonal = fisher.diagonal(dim1=1, dim2=2).reshape(-1)
-        live = F.pad(self.pad(self.mask).reshape(-1), (0, diagonal.numel() - self.padded[0] * self.padded[1]))
-        count = int(live.sum())
-        mean = float(diagonal[live].double().mean()) if count else 0.0
+            return torch.full((), cfg.damp, dtype=torch.float64, device=self.weight.device)
+        diagonal = self.require_sum().diagonal(dim1=1, dim2=2).reshape(-1)[: self.padded[0] * self.padded[1]]
+        live = self.pad(self.mask).reshape(-1)
+        share = cfg.dampening_frac / (live.sum().clamp_min(1) * self.num_grads)
+        damp = torch.where(live, diagonal, 0.0).sum(dtype=torch.float64) * share
         # a layer that no gradient reaches: F = 0, any positive value gives magnitude pruning
-        return cfg.dampening_frac * mean if mean > 0 else 1e-12
+        return torch.where(damp > 0, damp, 1e-12)
 
 
 @dataclass(frozen=True)

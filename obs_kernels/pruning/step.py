@@ -17,6 +17,7 @@ from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.ops.fisher import damp_tensor
 from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, VNMPattern
 from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.fused_step import DAMP_GROWTH, MAX_RAISES, LayerStep, is_fused, prune_fused
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.threshold import prune_count, select_lowest
 from obs_kernels.reference.blocks import damp_blocks, weight_blocks
@@ -24,10 +25,6 @@ from obs_kernels.reference.fisher import factor_spd
 from obs_kernels.reference.passes import improve_choice
 
 log = logging.getLogger("obs_kernels")
-
-DAMP_GROWTH = 10.0
-MAX_RAISES = 12
-"""Times that the damping of a block is multiplied by ``DAMP_GROWTH`` before the layer is given up."""
 
 
 @dataclass
@@ -69,37 +66,42 @@ def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) 
 
 def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | None) -> StagedLayer:
     start = time.perf_counter()
-    old = layer.weight.detach()
     try:
-        fisher, damping = _fisher_of(layer, cfg)
-        weight = layer.pad(old.masked_fill(~layer.mask, 0.0))
-        mask = _choose(layer, weight, fisher, damping, pattern, cfg) if keep is None else layer.pad(keep)
-        new = ops.obs_update(weight, fisher, mask, damp=damping.value, update=cfg.update)
-        loss = float("nan")
-        if fisher is not None:
-            loss = float(ops.loss_increase(new.float() - weight.float(), fisher, damp=damping.value).double().sum())
+        done = prune_fused(layer, pattern, cfg) if is_fused(layer, pattern, cfg) else _step(layer, pattern, cfg, keep)
     except SingularBlockError as error:
         if cfg.on_singular != "skip":
             raise SingularBlockError(f"{layer.name}: {error}") from None
         return _skipped(layer, str(error))
-    if not bool(torch.isfinite(new).all()):
+    if not done.finite:
         raise NonFiniteError(
-            f"{layer.name}: the updated weight does not fit {new.dtype}, its largest value would overflow; "
-            f"prune in float32, or raise "
-            f"damp"
+            f"{layer.name}: the updated weight does not fit {done.weight.dtype}, its largest value would overflow; "
+            f"prune in float32, or raise damp"
         )
-    outcome = "pruned" if damping.blocks_raised == 0 else f"damping raised in {damping.blocks_raised} blocks"
+    outcome = "pruned" if done.blocks_raised == 0 else f"damping raised in {done.blocks_raised} blocks"
     return StagedLayer(
         layer,
-        layer.crop(mask).clone(),
-        layer.crop(new).clone(),
-        saliency=loss,
-        damp=damping.base,
-        blocks_raised=damping.blocks_raised,
+        layer.crop(done.mask).clone(),
+        layer.crop(done.weight).clone(),
+        saliency=done.saliency,
+        damp=done.damp,
+        blocks_raised=done.blocks_raised,
         outcome=outcome,
         num_grads=layer.num_grads,
         seconds=time.perf_counter() - start,
     )
+
+
+def _step(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | None) -> LayerStep:
+    """Choice (none if a threshold made ``keep`` [R, C]), then update, on a copy of the mean Fisher."""
+    fisher, damping = _fisher_of(layer, cfg)
+    weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0))
+    mask = _choose(layer, weight, fisher, damping, pattern, cfg) if keep is None else layer.pad(keep)
+    new = ops.obs_update(weight, fisher, mask, damp=damping.value, update=cfg.update)
+    loss = float("nan")
+    if fisher is not None:
+        loss = float(ops.loss_increase(new.float() - weight.float(), fisher, damp=damping.value).double().sum())
+    finite = bool(torch.isfinite(new).all())
+    return LayerStep(mask, new, loss, damping.base, damping.blocks_raised, finite)
 
 
 def _skipped(layer: PrunedLayer, reason: str) -> StagedLayer:
@@ -174,7 +176,7 @@ def _fisher_of(layer: PrunedLayer, cfg: OBSConfig) -> tuple[Tensor | None, _Damp
     if layer.fisher_sum is None and not cfg.needs_fisher:
         return None, _Damping(0.0, 0.0, 0)
     fisher = layer.mean_fisher()
-    base = layer.live_damp(fisher, cfg)
+    base = float(layer.live_damp(cfg))
     if not bool(layer.mask.all()):
         alive = weight_blocks(layer.pad(layer.mask), layer.num_blocks, layer.block_size)
         fisher.masked_fill_(~(alive[:, :, None] & alive[:, None, :]), 0.0)

@@ -7,6 +7,7 @@ The oracle of every test and the path on a CPU. Names and parameters equal those
 from obs_kernels.reference.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.reference.matmul import sparse_linear
 from obs_kernels.reference.packing import pack, unpack
+from obs_kernels.reference.prune import prune_nm, prune_vnm
 from obs_kernels.reference.search import search_nm, search_vnm
 from obs_kernels.reference.update import block_saliency, loss_increase, obs_update
 
@@ -17,6 +18,8 @@ __all__ = [
     "loss_increase",
     "obs_update",
     "pack",
+    "prune_nm",
+    "prune_vnm",
     "search_nm",
     "search_vnm",
     "sparse_linear",

@@ -16,6 +16,9 @@ from torch import Tensor
 from obs_kernels.checks import check_info
 from obs_kernels.reference.fisher import add_damp, factor_spd
 
+WEIGHT_NOT_FINITE, FISHER_NOT_FINITE, DAMP_NOT_VALID = -1, -2, -3
+"""``info`` of a block with such values, as the kernels have it; the first one counts."""
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Arithmetic is f64 if any argument is, else f32."""
@@ -30,8 +33,11 @@ def weight_blocks(values: Tensor, num_blocks: int, size: int) -> Tensor:
 
 def damp_blocks(fisher: Tensor, alive: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
     """``fisher`` [b, D, D] in ``dtype``, damped, with dead entries (``alive`` [b, D] False) decoupled: diagonal 1."""
-    dead = ~alive
-    f = add_damp(fisher.to(dtype), damp)
+    return _decouple_(add_damp(fisher.to(dtype), damp), ~alive)
+
+
+def _decouple_(f: Tensor, dead: Tensor) -> Tensor:
+    """``f`` [b, D, D] with rows and columns of ``dead`` [b, D] those of the identity, in place."""
     f.masked_fill_(dead[:, :, None] | dead[:, None, :], 0.0)
     f.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
     return f
@@ -42,6 +48,24 @@ def factor_or_raise(matrices: Tensor, what: str, offset: int = 0) -> Tensor:
     factor, info = factor_spd(matrices)
     check_info(what, info, offset)
     return factor
+
+
+def find_bad_blocks(weight: Tensor, fisher: Tensor, damp: Tensor, damped: Tensor) -> Tensor:
+    """``info`` [b] int32: 0, the failing pivot (1-based) of ``damped`` [b, D, D], or a negative code for bad values.
+
+    ``weight`` [b, D] and ``fisher`` [b, D, D] count as a whole, dead entries too.
+    """
+    info = factor_spd(damped)[1]
+    info.masked_fill_(~((damp >= 0) & torch.isfinite(damp)), DAMP_NOT_VALID)
+    info.masked_fill_(~_all_finite(fisher.reshape(fisher.shape[0], -1)), FISHER_NOT_FINITE)
+    return info.masked_fill_(~_all_finite(weight), WEIGHT_NOT_FINITE)
+
+
+def _all_finite(values: Tensor) -> Tensor:
+    """[b]: whether a row of ``values`` [b, N] holds no NaN or Inf; no mask of that size is made."""
+    if not values.numel():
+        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    return torch.isfinite(values.amax(1)) & torch.isfinite(values.amin(1))
 
 
 @dataclass(frozen=True)
@@ -76,20 +100,32 @@ class Groups:
 
 
 def condition_groups(
-    weight: Tensor, fisher: Tensor, alive: Tensor, damp: Tensor, m: int, offset: int = 0
+    weight: Tensor,
+    fisher: Tensor,
+    alive: Tensor,
+    damp: Tensor,
+    m: int,
+    offset: int = 0,
+    info: Tensor | None = None,
 ) -> tuple[Groups, Tensor | None]:
     """Cut blocks (``weight``, ``alive`` [b, D]; ``fisher`` [b, D, D]) into groups of m with their conditional
     curvature.
 
-    Also returns F^-1 of the groups [N, m, m] (None for D = m, where it is not needed).
+    Also returns F^-1 of the groups [N, m, m] (None for D = m, where it is not needed). With ``info`` [b], for D = m
+    only, a bad block is reported there instead of raised, as ``find_bad_blocks`` says, and all of it is dead.
     """
     size = fisher.shape[1]
     dtype = compute_dtype(weight, fisher)
+    f = damp_blocks(fisher, alive, damp, dtype)
+    if info is not None:
+        info.copy_(find_bad_blocks(weight, fisher, damp, f))
+        alive = alive & (info == 0)[:, None]
+        _decouple_(f, ~alive)
     w = weight.to(dtype).masked_fill(~alive, 0.0).view(-1, m)
     live = alive.reshape(-1, m)
-    f = damp_blocks(fisher, alive, damp, dtype)
     if size == m:
-        factor_or_raise(f, "fisher", offset)
+        if info is None:
+            factor_or_raise(f, "fisher", offset)
         return _scaled_groups(f, w, live, w.new_ones(w.shape[0])), None
     f, unit = rescale(f, alive)
     factor = factor_or_raise(f, "fisher", offset)

@@ -26,16 +26,30 @@ def search_nm(
     weight: Tensor, fisher: Tensor | None, pattern: str, *, damp: Tensor, method: str, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Mask [R, C] bool (True = kept) and saliency [R, C/m] of the n:m choice; arguments as in ``ops.search_nm``."""
+    _check_values(weight, fisher, damp)
+    return choose_nm(weight, fisher, pattern, damp=damp, method=method, mask=mask, info=None)
+
+
+def choose_nm(
+    weight: Tensor,
+    fisher: Tensor | None,
+    pattern: str,
+    *,
+    damp: Tensor,
+    method: str,
+    mask: Tensor | None,
+    info: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``search_nm`` of values that are not looked at; with ``info`` [B] as in ``condition_groups``."""
     parsed: NMPattern = parse_pattern(pattern)
     n, m = parsed.n, parsed.m
     rows, cols = weight.shape
     keep = torch.empty(rows * cols // m, m, dtype=torch.bool, device=weight.device)
     saliency = torch.empty(rows * cols // m, dtype=compute_dtype(weight, fisher), device=weight.device)
-    _check_values(weight, fisher, damp)
     size = m if fisher is None else fisher.shape[1]
     table = kept_sets(n, m).shape[0] if method == "combinatorial" else 4 * m * m if method == "greedy" else m
     for part in chunks(rows * cols // size, (4 * size * size + size // m * table * 3) * saliency.element_size()):
-        groups, finv = _groups(weight, fisher, mask, damp, m, size, part, method)
+        groups, finv = _groups(weight, fisher, mask, damp, m, size, part, method, info)
         span = slice(part.start * size // m, part.stop * size // m)
         if method == "combinatorial":
             index = _live_first(groups.alive, n)
@@ -66,6 +80,22 @@ def search_vnm(
     num_columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask [R, C], saliency [R/v, C/m] and columns [R/v, C/m, num_columns] uint8 of the joint v:n:m choice."""
+    _check_values(weight, fisher, damp)
+    return choose_vnm(weight, fisher, pattern, damp=damp, method=method, mask=mask, num_columns=num_columns, info=None)
+
+
+def choose_vnm(
+    weight: Tensor,
+    fisher: Tensor | None,
+    pattern: str,
+    *,
+    damp: Tensor,
+    method: str,
+    mask: Tensor | None,
+    num_columns: int,
+    info: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``search_vnm`` of values that are not looked at; with ``info`` [B] as in ``condition_groups``."""
     parsed: VNMPattern = parse_pattern(pattern)
     v, n, m = parsed.v, parsed.n, parsed.m
     rows, cols = weight.shape
@@ -74,7 +104,6 @@ def search_vnm(
     dtype = compute_dtype(weight, fisher)
     saliency = torch.empty(panels, wide, dtype=dtype, device=weight.device)
     columns = torch.empty(panels, wide, num_columns, dtype=torch.uint8, device=weight.device)
-    _check_values(weight, fisher, damp)
     if weight.numel() == 0:
         return keep.view(rows, cols), saliency, columns
     size = m if fisher is None else fisher.shape[1]
@@ -85,7 +114,7 @@ def search_vnm(
     ) * saliency.element_size()
     for part in chunks(panels, int(bytes_each)):
         blocks = slice(part.start * v * cols // size, part.stop * v * cols // size)
-        groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks, method)
+        groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks, method, info)
         used = groups.alive.view(-1, v, wide, m).any(1)
         panel_index = _live_first(used.view(-1, m), num_columns).view(*used.shape[:2], -1)  # [P, C/m, L]
         index = panel_index[:, None].expand(-1, v, -1, -1).reshape(groups.alive.shape[0], -1)
@@ -116,13 +145,15 @@ def _groups(
     size: int,
     part: slice,
     method: str,
+    info: Tensor | None,
 ) -> tuple[Groups, Tensor | None]:
     """Groups of the Fisher blocks ``part``; methods that look at single weights get no curvature."""
     w = weight.reshape(-1, size)[part]
     alive = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.reshape(-1, size)[part]
     if fisher is None or method in SINGLE_WEIGHT_METHODS:
         return plain_groups(w, alive, m, compute_dtype(weight, fisher)), None
-    return condition_groups(w, fisher[part], alive, damp if damp.numel() == 1 else damp[part], m, part.start)
+    own = None if info is None else info[part]
+    return condition_groups(w, fisher[part], alive, damp if damp.numel() == 1 else damp[part], m, part.start, own)
 
 
 def choose_panels(

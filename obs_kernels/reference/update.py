@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from obs_kernels.checks import check_damp_values, check_finite
+from obs_kernels.checks import check_damp_values, check_finite, check_info
 from obs_kernels.reference.blocks import compute_dtype, damp_blocks, factor_or_raise, weight_blocks
-from obs_kernels.reference.fisher import chunks
+from obs_kernels.reference.fisher import chunks, factor_spd
 
 
 def obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, *, damp: Tensor, update: str) -> Tensor:
@@ -23,15 +23,32 @@ def obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, *, damp: Ten
         return weight.masked_fill(~mask, 0.0)
     check_finite("fisher", fisher)
     check_damp_values(damp)
+    return update_kept(weight, fisher, mask, damp=damp, update=update, info=None)
+
+
+def update_kept(
+    weight: Tensor, fisher: Tensor, mask: Tensor, *, damp: Tensor, update: str, info: Tensor | None
+) -> Tensor:
+    """``obs_update`` of values that are not looked at.
+
+    With ``info`` [B], for the joint update, a kept part that is not positive definite is reported there instead of
+    raised, for blocks that are not reported already.
+    """
     num_blocks, size, _ = fisher.shape
     dtype = compute_dtype(weight, fisher)
     w, keep = weight_blocks(weight, num_blocks, size).to(dtype), weight_blocks(mask, num_blocks, size)
     real = weight_blocks(torch.ones_like(mask), num_blocks, size)  # False in the tail of the last block
     new = torch.empty_like(w)
-    solve = _joint if update == "joint" else _single
     for part in chunks(num_blocks, 5 * size * size * w.element_size()):
         f = damp_blocks(fisher[part], real[part], damp if damp.numel() == 1 else damp[part], dtype)
-        new[part] = solve(f, w[part], keep[part], part.start)
+        if update == "joint":
+            new[part], failed = _joint(f, w[part], keep[part])
+            if info is None:
+                check_info("kept part of fisher", failed, part.start)
+            else:
+                info[part] = torch.where(info[part] == 0, failed, info[part])
+        else:
+            new[part] = _single(f, w[part], keep[part], part.start)
     return new.view(-1)[: weight.numel()].view(weight.shape).masked_fill(~mask, 0.0).to(weight.dtype)
 
 
@@ -80,8 +97,8 @@ def block_saliency(
     return out.view(-1)[: weight.numel() // block]
 
 
-def _joint(f: Tensor, w: Tensor, keep: Tensor, offset: int) -> Tensor:
-    """w_K + F_KK^-1 F_KP w_P, blocks gathered to the widest kept set of the chunk."""
+def _joint(f: Tensor, w: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """w_K + F_KK^-1 F_KP w_P, blocks gathered to the widest kept set of the chunk; and ``info`` [b] of F_KK."""
     width = max(1, int(keep.sum(1).max()))
     index = keep.sort(dim=1, descending=True, stable=True).indices[:, :width]
     valid = keep.gather(1, index)
@@ -89,8 +106,9 @@ def _joint(f: Tensor, w: Tensor, keep: Tensor, offset: int) -> Tensor:
     kept = f.gather(1, index[:, :, None].expand(-1, -1, f.shape[1])).gather(2, index[:, None].expand(-1, width, -1))
     kept = kept.masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0.0)
     kept.diagonal(dim1=1, dim2=2).masked_fill_(~valid, 1.0)
-    change = torch.cholesky_solve(rhs[:, :, None], factor_or_raise(kept, "kept part of fisher", offset))[:, :, 0]
-    return w.scatter_add(1, index, change.masked_fill(~valid, 0.0))
+    factor, info = factor_spd(kept)
+    change = torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
+    return w.scatter_add(1, index, change.masked_fill(~valid, 0.0)), info
 
 
 def _single(f: Tensor, w: Tensor, keep: Tensor, offset: int) -> Tensor:
