@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -672,13 +672,35 @@ def test_results_count_a_crash_as_failure() -> None:
     notes = [
         ("a", "started", ""), ("a", "passed", ""), ("b", "started", ""), ("b", "skipped", "why"), ("c", "started", ""),
         ("d", "started", ""), ("d", "passed", ""), ("d", "failed", ""), ("e", "failed", ""),
+        ("f", "started", ""), ("f", "skipped", "no memory"), ("f", "started", ""), ("f", "passed", ""),
     ]  # fmt: skip
     lines = [json.dumps({"test": test, "outcome": outcome, "reason": reason}) for test, outcome, reason in notes]
     assert gpu_report.read_results(lines) == {
-        "passed": ["a"],
+        "passed": ["a", "f"],
         "failed": ["c", "d", "e"],
         "skipped": [{"test": "b", "reason": "why"}],
     }
+
+
+def test_what_found_no_memory_beside_others_runs_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[list[str]] = []
+
+    def played(command: list[str], env: Mapping[str, str], limit_s: int, *, echo: bool) -> tuple[int, str]:
+        runs.append(command)
+        alone = command[-1].endswith("::wide")
+        wide = ("passed", "") if alone else ("skipped", "needs 9 GiB of free GPU memory, found 5")
+        two = ("skipped", "needs 2 CUDA devices, found 1")
+        with Path(env[gpu_report.LOG_VARIABLE]).open("a") as log:
+            for test, (outcome, reason) in {"a": ("passed", ""), "two": two, "wide": wide}.items():
+                note = {"test": f"tests/gpu/a.py::{test}", "outcome": outcome, "reason": reason}
+                log.write(json.dumps(note) + "\n")
+        return 0, ""
+
+    monkeypatch.setattr(gpu_report, "_run", played)
+    results = gpu_report.run_tests(4)
+    assert results["passed"] == ["tests/gpu/a.py::a", "tests/gpu/a.py::wide"] and not results["failed"]
+    assert [skip["test"] for skip in results["skipped"]] == ["tests/gpu/a.py::two"]
+    assert [run[-1] for run in runs] == ["4", "tests/gpu", "tests/gpu/a.py::wide"]
 
 
 def test_plugin_notes_what_pytest_says(tmp_path: Path) -> None:
