@@ -54,11 +54,12 @@ RECOMPUTED = ("2:8", "64:2:8", "128:2:8", "2:16", "64:2:16", "block8:0.75", "uns
 RECOMPUTATIONS = (4, 16)
 
 
-def all_cells(rows: Sequence[str]) -> list[Cell]:
-    """Cells of the table, those from one set of gradients first."""
-    cells = [cell for row in rows for cell in standard_cells(row, methods=METHODS, updates=UPDATES)]
-    for parts in RECOMPUTATIONS:
-        cells += [Cell(row, "combinatorial", "joint", parts) for row in rows if row in RECOMPUTED]
+def all_cells(rows: Sequence[str], methods: Sequence[str] = METHODS, updates: Sequence[str] = UPDATES) -> list[Cell]:
+    """Cells of the table, those from one set of gradients first; recomputations only if nothing is left out."""
+    cells = [cell for row in rows for cell in standard_cells(row, methods=methods, updates=updates)]
+    if (tuple(methods), tuple(updates)) == (METHODS, UPDATES):
+        for parts in RECOMPUTATIONS:
+            cells += [Cell(row, "combinatorial", "joint", parts) for row in rows if row in RECOMPUTED]
     return cells
 
 
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = ["64:2:8"]
     header = _header(args, device)
     stored = _resume(args.json, header, force=args.force)
-    cells = [c for c in all_cells(rows) if c.key not in stored["cells"]]
+    wanted = all_cells(rows, args.methods.split(","), args.updates.split(","))
+    cells = [c for c in wanted if c.key not in stored["cells"]]
     if args.rows == "auto" and device.type == "cpu":
         cells = [c for c in cells if (c.method, c.update, c.recomputations) == ("combinatorial", "joint", 1)]
     model, tokenizer = load_qa_model(args.model, device=device)
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_grads=args.num_grads,
         fisher_block_size=args.fisher_block_size,
         dampening_frac=args.dampening_frac,
+        passes=args.passes,
         seed=args.seed,
     )
     loader = calibration_loader(train, num_samples=args.num_grads, batch_size=args.batch_size, seed=args.seed)
@@ -133,6 +136,7 @@ def _header(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "num_grads": args.num_grads,
         "fisher_block_size": args.fisher_block_size,
         "dampening_frac": args.dampening_frac,
+        "passes": args.passes,
         "seed": args.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
@@ -144,6 +148,7 @@ def _header(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def _command(args: argparse.Namespace) -> str:
     options = {"num-grads": args.num_grads, "fisher-block-size": args.fisher_block_size, "seed": args.seed}
+    options["passes"] = args.passes or None
     shown = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
     return f"python -m bench.oneshot_squad --model DIR --data dev.json.gz --train train.json.gz {shown}"
 
@@ -152,7 +157,9 @@ def method_hash() -> str:
     """Hash of the code that decides the figures, without docstrings; a change makes stored cells stale."""
     root = Path(__file__).parents[1] / "obs_kernels"
     digest = hashlib.sha256()
-    for folder in ("ops", "reference", "pruning"):
+    for path in sorted((root.parent / "csrc").rglob("*.*")):
+        digest.update(path.read_bytes())
+    for folder in ("ops", "reference", "cuda_calls", "triton_kernels", "pruning"):
         for path in sorted((root / folder).rglob("*.py")):
             tree = ast.parse(path.read_text())
             for node in ast.walk(tree):
@@ -176,6 +183,7 @@ def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any
         "num_grads",
         "fisher_block_size",
         "dampening_frac",
+        "passes",
         "seed",
         "device",
         "method_hash",
@@ -218,6 +226,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
     parser.add_argument("--train", required=True, help="questions to take gradients from, SQuAD v1.1")
     parser.add_argument("--rows", default="auto", help="auto, all, or patterns with commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of the methods, with commas")
+    parser.add_argument("--updates", default=",".join(UPDATES), help="some of the updates, with commas")
+    parser.add_argument("--passes", type=int, default=0, help="coordinate passes over the groups of a block, for D > m")
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--fisher-block-size", type=int, default=None, help="D for all rows; default by pattern")
     parser.add_argument("--dampening-frac", type=float, default=0.01)
