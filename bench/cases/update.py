@@ -44,7 +44,7 @@ def problems(selection: Selection) -> Iterator[Problem]:
 
 def problem(selection: Selection, name: str, size: int, dtype: str, share: str) -> Problem:
     """One size: k^3 / 3 operations a block for the factor, 2 k^2 for its solves, 2 D^2 for the right side."""
-    real = WEIGHTS["14M"] // size
+    real = WEIGHTS[name] // size
     count = real if selection.device.type == "cuda" else max(1, min(real, CPU_ENTRIES // size**2))
     kept = size // SHARES[share]
     shape = {"B": count, "D": size, "K": kept}

@@ -40,7 +40,7 @@ MAX_SEARCH_SIZE = 32
 MAX_SETS_SIZE = 16
 """Largest m of the same for n > 2, which panels do not have."""
 MAX_UPDATE_SIZE = 128
-"""The same of ``obs_update``, ``loss_increase`` and ``block_saliency``."""
+"""Widest block of the cuda kernels of ``obs_update``, ``loss_increase`` and ``block_saliency``."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "accumulate_fisher_": ("cuda", "triton", "reference"),
@@ -90,7 +90,7 @@ def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, met
             f"it takes m <= {MAX_SEARCH_SIZE} with n <= 2, and without panels m <= {MAX_SETS_SIZE} with any n, got "
             f"{pattern}"
         )
-    if fisher.shape[1] not in (pattern.m, *range(pattern.m, MAX_INVERT_SIZE + 1)):
+    if fisher.shape[1] > MAX_INVERT_SIZE:  # D > m goes through the inverse
         return f"it takes Fisher blocks of at most {MAX_INVERT_SIZE}, got {fisher.shape[1]}"
     return None
 

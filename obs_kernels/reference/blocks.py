@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from obs_kernels.checks import check_info
-from obs_kernels.reference.fisher import add_damp, factor_spd
+from obs_kernels.reference.fisher import add_damp, factor_spd, rows_finite
 
 WEIGHT_NOT_FINITE, FISHER_NOT_FINITE, DAMP_NOT_VALID = -1, -2, -3
 """``info`` of a block with such values, as the kernels have it; the first one counts."""
@@ -57,15 +57,8 @@ def find_bad_blocks(weight: Tensor, fisher: Tensor, damp: Tensor, damped: Tensor
     """
     info = factor_spd(damped)[1]
     info.masked_fill_(~((damp >= 0) & torch.isfinite(damp)), DAMP_NOT_VALID)
-    info.masked_fill_(~_all_finite(fisher.reshape(fisher.shape[0], -1)), FISHER_NOT_FINITE)
-    return info.masked_fill_(~_all_finite(weight), WEIGHT_NOT_FINITE)
-
-
-def _all_finite(values: Tensor) -> Tensor:
-    """[b]: whether a row of ``values`` [b, N] holds no NaN or Inf; no mask of that size is made."""
-    if not values.numel():
-        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
-    return torch.isfinite(values.amax(1)) & torch.isfinite(values.amin(1))
+    info.masked_fill_(~rows_finite(fisher.reshape(fisher.shape[0], -1)), FISHER_NOT_FINITE)
+    return info.masked_fill_(~rows_finite(weight), WEIGHT_NOT_FINITE)
 
 
 @dataclass(frozen=True)

@@ -123,14 +123,20 @@ def factor_spd(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if matrices.numel() == 0:
         return matrices.clone(), torch.zeros(count, dtype=torch.int32, device=matrices.device)
     factor, info = torch.linalg.cholesky_ex(matrices)
-    entries = matrices.reshape(count, size * size)
-    finite = torch.isfinite(entries.amax(1)) & torch.isfinite(entries.amin(1))
+    finite = rows_finite(matrices.reshape(count, size * size))
     diagonal = factor.diagonal(dim1=1, dim2=2)
     info = torch.where(info == 0, _first_bad_pivot(diagonal, finite), info.to(torch.int32))
     failed = info != 0
     factor.masked_fill_(failed[:, None, None], 0.0)
     diagonal.masked_fill_(failed[:, None], 1.0)
     return factor, info
+
+
+def rows_finite(values: Tensor) -> Tensor:
+    """[b]: whether a row of ``values`` [b, N] holds no NaN or Inf; no mask of that size is made."""
+    if not values.numel():
+        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    return torch.isfinite(values.amax(1)) & torch.isfinite(values.amin(1))
 
 
 def _first_bad_pivot(pivots: Tensor, finite: Tensor) -> Tensor:
