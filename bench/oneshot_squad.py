@@ -130,9 +130,9 @@ def _dense(table: OneShotTable, stored: dict[str, Any]) -> None:
 def _header(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {
         "command": _command(args),
-        "model": _digest(Path(args.model) / "model.safetensors"),
-        "data": _digest(Path(args.data)),
-        "train": _digest(Path(args.train)),
+        "model": digest(Path(args.model) / "model.safetensors"),
+        "data": digest(Path(args.data)),
+        "train": digest(Path(args.train)),
         "num_grads": args.num_grads,
         "fisher_block_size": args.fisher_block_size,
         "dampening_frac": args.dampening_frac,
@@ -200,7 +200,8 @@ def _save(path: Path, stored: dict[str, Any]) -> None:
     write_text(path.with_suffix(".md"), to_markdown(stored))
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Hash of a file; the name itself where there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(path)
 
 

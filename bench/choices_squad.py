@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two choices of the method, measured on a real SQuAD model: predicted loss and F1 with and without them.
+
+    python -m bench.choices_squad --model DIR --data dev.json.gz --train train.json.gz
+
+``passes``: how many coordinate passes over the groups of a Fisher block, by its size D. ``permutation``: panels whose
+input channels are reordered first, so that kept columns coincide, where the order folds into the layer before (FFN, and
+attention value to output). One shot, exact choice, joint update, nothing trained; means over seeds of the gradients'
+questions. Writes ``bench/results/choices_squad.json`` cell by cell and the Markdown beside it; a run that was cut off
+goes on where it stopped, if model, data, settings and the code of the method are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.gpu_report import describe_tree
+from bench.oneshot_squad import digest, method_hash
+from bench.permutation import reorder_channels_
+from obs_kernels import OBSConfig
+from obs_kernels.errors import ObsKernelsError
+from obs_kernels.files import write_text
+from obs_kernels.training.evaluate import evaluate_squad
+from obs_kernels.training.models import load_qa_model, pick_device
+from obs_kernels.training.oneshot import Cell, OneShotTable
+from obs_kernels.training.squad import load_squad, prepare_windows
+from obs_kernels.training.squad_batches import calibration_loader
+
+RESULTS = Path(__file__).parent / "results" / "choices_squad.json"
+PASSES_PATTERNS = ("2:4", "2:8", "64:2:8")
+PASSES_SIZES = (32, 64, 128)
+PASSES = (0, 1, 3)
+PERMUTED_PATTERNS = ("64:2:8", "128:2:8")
+ROUNDS = 100
+"""Of exchanges between pairs of groups, all groups at once."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = _parse(argv)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = pick_device(args.device)
+    header = {
+        "model": digest(Path(args.model) / "model.safetensors"),
+        "data": digest(Path(args.data)),
+        "train": digest(Path(args.train)),
+        "num_grads": args.num_grads,
+        "dampening_frac": args.dampening_frac,
+        "every": args.every,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "method_hash": method_hash(),
+    }
+    stored = _resume(args.json, header)
+    model, tokenizer = load_qa_model(args.model, device=device)
+    questions = load_squad(args.data, split="validation")
+    dev = prepare_windows(questions[:: args.every], tokenizer, with_labels=False)
+    train = prepare_windows(load_squad(args.train, split="train"), tokenizer, with_labels=True)
+    tree = describe_tree(args.commit)
+    started = time.monotonic()
+    for seed in range(args.seeds):
+        loader = calibration_loader(train, num_samples=args.num_grads, batch_size=args.batch_size, seed=seed)
+        tables: dict[tuple[Any, ...], OneShotTable] = {}
+        for cell in _cells(args.studies.split(",")):
+            key = f"{cell['study']}/{cell['pattern']}/{cell['D']}/{cell['value']}/{seed}"
+            if key in stored["cells"] or (args.minutes and time.monotonic() - started > 60 * args.minutes):
+                continue
+            order = cell["pattern"] if cell["value"] == "reordered" else None
+            identity = (cell["D"], order)
+            if identity not in tables:  # its gradients are those of one block size and one order of channels
+                tables.clear()
+                tables[identity] = _table(model, order, loader, tokenizer, dev, args, cell["D"])
+            table = tables[identity]
+            table.base = OBSConfig(
+                pattern="2:4",
+                num_grads=args.num_grads,
+                fisher_block_size=cell["D"],
+                dampening_frac=args.dampening_frac,
+                passes=cell["value"] if cell["study"] == "passes" else 0,
+                seed=seed,
+            )
+            result = table.run_cell(Cell(cell["pattern"], "combinatorial", "joint"))
+            stored["cells"][key] = (
+                cell
+                | {"seed": seed, "f1": result.f1, "exact_match": result.exact_match}
+                | {"predicted_loss": result.predicted_loss, "seconds_prune": round(result.seconds_prune, 3)}
+                | tree
+            )
+            stored["dense_f1"] = table.dense_result().f1
+            _save(args.json, stored)
+            print(f"{key}: F1 {result.f1:.2f} predicted {result.predicted_loss:.4g}", file=sys.stderr, flush=True)
+    _save(args.json, stored)
+    print(to_markdown(stored))
+    return 0
+
+
+def _cells(studies: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if "passes" in studies:
+        for size in PASSES_SIZES:
+            for pattern in PASSES_PATTERNS:
+                for value in PASSES:
+                    yield {"study": "passes", "pattern": pattern, "D": size, "value": value}
+    if "permutation" in studies:
+        for pattern in PERMUTED_PATTERNS:
+            for order in ("as it is", "reordered"):
+                yield {"study": "permutation", "pattern": pattern, "D": 64, "value": order}
+
+
+def _table(
+    model: nn.Module, pattern: str | None, loader: Any, tokenizer: Any, dev: Any, args: argparse.Namespace, size: int
+) -> OneShotTable:
+    """Table of ``model``, or of a copy whose channels are reordered for ``pattern``: the same function."""
+    base = OBSConfig(pattern="2:4", num_grads=args.num_grads, fisher_block_size=size, seed=loader.seed)
+    if pattern is not None:
+        model = copy.deepcopy(model)
+        gained = reorder_channels_(model, pattern, loader, base, rounds=ROUNDS)
+        print(f"reordered for {pattern}: model of the order {gained}", file=sys.stderr, flush=True)
+    return OneShotTable(
+        model, loader, lambda m: evaluate_squad(m, tokenizer, dev, batch_size=args.eval_batch_size), base
+    )
+
+
+def to_markdown(stored: dict[str, Any]) -> str:
+    """Tables of both studies from the JSON alone; means over the seeds."""
+    header, cells = stored["header"], list(stored["cells"].values())
+    share = "all questions" if header["every"] == 1 else f"every {header['every']}th question"
+    seeds = sorted({cell["seed"] for cell in cells})
+    lines = [
+        "# Passes, and the order of columns, on SQuAD",
+        "",
+        f"One shot, exact choice, joint update, nothing trained. {header['num_grads']} per-sample gradients, damping "
+        f"{header['dampening_frac']} of the mean diagonal; F1 on {share} of the dev set, dense "
+        f"{stored.get('dense_f1') or float('nan'):.2f}; means over {len(seeds)} seeds, largest less least in brackets; "
+        f"{header['device']}.",
+    ]
+    for study, title in (
+        ("passes", "Coordinate passes over the groups of a Fisher block"),
+        ("permutation", "Input channels of FFN down and attention output reordered"),
+    ):
+        found = [cell for cell in cells if cell["study"] == study]
+        values = list(dict.fromkeys(cell["value"] for cell in found))
+        lines += ["", f"## {title}", ""]
+        names = [f"{v} passes" if study == "passes" else str(v) for v in values]
+        columns = [f"predicted loss, {n}" for n in names] + [f"F1, {n}" for n in names]
+        lines += ["| pattern | D | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
+        for pattern, size in dict.fromkeys((cell["pattern"], cell["D"]) for cell in found):
+            row = [pattern, str(size)]
+            for figure, form in (("predicted_loss", "{:.4f}"), ("f1", "{:.2f}")):
+                for value in values:
+                    own = [c[figure] for c in found if (c["pattern"], c["D"], c["value"]) == (pattern, size, value)]
+                    spread = f" ({max(own) - min(own):.2f})" if figure == "f1" and len(own) > 1 else ""
+                    row.append(form.format(sum(own) / len(own)) + spread if own else "not run")
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _resume(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if stored.get("header") == header:
+        return stored
+    return {"header": header, "dense_f1": None, "cells": {}}
+
+
+def _save(path: Path, stored: dict[str, Any]) -> None:
+    write_text(path, json.dumps(stored, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), to_markdown(stored))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.choices_squad", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or hub name of a dense BERT for question answering")
+    parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
+    parser.add_argument("--train", required=True, help="questions to take gradients from, SQuAD v1.1")
+    parser.add_argument("--studies", default="passes,permutation")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=1, help="take every so many of the dev questions")
+    parser.add_argument("--num-grads", type=int, default=1024)
+    parser.add_argument("--dampening-frac", type=float, default=0.01)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--eval-batch-size", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--minutes", type=float, default=0.0, help="start no cell after that long")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="", help="commit to record where there is no git")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ObsKernelsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
