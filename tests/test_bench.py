@@ -397,12 +397,18 @@ def test_the_check_of_the_search_sees_what_it_must(pattern: str):
     op = "search_vnm" if pattern.count(":") == 2 else "search_nm"
 
     def run(weight: Tensor, fisher_: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        mask, saliency = search._public(op, pattern, "reference", weight, fisher_)
+        mask, saliency = search._public(op, pattern, {"backend": "reference"}, weight, fisher_)
         return mask, saliency * factor
 
     parsed = parse_pattern(pattern)
     assert search.check_search(run, inputs, pattern=parsed).ok
     assert not search.check_search(partial(run, factor=1.01), inputs, pattern=parsed).ok
+
+    def pairwise(weight: Tensor, fisher_: Tensor) -> tuple[Tensor, Tensor]:
+        return search._public(op, pattern, {"backend": "reference", "method": "pairwise"}, weight, fisher_)
+
+    assert search.check_pairwise(pairwise, inputs, pattern=parsed).ok
+    assert not search.check_pairwise(run, inputs, pattern=parsed).ok, "the exact choice is another one"
 
 
 def test_the_peer_of_the_search_finds_the_optimum():
