@@ -32,6 +32,8 @@ PATTERNS_AND_DTYPES = {
     "obs_update": ("any mask", "as search_nm"),
     "block_saliency": ("unstructured, blockN", "as search_nm"),
     "loss_increase": ("any", "as search_nm"),
+    "accumulate_hessian_": ("any C", "activations f16 bf16 f32 f64, Hessian f32 f64"),
+    "sweep_rows": ("n:m and v:n:m up to 20,000 kept sets; sparsegpt: n:m, unstructured", "as search_nm"),
     "pack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
     "unpack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
     "sparse_linear": ("n:m, v:2:m", "f16 bf16 f32 f64"),

@@ -28,7 +28,7 @@ from obs_kernels.errors import (
 )
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning.schedule import recomputation_stages
-from obs_kernels.pruning.threshold import prune_count, select_lowest
+from obs_kernels.reference.threshold import prune_count, select_lowest
 
 PATTERNS = ["2:4", "4:8", "2:8", "2:16", "1:4", "16:2:8", "8:2:16", "unstructured:0.75", "block4:0.75", "block8:0.5"]
 THRESHOLD = [p for p in PATTERNS if p[0].isalpha()]

@@ -52,6 +52,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "obs_update": ("cuda", "reference"),
     "block_saliency": ("cuda", "reference"),
     "loss_increase": ("cuda", "reference"),
+    "accumulate_hessian_": ("reference",),
+    "sweep_rows": ("reference",),
     "pack": ("cuda", "reference"),
     "unpack": ("reference",),
     "sparse_linear": ("reference",),

@@ -17,7 +17,7 @@ from obs_kernels.reference.blocks import compute_dtype
 
 @dataclass(frozen=True)
 class Selection:
-    """What a search chose."""
+    """What a search or a sweep over rows chose."""
 
     mask: Tensor
     """[R, C] bool, True = kept."""
@@ -25,6 +25,9 @@ class Selection:
     """[R, C/m], panels [R/v, C/m]: loss increase of the choice, 1/2 dw^T F dw; f32 (f64 for f64 input)."""
     columns: Tensor | None = None
     """[R/v, C/m, num_columns] uint8, ascending: the kept columns of each panel; None without panels."""
+    weight: Tensor | None = None
+    """[R, C] of the given dtype: the compensated weight of a sweep over rows; None from a search, which changes none.
+    """
 
 
 @torch.no_grad()

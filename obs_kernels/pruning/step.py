@@ -19,10 +19,10 @@ from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, VNMPattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.fused_step import DAMP_GROWTH, MAX_RAISES, LayerStep, is_fused, prune_fused
 from obs_kernels.pruning.layer import PrunedLayer
-from obs_kernels.pruning.threshold import prune_count, select_lowest
 from obs_kernels.reference.blocks import damp_blocks, weight_blocks
 from obs_kernels.reference.fisher import factor_spd
 from obs_kernels.reference.passes import improve_choice
+from obs_kernels.reference.threshold import prune_count, select_lowest
 
 log = logging.getLogger("obs_kernels")
 

@@ -5,14 +5,17 @@ The oracle of every test and the path on a CPU. Names and parameters equal those
 """
 
 from obs_kernels.reference.fisher import accumulate_fisher_, invert_spd
+from obs_kernels.reference.hessian import accumulate_hessian_
 from obs_kernels.reference.matmul import sparse_linear
 from obs_kernels.reference.packing import pack, unpack
 from obs_kernels.reference.prune import prune_nm, prune_vnm
 from obs_kernels.reference.search import search_nm, search_vnm
+from obs_kernels.reference.sweep import sweep_rows
 from obs_kernels.reference.update import block_saliency, loss_increase, obs_update
 
 __all__ = [
     "accumulate_fisher_",
+    "accumulate_hessian_",
     "block_saliency",
     "invert_spd",
     "loss_increase",
@@ -23,5 +26,6 @@ __all__ = [
     "search_nm",
     "search_vnm",
     "sparse_linear",
+    "sweep_rows",
     "unpack",
 ]

@@ -33,14 +33,25 @@ def weight_blocks(values: Tensor, num_blocks: int, size: int) -> Tensor:
 
 def damp_blocks(fisher: Tensor, alive: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
     """``fisher`` [b, D, D] in ``dtype``, damped, with dead entries (``alive`` [b, D] False) decoupled: diagonal 1."""
-    return _decouple_(add_damp(fisher.to(dtype), damp), ~alive)
+    return decouple_(add_damp(fisher.to(dtype), damp), ~alive)
 
 
-def _decouple_(f: Tensor, dead: Tensor) -> Tensor:
+def decouple_(f: Tensor, dead: Tensor) -> Tensor:
     """``f`` [b, D, D] with rows and columns of ``dead`` [b, D] those of the identity, in place."""
     f.masked_fill_(dead[:, :, None] | dead[:, None, :], 0.0)
     f.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
     return f
+
+
+def solve_kept(kept: Tensor, rhs: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Solution [b, K] of ``kept`` [b, K, K] for ``rhs`` [b, K], zero where not ``valid`` [b, K], and ``info`` [b].
+
+    For kept sets of different size, filled up to the widest with entries that are not valid. ``kept`` is overwritten; a
+    block with ``info`` has ``rhs`` for a solution.
+    """
+    factor, info = factor_spd(decouple_(kept, ~valid))
+    solved = torch.cholesky_solve(rhs.masked_fill(~valid, 0.0)[:, :, None], factor)[:, :, 0]
+    return solved.masked_fill(~valid, 0.0), info
 
 
 def factor_or_raise(matrices: Tensor, what: str, offset: int = 0) -> Tensor:
@@ -113,7 +124,7 @@ def condition_groups(
     if info is not None:
         info.copy_(find_bad_blocks(weight, fisher, damp, f))
         alive = alive & (info == 0)[:, None]
-        _decouple_(f, ~alive)
+        decouple_(f, ~alive)
     w = weight.to(dtype).masked_fill(~alive, 0.0).view(-1, m)
     live = alive.reshape(-1, m)
     if size == m:

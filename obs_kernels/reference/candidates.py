@@ -37,7 +37,10 @@ def sets_inside_columns(n: int, m: int, num_columns: int) -> Tensor:
 
 
 def gain_table(groups: Groups, n: int) -> Tensor:
-    """[N, comb(m, n)]: gain of every kept set of every group; a set's dead entries add nothing."""
+    """[N, comb(m, n)]: gain of every kept set of every group; a set's dead entries add nothing.
+
+    One curvature [1, m, m] for all N groups will do, if no entry is dead.
+    """
     return _scaled_gains(groups.curvature, groups.linear, n) * groups.scale[:, None]
 
 
@@ -48,8 +51,9 @@ def _scaled_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
     if n == 2:
         return _pair_gains(f, u)
     widest = comb(m - 2, n - 2)  # sets of the last level that carries matrices
-    per_group = 3 * widest * m * m * f.element_size()
-    parts = [_tree_gains(f[part], u[part], n) for part in chunks(count, per_group, f.device)]
+    shared = f.shape[0] == 1
+    per_group = 3 * widest * m * (1 if shared else m) * f.element_size()
+    parts = [_tree_gains(f if shared else f[part], u[part], n) for part in chunks(count, per_group, f.device)]
     return torch.cat(parts) if parts else u.new_zeros(0, kept_sets(n, m).shape[0])
 
 

@@ -15,7 +15,7 @@ from obs_kernels.checks import check_damp_values, check_finite
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.reference.blocks import Groups, compute_dtype, condition_groups, pair_model, plain_groups
 from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets, sets_inside_columns
-from obs_kernels.reference.fisher import chunks
+from obs_kernels.reference.fisher import CACHE_BYTES, chunks
 from obs_kernels.reference.greedy import choose_columns, keep_by_greedy
 from obs_kernels.reference.pairwise import keep_by_pairs
 
@@ -52,7 +52,7 @@ def choose_nm(
         groups, finv = _groups(weight, fisher, mask, damp, m, size, part, method, info)
         span = slice(part.start * size // m, part.stop * size // m)
         if method == "combinatorial":
-            index = _live_first(groups.alive, n)
+            index = live_first(groups.alive, n)
             live = groups.take(index)
             gains = _forbid_dead(gain_table(live, n), live.alive, n)
             places = kept_sets(n, index.shape[1]).to(weight.device)[gains.argmax(1)]
@@ -116,7 +116,7 @@ def choose_vnm(
         blocks = slice(part.start * v * cols // size, part.stop * v * cols // size)
         groups, finv = _groups(weight, fisher, mask, damp, m, size, blocks, method, info)
         used = groups.alive.view(-1, v, wide, m).any(1)
-        panel_index = _live_first(used.view(-1, m), num_columns).view(*used.shape[:2], -1)  # [P, C/m, L]
+        panel_index = live_first(used.view(-1, m), num_columns).view(*used.shape[:2], -1)  # [P, C/m, L]
         index = panel_index[:, None].expand(-1, v, -1, -1).reshape(groups.alive.shape[0], -1)
         gains = _gains_by_method(groups, finv, fisher, damp, n, method, blocks, index)
         length = index.shape[1]
@@ -157,16 +157,32 @@ def _groups(
 
 
 def choose_panels(
-    gains: Tensor, alive: Tensor, v: int, wide: int, n: int, inside: Tensor, *, masked: bool
+    gains: Tensor,
+    alive: Tensor,
+    v: int,
+    wide: int,
+    n: int,
+    inside: Tensor,
+    *,
+    masked: bool,
+    row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Kept set of each row [P, v, C/m] and column set of each panel [P, C/m], from ``gains`` [P * v * C/m, sets]."""
+    """Kept set of each row [P, v, C/m] and column set of each panel [P, C/m], from ``gains`` [P * v * C/m, sets].
+
+    ``row_scale`` [P * v] multiplies the gains of a row inside the sum over the panel.
+    """
     gains = gains.view(-1, v, wide, gains.shape[-1])
     dead = dead_in_sets(alive, n).view(gains.shape) if masked else None
 
     total = gains.new_zeros(gains.shape[0], wide, inside.shape[0])
-    for row in range(v):  # in ascending order: the sum must not depend on the backend
-        best = gains[:, row][..., inside]  # [P, C/m, column sets, kept sets inside]
-        total = total + fewest_dead(best, None if dead is None else dead[:, row][..., inside]).amax(-1)
+    row_bytes = 2 * gains.shape[0] * wide * inside.numel() * gains.element_size()
+    for part in chunks(v, row_bytes, gains.device, limit=CACHE_BYTES):
+        best = gains[:, part][..., inside]  # [P, rows, C/m, column sets, kept sets inside]
+        best = fewest_dead(best, None if dead is None else dead[:, part][..., inside]).amax(-1)
+        if row_scale is not None:
+            best = best * row_scale.view(-1, v)[:, part, None, None]
+        for row in best.unbind(1):  # in ascending order: the sum must not depend on the backend
+            total = total + row
     chosen = total.argmax(-1)  # [P, C/m]
 
     sets = inside[chosen][:, None].expand(-1, v, -1, -1)  # [P, v, C/m, kept sets inside]
@@ -264,7 +280,7 @@ def _choice_loss(
     return 0.5 * torch.einsum("gi,gij,gj->g", change, groups.curvature, change) * groups.scale
 
 
-def _live_first(alive: Tensor, least: int) -> Tensor:
+def live_first(alive: Tensor, least: int) -> Tensor:
     """[N, L] positions: the live ones of ``alive`` [N, m], ascending, then the lowest dead ones.
 
     L is the largest number of live positions, at least ``least``: in later stages of a schedule the search runs over

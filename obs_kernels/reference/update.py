@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from obs_kernels.checks import check_damp_values, check_finite, check_info
-from obs_kernels.reference.blocks import compute_dtype, damp_blocks, factor_or_raise, weight_blocks
-from obs_kernels.reference.fisher import chunks, factor_spd
+from obs_kernels.reference.blocks import compute_dtype, damp_blocks, factor_or_raise, solve_kept, weight_blocks
+from obs_kernels.reference.fisher import chunks
 
 
 def obs_update(weight: Tensor, fisher: Tensor | None, mask: Tensor, *, damp: Tensor, update: str) -> Tensor:
@@ -102,13 +102,10 @@ def _joint(f: Tensor, w: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     width = max(1, int(keep.sum(1).max()))
     index = keep.sort(dim=1, descending=True, stable=True).indices[:, :width]
     valid = keep.gather(1, index)
-    rhs = (f @ w.masked_fill(keep, 0.0)[:, :, None])[:, :, 0].gather(1, index).masked_fill(~valid, 0.0)
+    rhs = (f @ w.masked_fill(keep, 0.0)[:, :, None])[:, :, 0].gather(1, index)
     kept = f.gather(1, index[:, :, None].expand(-1, -1, f.shape[1])).gather(2, index[:, None].expand(-1, width, -1))
-    kept = kept.masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0.0)
-    kept.diagonal(dim1=1, dim2=2).masked_fill_(~valid, 1.0)
-    factor, info = factor_spd(kept)
-    change = torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
-    return w.scatter_add(1, index, change.masked_fill(~valid, 0.0)), info
+    change, info = solve_kept(kept, rhs, valid)
+    return w.scatter_add(1, index, change), info
 
 
 def _single(f: Tensor, w: Tensor, keep: Tensor, offset: int) -> Tensor:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accumulation of the Hessian that all rows of a layer share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from obs_kernels import checks
+from obs_kernels.ops.dispatch import kernel, resolve
+
+
+@torch.no_grad()
+def accumulate_hessian_(
+    hessian: Tensor, x: Tensor, *, token_weight: Tensor | None = None, scale: float, backend: str | None = None
+) -> Tensor:
+    """Add ``scale * sum_t q_t x_t x_t^T`` to the Hessian of a layer's inputs, in place.
+
+    Equivalent to::
+
+        x = x.float().flatten(0, -2)
+        hessian += scale * x.T @ (token_weight[:, None] * x)
+
+    With ``token_weight`` the squared norm of each token's output gradient, it is the row curvature of the layer;
+    without, the layer Hessian of SparseGPT.
+
+    Args:
+        hessian: [C, C] float32 (or float64), symmetric; a backend may read one triangle only and write both.
+        x: [..., C] float16, bfloat16, float32 or float64: inputs of the layer, flattened to T tokens.
+        token_weight: q, one value a token, [T] or of the leading shape of ``x``, float, not negative; None for ones.
+        scale: usually 1, or 1 / number of samples; the caller owns the damping.
+        backend: None, or a name of ``dispatch.BACKENDS``.
+
+    Returns:
+        ``hessian``, exactly symmetric. Sums are f32 (f64 for a float64 hessian), TF32 is not used for float32 inputs.
+
+    Raises:
+        ShapeNotSupportedError, DTypeNotSupportedError, DeviceMismatchError: arguments that do not fit each other.
+
+    Source: Frantar and Alistarh 2023 (SparseGPT), section 3, with a weight a token.
+    """
+    checks.check_hessian(hessian)
+    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
+    if token_weight is not None:
+        checks.check_dtype("token_weight", token_weight, checks.FLOAT_DTYPES)
+        if x.dim() > 1 and token_weight.shape == x.shape[:-1]:
+            token_weight = token_weight.reshape(-1)
+    if x.dim() != 2 and x.dim() > 0:
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    checks.check_accumulate_hessian(hessian, x, token_weight)
+    torch.ops.obs_kernels.accumulate_hessian_(
+        hessian,
+        x,
+        token_weight,
+        scale=float(scale),
+        backend=resolve("accumulate_hessian_", backend, hessian, x),
+    )
+    return hessian
+
+
+@torch.library.custom_op("obs_kernels::accumulate_hessian_", mutates_args=("hessian",))
+def _accumulate_hessian(hessian: Tensor, x: Tensor, token_weight: Tensor | None, *, scale: float, backend: str) -> None:
+    kernel("accumulate_hessian_", backend)(hessian, x, token_weight=token_weight, scale=scale)
+
+
+@_accumulate_hessian.register_fake
+def _(hessian: Tensor, x: Tensor, token_weight: Tensor | None, *, scale: float, backend: str) -> None:
+    checks.check_accumulate_hessian(hessian, x, token_weight)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hessian that all rows of a layer share: accumulation, damping, factor, and the loss of a change.
+
+For ``y = x W^T`` the curvature of a row over its C weights is ``E_t[dy_tr^2 x_t x_t^T]``. Row curvature replaces the R
+matrices by one, ``H = 1/S sum_t |dy_t|^2 x_t x_t^T``, and keeps a number a row; with unit weights H is the layer
+Hessian of SparseGPT (Frantar and Alistarh 2023), up to a factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from obs_kernels.checks import check_column_pivot
+from obs_kernels.reference.fisher import add_damp, chunks, factor_spd
+from obs_kernels.reference.precision import exact_products
+
+STRIP = 1024
+"""Rows of H that one product computes, from the diagonal on: the part left of it is mirrored, not computed."""
+
+
+@exact_products()
+def accumulate_hessian_(hessian: Tensor, x: Tensor, *, token_weight: Tensor | None, scale: float) -> Tensor:
+    """Add ``scale * sum_t q_t x_t x_t^T`` to ``hessian`` [C, C], in place; ``x`` [T, C], ``token_weight`` [T] or None.
+
+    The upper triangle is read and computed, the lower one written from it: the result is exactly symmetric.
+    """
+    cols, dtype = hessian.shape[0], hessian.dtype
+    if x.numel() == 0:
+        return hessian
+    strips = [slice(start, min(start + STRIP, cols)) for start in range(0, cols, STRIP)]
+    for part in chunks(x.shape[0], 2 * cols * hessian.element_size(), x.device):
+        tokens = x[part].to(dtype)
+        weighted = tokens if token_weight is None else tokens * token_weight[part].to(dtype)[:, None]
+        for strip in strips:
+            hessian[strip, strip.start :].addmm_(weighted[:, strip].mT, tokens[:, strip.start :], alpha=scale)
+    for strip in strips:
+        square = hessian[strip, strip]
+        square.copy_(square.triu() + square.triu(1).mT)
+        hessian[strip.stop :, strip] = hessian[strip, strip.stop :].mT
+    return hessian
+
+
+def damp_hessian(hessian: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of ``hessian`` [C, C] in ``dtype`` with ``damp`` [1] added to the diagonal."""
+    return add_damp(hessian.to(dtype)[None], damp)[0]
+
+
+def upper_factor(hessian: Tensor) -> Tensor:
+    """R [C, C] upper triangular with ``H = R R^T``; ``SingularBlockError`` naming the column of the failing pivot.
+
+    By the Cholesky factor of H with rows and columns in reverse. R^-1 is the upper factor U of H^-1 = U^T U that
+    SparseGPT sweeps with; a sweep by R needs neither inverse.
+    """
+    factor, info = factor_spd(hessian.flip(0, 1)[None])
+    check_column_pivot(info, hessian.shape[0])
+    return factor[0].flip(0, 1)
+
+
+@exact_products()
+def row_loss(change: Tensor, hessian: Tensor, *, row_scale: Tensor | None = None, damp: float = 0.0) -> Tensor:
+    """[R]: ``row_scale_r * 1/2 dw_r^T (H + damp I) dw_r`` of the rows of ``change`` [R, C], in the dtype of H."""
+    dw = change.to(hessian.dtype)
+    loss = 0.5 * ((dw @ hessian) * dw).sum(1) + 0.5 * damp * (dw * dw).sum(1)
+    return loss if row_scale is None else loss * row_scale.to(loss.dtype)
