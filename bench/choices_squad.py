@@ -6,8 +6,8 @@
 ``passes``: how many coordinate passes over the groups of a Fisher block, by its size D. ``permutation``: panels whose
 input channels are reordered first, so that kept columns coincide, where the order folds into the layer before (FFN, and
 attention value to output). One shot, exact choice, joint update, nothing trained; means over seeds of the gradients'
-questions. Writes ``bench/results/choices_squad.json`` cell by cell and the Markdown beside it; a run that was cut off
-goes on where it stopped, if model, data, settings and the code of the method are the same.
+questions. Writes ``bench/results/choices_squad.json`` cell by cell, each with its commit, and the Markdown beside it; a
+run that was cut off goes on where it stopped, if model, data and settings are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bench.gpu_report import describe_tree
-from bench.oneshot_squad import digest, method_hash
+from bench.oneshot_squad import digest
 from bench.permutation import reorder_channels_
 from obs_kernels import OBSConfig
 from obs_kernels.errors import ObsKernelsError
@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dampening_frac": args.dampening_frac,
         "every": args.every,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "method_hash": method_hash(),
     }
     stored = _resume(args.json, header)
     model, tokenizer = load_qa_model(args.model, device=device)
@@ -140,7 +139,7 @@ def to_markdown(stored: dict[str, Any]) -> str:
         f"One shot, exact choice, joint update, nothing trained. {header['num_grads']} per-sample gradients, damping "
         f"{header['dampening_frac']} of the mean diagonal; F1 on {share} of the dev set, dense "
         f"{stored.get('dense_f1') or float('nan'):.2f}; means over {len(seeds)} seeds, largest less least in brackets; "
-        f"{header['device']}.",
+        f"{header['device']}; commits {', '.join(sorted({cell['commit'] for cell in cells}))}.",
     ]
     for study, title in (
         ("passes", "Coordinate passes over the groups of a Fisher block"),

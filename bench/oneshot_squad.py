@@ -27,7 +27,7 @@ import torch
 
 from bench.oneshot_table import to_markdown
 from obs_kernels import OBSConfig, __version__
-from obs_kernels.errors import ObsKernelsError
+from obs_kernels.errors import ConfigError, ObsKernelsError
 from obs_kernels.files import write_text
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
@@ -52,15 +52,30 @@ ROWS = (
 )
 RECOMPUTED = ("2:8", "64:2:8", "128:2:8", "2:16", "64:2:16", "block8:0.75", "unstructured:0.75", "unstructured:0.9")
 RECOMPUTATIONS = (4, 16)
+CURVATURES = (("layer", False), ("layer", True), ("row", False), ("row", True))
+"""Beside the block Fisher; True: sequential over the layers."""
 
 
 def all_cells(rows: Sequence[str], methods: Sequence[str] = METHODS, updates: Sequence[str] = UPDATES) -> list[Cell]:
-    """Cells of the table, those from one set of gradients first; recomputations only if nothing is left out."""
+    """Cells of the table, those from one set of gradients first; all others only if nothing is left out."""
     cells = [cell for row in rows for cell in standard_cells(row, methods=methods, updates=updates)]
     if (tuple(methods), tuple(updates)) == (METHODS, UPDATES):
         for parts in RECOMPUTATIONS:
             cells += [Cell(row, "combinatorial", "joint", parts) for row in rows if row in RECOMPUTED]
+        for curvature, sequential in CURVATURES:
+            cells += [
+                Cell(row, "combinatorial", "joint", 1, curvature, sequential) for row in rows if takes(row, curvature)
+            ]
     return cells
+
+
+def takes(pattern: str, curvature: str) -> bool:
+    """Whether a pattern goes with a curvature."""
+    try:
+        OBSConfig(pattern=pattern, curvature=curvature)
+    except ConfigError:
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

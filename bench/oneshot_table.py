@@ -7,6 +7,7 @@ from typing import Any
 
 METHOD_ORDER = ("magnitude", "diagonal", "pairwise", "combinatorial")
 UPDATE_ORDER = ("none", "single", "joint")
+CURVATURE_ORDER = ("block", "layer", "layer, sequential", "row", "row, sequential")
 
 
 def to_markdown(stored: dict[str, Any]) -> str:
@@ -32,15 +33,20 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "",
         *recomputation_table(cells),
         "",
+        "## Curvature: F1",
+        "",
+        *curvature_table(cells),
+        "",
         "## Every cell",
         "",
-        "| pattern | method | update | parts | EM | F1 | % of dense F1 | predicted loss increase | sparsity | "
-        "violations | prune s | eval s |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| pattern | method | update | parts | curvature | EM | F1 | % of dense F1 | predicted loss increase | "
+        "sparsity | violations | prune s | eval s |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for c in cells:
         lines.append(
-            f"| {c['pattern']} | {c['method']} | {c['update']} | {c['recomputations']} | {c['exact_match']:.2f} "
+            f"| {c['pattern']} | {c['method']} | {c['update']} | {c['recomputations']} | "
+            f"{_curvature(c)} | {c['exact_match']:.2f} "
             f"| {c['f1']:.2f} | "
             f"{c['f1_share']:.1f} | {c['predicted_loss']:.4g} | {c['sparsity']:.4f} | {c['violations']} | "
             f"{c['seconds_prune']:.1f} | "
@@ -51,9 +57,10 @@ def to_markdown(stored: dict[str, Any]) -> str:
 
 def f1_table(cells: list[dict[str, Any]]) -> list[str]:
     """Rows: patterns. Columns: method and update. The best of a row is bold; a dash where a method does not apply."""
-    single = {(c["pattern"], c["method"], c["update"]): c["f1"] for c in cells if c["recomputations"] == 1}
+    block = [c for c in cells if _curvature(c) == "block"]
+    single = {(c["pattern"], c["method"], c["update"]): c["f1"] for c in block if c["recomputations"] == 1}
     columns = [(m, u) for m in METHOD_ORDER for u in UPDATE_ORDER if any(k[1:] == (m, u) for k in single)]
-    patterns = list(dict.fromkeys(c["pattern"] for c in cells))
+    patterns = list(dict.fromkeys(c["pattern"] for c in block))
     lines = ["| pattern | " + " | ".join(f"{m}, {u}" for m, u in columns) + " |", "|---|" + "---:|" * len(columns)]
     for pattern in patterns:
         values = [single.get((pattern, m, u)) for m, u in columns]
@@ -68,7 +75,7 @@ def recomputation_table(cells: list[dict[str, Any]]) -> list[str]:
     found = {
         (c["pattern"], c["recomputations"]): c["f1"]
         for c in cells
-        if (c["method"], c["update"]) == ("combinatorial", "joint")
+        if (c["method"], c["update"], _curvature(c)) == ("combinatorial", "joint", "block")
     }
     parts = sorted({r for _, r in found})
     lines = [
@@ -79,3 +86,26 @@ def recomputation_table(cells: list[dict[str, Any]]) -> list[str]:
         values = [found.get((pattern, r)) for r in parts]
         lines.append(f"| {pattern} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
     return lines
+
+
+def curvature_table(cells: list[dict[str, Any]]) -> list[str]:
+    """F1 by pattern and curvature, one part, exact choice and joint update; the best of a row is bold."""
+    found = {
+        (c["pattern"], _curvature(c)): c["f1"]
+        for c in cells
+        if (c["method"], c["update"], c["recomputations"]) == ("combinatorial", "joint", 1)
+    }
+    columns = [c for c in CURVATURE_ORDER if any(kind == c for _, kind in found)]
+    if len(columns) < 2:
+        return ["Not run."]
+    lines = ["| pattern | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for pattern in dict.fromkeys(p for p, kind in found if kind != "block"):
+        values = [found.get((pattern, kind)) for kind in columns]
+        best = max(v for v in values if v is not None)
+        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
+        lines.append(f"| {pattern} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _curvature(cell: dict[str, Any]) -> str:
+    return cell.get("curvature", "block") + (", sequential" if cell.get("sequential") else "")

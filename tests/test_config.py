@@ -31,6 +31,7 @@ FIELDS = {
     "on_singular": "raise",
     "on_unsupported": "raise",
     "on_nonfinite": "raise",
+    "sequential": False,
 }
 
 
@@ -54,8 +55,14 @@ def test_fields_and_defaults_of_the_design():
         ({"num_grads": None}, ["num_grads", "got None"]),
         ({"gradients": "token"}, ["gradients", "'sample', 'batch'", "got 'token'"]),
         ({"curvature": "kfac"}, ["curvature", "'block'", "got 'kfac'"]),
-        ({"curvature": "row"}, ["curvature='row'", "not in this version", "'block'"]),
-        ({"curvature": "layer"}, ["curvature='layer'", "not in this version", "'block'"]),
+        ({"curvature": "row", "gradients": "batch"}, ["gradients must be 'sample'", "curvature='row'", "got 'batch'"]),
+        ({"curvature": "row", "method": "pairwise"}, ["method must be 'combinatorial'", "got 'pairwise'"]),
+        ({"curvature": "row", "fisher_block_size": 8}, ["fisher_block_size must be None", "got 8", "leave it out"]),
+        ({"curvature": "row", "pattern": "unstructured:0.9"}, ["n:m and v:n:m", "unstructured:0.9", "'block'"]),
+        ({"curvature": "layer", "pattern": "64:2:8"}, ["n:m and unstructured", "64:2:8"]),
+        ({"curvature": "layer", "pattern": "block4:0.8"}, ["n:m and unstructured", "block4:0.8"]),
+        ({"sequential": True}, ["sequential", "curvature='row' or 'layer'", "'block'"]),
+        ({"sequential": "yes", "curvature": "row"}, ["sequential must be true or false", "'yes'"]),
         ({"fisher_block_size": 0}, ["fisher_block_size", "at least 1", "got 0"]),
         ({"fisher_block_size": 8.0}, ["fisher_block_size", "got 8.0"]),
         ({"fisher_block_size": False}, ["fisher_block_size", "got False"]),

@@ -23,6 +23,7 @@ from obs_kernels.pruning.gradient_buffer import GradientBuffer, row_dtype
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.modes import eval_mode, require_grad
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
+from obs_kernels.pruning.row_layer import RowLayer, RowSums, require_row_layers
 from obs_kernels.pruning.samples import Samples, batch_size, check_samples, host_padding, padding_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -64,7 +65,7 @@ def collect_gradients(
     from tqdm import tqdm
 
     device = layers[0].weight.device
-    add = _add_samples if gradients == "sample" else _add_batch_gradient
+    add: Callable[..., int] = _add_samples if gradients == "sample" else _add_batch_gradient
     received = skipped = 0
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -75,7 +76,11 @@ def collect_gradients(
                 total=num_grads, desc="gradients", unit="grad", leave=False, disable=None if progress else True, delay=2
             )
         )
-        buffer = GradientBuffer(layers, limit=num_grads, sized_for=sized_for, timings=timings)
+        buffer: GradientBuffer | RowSums
+        if isinstance(layers[0], RowLayer):
+            buffer = RowSums(require_row_layers(layers), timings)
+        else:
+            buffer = GradientBuffer(layers, limit=num_grads, sized_for=sized_for, timings=timings)
         stack.callback(buffer.close)
         batches = _batches(loader, device, timings)
         while received < num_grads and (item := next(batches, None)) is not None:
@@ -190,7 +195,7 @@ def _push_gradients(buffer: GradientBuffer, grads: Sequence[Tensor]) -> None:
 
 def _add_samples(
     model: nn.Module,
-    buffer: GradientBuffer,
+    buffer: GradientBuffer | RowSums,
     batch: Any,
     padding: Tensor | None,
     loss_fn: LossFn,
@@ -232,11 +237,11 @@ def _add_samples(
 
     samples, found = _with_memory(buffer, work)
     count = min(samples, room)
-    buffer.push(count, found.dtypes, found.write)
+    buffer.push_samples(count, found)
     return count
 
 
-def _with_memory(buffer: GradientBuffer, work: Callable[[], T]) -> T:
+def _with_memory(buffer: GradientBuffer | RowSums, work: Callable[[], T]) -> T:
     """``work()``, which adds nothing anywhere; done again with a smaller buffer while memory runs out."""
     while True:
         try:

@@ -11,9 +11,10 @@ from typing import Any
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError
-from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, parse_pattern
+from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, UnstructuredPattern, VNMPattern, parse_pattern
 
 GRADIENTS = ("sample", "batch")
+CURVATURES = ("block", "row", "layer")
 ON_SINGULAR = ("raise", "increase_damp", "skip")
 ON_UNSUPPORTED = ("raise", "skip", "pad")
 ON_NONFINITE = ("raise", "skip_batch")
@@ -39,7 +40,9 @@ class OBSConfig:
         num_grads: gradients for the Fisher, S. F is divided by the number really received.
         gradients: "sample" (gradient of each sample's own loss) or "batch" (gradient of the batch mean, as in
             sparseml).
-        curvature: "block", the block Fisher.
+        curvature: "block", the block Fisher; "row", one loss-weighted Hessian for all rows of a weight and a scale a
+            row, exact choice in a sweep over the columns and a joint solve of each row; "layer", SparseGPT: the Hessian
+            with unit weights and the published choice.
         fisher_block_size: D; None takes m for n:m and v:n:m, 32 for blocks, 50 for unstructured.
         damp: absolute value added to the diagonal of F; None uses ``dampening_frac``.
         dampening_frac: damping as a share of the mean diagonal of F over a tensor's live weights.
@@ -55,6 +58,8 @@ class OBSConfig:
         on_singular: "raise", "increase_damp" (ten times for the block, repeated) or "skip" the layer.
         on_unsupported: "raise", "skip" or "pad" layers whose shape does not fit the pattern.
         on_nonfinite: "raise" or "skip_batch" for NaN or Inf in gradients.
+        sequential: prune layers in the order they run, each with the curvature of the model pruned so far (more passes
+            over the data); False takes all curvature from the model as it was. For "row" and "layer".
     """
 
     pattern: str
@@ -75,6 +80,7 @@ class OBSConfig:
     on_singular: str = "raise"
     on_unsupported: str = "raise"
     on_nonfinite: str = "raise"
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         """Validate and normalise; strings such as "1e-7" are read as numbers."""
@@ -93,12 +99,11 @@ class OBSConfig:
             raise ConfigError(
                 "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
             )
-        if not isinstance(self.global_sparsity, bool):
-            raise ConfigError(f"global_sparsity must be true or false, got {self.global_sparsity!r}")
-        if self.curvature in ("row", "layer"):
-            raise ConfigError(f"curvature={self.curvature!r} is not in this version; use curvature='block'")
-        checks.check_choice("curvature", self.curvature, ("block",))
+        for name in ("global_sparsity", "sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, choices in (
+            ("curvature", CURVATURES),
             ("gradients", GRADIENTS),
             ("method", checks.METHODS),
             ("update", checks.UPDATES),
@@ -110,7 +115,39 @@ class OBSConfig:
         self._check_together(parsed)
 
     def _check_together(self, pattern: Pattern) -> None:
+        if self.curvature == "block":
+            self._check_block(pattern)
+        else:
+            self._check_rows(pattern)
+
+    def _check_rows(self, pattern: Pattern) -> None:
+        wanted = {
+            "gradients": "sample",
+            "method": "combinatorial",
+            "update": "joint",
+            "fisher_block_size": None,
+            "passes": 0,
+            "global_sparsity": False,
+        }
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"{name} must be {value!r} with curvature={self.curvature!r}, got {getattr(self, name)!r}; "
+                    f"leave it out, or use curvature='block'"
+                )
+        row = self.curvature == "row"
+        if type(pattern) not in ((NMPattern, VNMPattern) if row else (NMPattern, UnstructuredPattern)):
+            takes = "n:m and v:n:m" if row else "n:m and unstructured"
+            raise ConfigError(
+                f"curvature={self.curvature!r} takes {takes} patterns, got {pattern}; use curvature='block'"
+            )
+
+    def _check_block(self, pattern: Pattern) -> None:
         size = self.block_size
+        if self.sequential:
+            raise ConfigError(
+                "sequential needs curvature='row' or 'layer', got curvature='block'; use sequential=False"
+            )
         if self.passes and not (pattern.fixed_count and self.method == "combinatorial"):
             raise ConfigError(
                 f"passes needs an n:m or v:n:m pattern and method='combinatorial', got passes = {self.passes} with "

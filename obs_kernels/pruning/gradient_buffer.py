@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from obs_kernels.errors import MemoryBudgetError, ObsKernelsError
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
+
+if TYPE_CHECKING:
+    from obs_kernels.pruning.samples import Samples
 
 MAX_ROWS = 128
 """Beyond it the traffic of the Fisher is small beside that of the gradients themselves (128 * 2 B against 2 * 64 B)."""
@@ -154,6 +158,10 @@ class GradientBuffer:
                     f"fisher_block_size, or fewer layers at a time ({reason})"
                 )
             self.shrink()
+
+    def push_samples(self, count: int, samples: Samples) -> None:
+        """Take the first ``count`` samples of a batch, a gradient each."""
+        self.push(count, samples.dtypes, samples.write)
 
     def shrink(self) -> bool:
         """Add what waits, give back all rows and halve S; whether there were any rows to give back."""

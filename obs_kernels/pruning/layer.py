@@ -216,9 +216,10 @@ def _make_layer(
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise DTypeNotSupportedError(f"{name}.weight must be a float tensor, got {weight.dtype}; ignore this layer")
     padded = shape
+    whole_rows = cfg.curvature != "block"
     try:
         pattern.check_shape(shape, name=f"{name}.weight")
-        size = _block_size(shape, pattern, cfg, name)
+        size = shape[1] if whole_rows else _block_size(shape, pattern, cfg, name)
     except ShapeNotSupportedError as error:
         if cfg.on_unsupported == "raise":
             raise
@@ -226,12 +227,16 @@ def _make_layer(
             return SkippedLayer(name, shape, str(error))
         size = cfg.block_size
         rows, cols = pattern.padded_shape(shape)
-        padded = (rows, -(-cols // size) * size if pattern.fixed_count else cols)
+        padded = (rows, -(-cols // size) * size if pattern.fixed_count and not whole_rows else cols)
     values = weight.detach()
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model"
         )
+    if whole_rows:
+        from obs_kernels.pruning.row_layer import RowLayer  # of which this module knows nothing else
+
+        return RowLayer(name, module, padded, padded[1], values != 0, values != 0, cfg.curvature == "row")
     return PrunedLayer(name, module, padded, size, values != 0, values != 0)
 
 

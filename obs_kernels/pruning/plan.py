@@ -11,6 +11,7 @@ from obs_kernels.errors import MemoryBudgetError
 from obs_kernels.pruning.gradient_buffer import MAX_ROWS, buffer_room, choose_rows, most_rows, row_bytes
 from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
+from obs_kernels.pruning.row_layer import RowLayer
 
 FREE_SHARE = 0.6
 """Share of the free memory that Fisher sums may take; the rest is for gradients, activations and working copies."""
@@ -96,7 +97,7 @@ class PruningPlan:
             f"{self.budget / 1e6:,.0f} MB; "
             f"{self.num_groups} pass{'es' if self.num_groups != 1 else ''} over the calibration data"
         )
-        if self.peak_bytes:
+        if any(self.buffer_rows):
             lines.append(
                 f"{max(self.buffer_rows)} gradients buffered in {max(self.buffer_bytes) / 1e6:,.0f} MB; at most "
                 f"{self.peak_bytes / 1e6:,.0f} MB at once, beside the model and what a batch takes"
@@ -134,6 +135,8 @@ def make_plan(
     rows += [PlannedLayer(s.name, s.shape, pattern, 0, 0, -1, s.reason) for s in skipped]
     if not needs_fisher:
         return PruningPlan(tuple(rows), limit)
+    if isinstance(layers[0], RowLayer):  # tokens are added as they come
+        return PruningPlan(tuple(rows), limit, (0,) * (group + 1), (0,) * (group + 1))
     members = [[layer for layer, row in zip(layers, rows, strict=False) if row.group == g] for g in range(group + 1)]
     buffered = []
     for part in members:

@@ -18,6 +18,7 @@ from obs_kernels.pruning.layer import PrunedLayer, find_layers
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
 from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
+from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.schedule import recomputation_stages
 from obs_kernels.pruning.state import check_state
 from obs_kernels.pruning.step import StagedLayer, stage_step
@@ -90,6 +91,11 @@ class OBSPruner:
             MemoryBudgetError: the Fisher does not fit, before the first batch. NonFiniteGradientError: names layer and
             batch.
         """
+        if self.config.sequential and layers is None:
+            raise ConfigError(
+                "sequential takes the layers one after the other, got layers=None; use sparsify_, or "
+                "collect(layers=...), stage_layers and commit in the order they run"
+            )
         chosen = self._named(layers)
         check_fits(
             [layer for layer in chosen if not layer.has_fisher],
@@ -109,6 +115,13 @@ class OBSPruner:
             timings=timings,
         )
 
+    def _require_block(self, method: str, instead: str) -> None:
+        if self.config.curvature != "block":
+            raise ConfigError(
+                f"{method} is for curvature='block', got {self.config.curvature!r}, whose sums are over tokens; use "
+                f"{instead}"
+            )
+
     def _held(self) -> int:
         return sum(layer.fisher_bytes for layer in self.layers if layer.has_fisher)
 
@@ -118,6 +131,7 @@ class OBSPruner:
         Gradients are buffered, and added to the Fisher many at a time or when it is read. ``.grad`` is not cleared.
         Raises ``NonFiniteGradientError`` and adds nothing if a gradient is not finite.
         """
+        self._require_block("accumulate", "collect(loader, loss_fn), which sees the tokens")
         if not any(layer.has_fisher for layer in self.layers):
             check_fits(self.layers, self.plan().budget, advice="lower fisher_block_size or raise memory_budget")
         if self._buffer is None or not self._buffer.is_open:
@@ -125,7 +139,7 @@ class OBSPruner:
         add_parameter_gradients(self._buffer, self.layers[0].num_grads)
 
     def fishers(self) -> dict[str, Tensor]:
-        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T."""
+        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T; under row curvature the Hessian [1, C, C]."""
         return {layer.parameter_name: layer.mean_fisher() for layer in self.layers}
 
     def set_fishers(self, fishers: Mapping[str, Tensor], num_grads: int) -> None:
@@ -133,6 +147,7 @@ class OBSPruner:
 
         ``num_grads`` is the S they are means of.
         """
+        self._require_block("set_fishers", "collect(loader, loss_fn)")
         if num_grads < 1:
             raise ConfigError(
                 f"num_grads must be at least 1, the number of gradients that fishers are means of, got {num_grads}"
@@ -260,6 +275,11 @@ class OBSPruner:
             "fisher_sums": {
                 layer.name: fisher.clone() for layer in self.layers if (fisher := layer.fisher_sum) is not None
             },
+            "row_sums": {
+                layer.name: layer.row_sum.clone()
+                for layer in self.layers
+                if isinstance(layer, RowLayer) and layer.row_sum is not None
+            },
             "num_grads": {layer.name: layer.num_grads for layer in self.layers},
             "reports": {
                 name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
@@ -280,6 +300,8 @@ class OBSPruner:
             fisher = state["fisher_sums"].get(layer.name)
             fisher = None if fisher is None else fisher.to(device, copy=True)
             layer.set_fisher(fisher, state["num_grads"][layer.name])
+            if isinstance(layer, RowLayer) and fisher is not None:
+                layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
         self.stage, self._saliency = state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}

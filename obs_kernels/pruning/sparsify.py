@@ -6,8 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from obs_kernels.errors import ConfigError, MemoryBudgetError, ResumeMismatchErr
 from obs_kernels.files import hold_folder, write_bytes, write_text
 from obs_kernels.pruning.calibration import LossFn
 from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.execution import execution_groups
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.memory import readable
 from obs_kernels.pruning.pruner import OBSPruner
@@ -75,27 +76,61 @@ def run_stages(
             f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
         )
     groups = _groups(pruner)
-    if len(groups) * len(pruner.stages) > 1 and loader is not None and iter(loader) is loader:
+    if (cfg.sequential or len(groups) * len(pruner.stages) > 1) and loader is not None and iter(loader) is loader:
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
+    if cfg.sequential and loader is not None and loss_fn is not None:
+        groups = _in_order(pruner, loader, loss_fn)
     with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
         folder = None if held is None else _WorkDir(held, pruner, resume=resume)
         while pruner.stage < len(pruner.stages):
             staged: list[StagedLayer] = []
-            for names in groups:
-                done = None if folder is None else folder.load(pruner, names)
-                if done is None:
-                    if cfg.needs_fisher and loader is not None and loss_fn is not None:
-                        pruner.collect(loader, loss_fn, layers=names)
-                    done = pruner.stage_layers(names)
-                    if folder is not None:
-                        folder.store(pruner, done)
-                    for item in done:
-                        item.layer.clear()
-                staged += done
+            with _weights_restored_on_error(pruner) if cfg.sequential else nullcontext():
+                for names in groups:
+                    done = None if folder is None else folder.load(pruner, names)
+                    if done is None:
+                        if cfg.needs_fisher and loader is not None and loss_fn is not None:
+                            pruner.collect(loader, loss_fn, layers=names)
+                        done = pruner.stage_layers(names)
+                        if folder is not None:
+                            folder.store(pruner, done)
+                        for item in done:
+                            item.layer.clear()
+                    if cfg.sequential:
+                        _write_weights(done)
+                    staged += done
             pruner.commit(staged)
     return pruner.finalize()
+
+
+def _in_order(pruner: OBSPruner, loader: Iterable[Any], loss_fn: LossFn) -> list[list[str]]:
+    """Groups in the order the layers run; one that does not fit the memory is cut into single layers."""
+    sizes = {row.name: row.fisher_bytes for row in pruner.plan().layers}
+    groups = []
+    for names in execution_groups(pruner.model, pruner.layers, loader, loss_fn):
+        fits = sum(sizes[name] for name in names) <= pruner.plan().budget
+        groups += [names] if fits else [[name] for name in names]
+    return groups
+
+
+@torch.no_grad()
+def _write_weights(staged: Iterable[StagedLayer]) -> None:
+    """What the layers that run later shall see; masks and reports follow when all of the stage is done."""
+    for item in staged:
+        item.layer.weight.copy_(item.weight)
+
+
+@contextmanager
+def _weights_restored_on_error(pruner: OBSPruner) -> Iterator[None]:
+    before = [layer.weight.detach().clone() for layer in pruner.layers]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for layer, weight in zip(pruner.layers, before, strict=True):
+                layer.weight.copy_(weight)
+        raise
 
 
 def _groups(pruner: OBSPruner) -> list[list[str]]:

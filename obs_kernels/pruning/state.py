@@ -14,9 +14,10 @@ from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.report import LayerReport
+from obs_kernels.pruning.row_layer import RowLayer
 
 NUMBERS = ("stage", "saliency", "seconds", "received")
-TABLES = ("config", "masks", "first_masks", "fisher_sums", "num_grads", "reports")
+TABLES = ("config", "masks", "first_masks", "fisher_sums", "row_sums", "num_grads", "reports")
 
 
 def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer], num_stages: int) -> None:
@@ -48,6 +49,9 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
         if fisher is not None:
             shape = (layer.num_blocks, layer.block_size, layer.block_size)
             _check_tensor(f"state['fisher_sums'][{layer.name!r}]", fisher, shape, torch.float32)
+            if isinstance(layer, RowLayer):
+                rows = state["row_sums"].get(layer.name)
+                _check_tensor(f"state['row_sums'][{layer.name!r}]", rows, (layer.padded[0],), torch.float64)
     wanted = {field.name for field in fields(LayerReport)}
     for name, report in state["reports"].items():
         if name not in names or not isinstance(report, Mapping) or set(report) != wanted:

@@ -19,6 +19,8 @@ from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, VNMPattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.fused_step import DAMP_GROWTH, MAX_RAISES, LayerStep, is_fused, prune_fused
 from obs_kernels.pruning.layer import PrunedLayer
+from obs_kernels.pruning.row_layer import RowLayer
+from obs_kernels.pruning.row_step import prune_rows
 from obs_kernels.reference.blocks import damp_blocks, weight_blocks
 from obs_kernels.reference.fisher import factor_spd
 from obs_kernels.reference.passes import improve_choice
@@ -55,7 +57,7 @@ def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) 
     Raises:
         SingularBlockError: names the layer; under ``on_singular="raise"``, or if raising the damping did not help.
     """
-    if pattern.fixed_count:
+    if pattern.fixed_count or cfg.curvature != "block":
         return [_staged(layer, pattern, cfg, None) for layer in layers]
     choices = _threshold_masks(layers, pattern, cfg)
     return [
@@ -67,7 +69,15 @@ def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) 
 def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | None) -> StagedLayer:
     start = time.perf_counter()
     try:
-        done = prune_fused(layer, pattern, cfg) if is_fused(layer, pattern, cfg) else _step(layer, pattern, cfg, keep)
+        if isinstance(layer, RowLayer):
+            layer.require_sum()
+            if not layer.is_reached:
+                return _skipped(layer, "no loss gradient of any sample reaches it")
+            done = prune_rows(layer, pattern, cfg)
+        elif is_fused(layer, pattern, cfg):
+            done = prune_fused(layer, pattern, cfg)
+        else:
+            done = _step(layer, pattern, cfg, keep)
     except SingularBlockError as error:
         if cfg.on_singular != "skip":
             raise SingularBlockError(f"{layer.name}: {error}") from None

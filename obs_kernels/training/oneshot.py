@@ -31,11 +31,16 @@ class Cell:
     method: str
     update: str
     recomputations: int = 1
+    curvature: str = "block"
+    sequential: bool = False
 
     @property
     def key(self) -> str:
         """A text that names the cell."""
-        return f"{self.pattern}/{self.method}/{self.update}/{self.recomputations}"
+        parts = [self.pattern, self.method, self.update, str(self.recomputations)]
+        if self.curvature != "block":
+            parts.append(self.curvature + (" sequential" if self.sequential else ""))
+        return "/".join(parts)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class OneShotTable:
         cfg = self.config(cell)
         dense = self.dense_result()
         try:
-            if cfg.recomputations == 1:
+            if self._is_stored(cfg):
                 self._fishers_of(OBSPruner(self.model, cfg))  # outside of the cell's time
             start = time.perf_counter()
             pruner, report = self._prune(cfg)
@@ -129,10 +134,19 @@ class OneShotTable:
     def config(self, cell: Cell) -> OBSConfig:
         """Settings of a cell."""
         fixed = parse_pattern(cell.pattern).fixed_count
-        cfg = replace(
-            self.base, pattern=cell.pattern, method=cell.method, update=cell.update, recomputations=cell.recomputations
+        block = cell.curvature == "block"
+        return replace(
+            self.base,
+            pattern=cell.pattern,
+            method=cell.method,
+            update=cell.update,
+            recomputations=cell.recomputations,
+            curvature=cell.curvature,
+            sequential=cell.sequential,
+            fisher_block_size=self.base.fisher_block_size if block else None,
+            passes=self.base.passes if block else 0,
+            global_sparsity=block and not fixed,
         )
-        return replace(cfg, global_sparsity=not fixed)
 
     def prune(self, cell: Cell) -> OBSPruner:
         """Prune the model by ``cell`` and leave it so; ``restore`` brings the dense weights back."""
@@ -146,12 +160,16 @@ class OneShotTable:
 
     def _prune(self, cfg: OBSConfig) -> tuple[OBSPruner, PruningReport]:
         pruner = OBSPruner(self.model, cfg)
-        if cfg.recomputations == 1:
+        if self._is_stored(cfg):
             pruner.set_fishers(*self._fishers_of(pruner))
             pruner.prune()
             return pruner, pruner.finalize()
         self._fishers = None  # both sets may not fit the memory
         return pruner, run_stages(pruner, self.calibration, squad_loss)
+
+    def _is_stored(self, cfg: OBSConfig) -> bool:
+        """Whether the cell takes its curvature from what is collected once for all."""
+        return cfg.recomputations == 1 and cfg.curvature == "block"
 
     def _fishers_of(self, pruner: OBSPruner) -> tuple[dict[str, Tensor], int]:
         """Mean Fishers of the dense model for the block size at hand, on the model's device."""
