@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -41,12 +42,25 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicSharedMemorySize };
+// What the smallest of the GPUs of today allows: 99 KB.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 99 * 1024;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(const Kernel&, int, int) {
+  return cudaSuccess;
+}
 
 using std::max;
 using std::min;
 
 struct alignas(8) uint2 {
   unsigned x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 struct Index {
   unsigned x;
@@ -60,10 +74,19 @@ constexpr unsigned kWarp = 32;
 inline std::unique_ptr<std::barrier<>> block;
 inline std::vector<std::unique_ptr<std::barrier<>>> warps;
 inline std::vector<std::uint32_t> exchange;
+inline unsigned char* dynamic = nullptr;
+
+// Shared memory of the size that the launch asks for; past its end is a red zone.
+template <typename T>
+T* launch_memory() {
+  return reinterpret_cast<T*>(dynamic);
+}
 
 template <typename Kernel>
-void launch(unsigned grid, int threads, const Kernel& kernel) {
+void launch(unsigned grid, int threads, std::size_t bytes, const Kernel& kernel) {
   const auto count = static_cast<unsigned>(threads);
+  const std::align_val_t alignment{64};
+  dynamic = new (alignment) unsigned char[bytes];
   gridDim.x = grid;
   blockDim.x = count;
   block = std::make_unique<std::barrier<>>(threads);
@@ -83,6 +106,7 @@ void launch(unsigned grid, int threads, const Kernel& kernel) {
     });
   }
   for (auto& worker : workers) worker.join();
+  ::operator delete[](dynamic, alignment);
 }
 
 }  // namespace emulation

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from obs_kernels import _ext, reference
 from obs_kernels.cuda_calls import conditional, search
+from obs_kernels.cuda_calls.column_tables import column_tables
 from obs_kernels.errors import (
     ConfigError,
     DTypeNotSupportedError,
@@ -102,12 +104,15 @@ def test_search_nm_of_any_dtype_and_strides(gen: torch.Generator, pattern: str, 
         torch.testing.assert_close(found[1], saliency, rtol=1e-4, atol=1e-6)
 
 
-def test_search_vnm_in_several_launches(gen: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pattern", "num_columns"), [("2:2:8", 4), ("2:5:8", 7), ("2:4:8", 6), ("2:3:8", 4)])
+def test_search_vnm_in_several_launches(
+    gen: torch.Generator, monkeypatch: pytest.MonkeyPatch, pattern: str, num_columns: int
+) -> None:
     weight, fisher = problem(gen, 12, 16, 8)
-    wanted = reference.search_vnm(weight, fisher, "2:2:8", mask=None, num_columns=4, **OPTIONS)
+    wanted = reference.search_vnm(weight, fisher, pattern, mask=None, num_columns=num_columns, **OPTIONS)
     for limit in (1, 4 * 2 * 2 * 28 * 4, 1 << 20):
         monkeypatch.setattr(search, "GAINS_BYTES", limit)
-        found = search.search_vnm(weight, fisher, "2:2:8", mask=None, num_columns=4, **OPTIONS)
+        found = search.search_vnm(weight, fisher, pattern, mask=None, num_columns=num_columns, **OPTIONS)
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)
 
@@ -134,14 +139,35 @@ def test_wider_blocks(gen: torch.Generator, pattern: str, size: int, monkeypatch
             assert float(saliency[row, group]) == pytest.approx(loss, rel=SALIENCY_CONDITIONAL, abs=1e-6)
 
 
-def test_panels_of_wider_blocks(gen: torch.Generator) -> None:
+@pytest.mark.parametrize(("pattern", "num_columns"), [("4:2:8", 4), ("4:4:8", 6)])
+def test_panels_of_wider_blocks(gen: torch.Generator, pattern: str, num_columns: int) -> None:
     weight, fisher = problem(gen, 8, 32, 16)
     mask = torch.rand(8, 32, generator=gen) < 0.8
     for alive in (None, mask):
-        wanted = reference.search_vnm(weight, fisher, "4:2:8", mask=alive, num_columns=4, **OPTIONS)
-        found = search.search_vnm(weight, fisher, "4:2:8", mask=alive, num_columns=4, **OPTIONS)
+        wanted = reference.search_vnm(weight, fisher, pattern, mask=alive, num_columns=num_columns, **OPTIONS)
+        found = search.search_vnm(weight, fisher, pattern, mask=alive, num_columns=num_columns, **OPTIONS)
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
         torch.testing.assert_close(found[1], wanted[1], rtol=SALIENCY_CONDITIONAL, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "num_columns"), [(3, 4, 3), (5, 8, 7), (4, 7, 5), (3, 12, 4), (9, 16, 11), (8, 11, 10)]
+)
+def test_tables_list_the_sets_inside_columns(n: int, m: int, num_columns: int) -> None:
+    """The order of kept sets is that of ``obs_kernels/search.h``, here by sorting tuples."""
+    half = 4 if m <= 8 else 8
+
+    def place(kept: tuple[int, ...]) -> tuple[int, tuple[int, ...], int]:
+        first = [i for i in kept if i < half]
+        return len(first), kept[len(first) :], sum(1 << i for i in first)
+
+    number = {kept: i for i, kept in enumerate(sorted(combinations(range(m), n), key=place))}
+    tables = column_tables(n, m, num_columns, torch.device("cpu"))
+    columns = list(combinations(range(m), num_columns))
+    assert tables.columns.tolist() == [list(some) for some in columns] and tables.derived.numel() == 0
+    for at in range(0, len(columns), max(1, len(columns) // 64)):
+        wanted = sorted(number[kept] for kept in combinations(columns[at], n))
+        assert sorted(tables.lists[:, at].tolist()) == wanted
 
 
 def test_example_g() -> None:
@@ -219,13 +245,15 @@ def test_what_the_kernels_do_not_take(gen: torch.Generator) -> None:
     [
         ("2:8", "pairwise", 8, torch.float32, "method='combinatorial' only, got 'pairwise'"),
         ("2:8", "combinatorial", 8, torch.float64, "float32 fisher and a weight of at most 32 bits"),
-        ("3:20", "combinatorial", 20, torch.float32, "without panels m <= 16 with any n, got 3:20"),
+        ("3:20", "combinatorial", 20, torch.float32, "m <= 16 with any n, got 3:20"),
         ("2:40", "combinatorial", 40, torch.float32, "m <= 32 with n <= 2"),
         ("2:8", "combinatorial", 136, torch.float32, "Fisher blocks of at most 128, got 136"),
-        ("2:3:8", "combinatorial", 8, torch.float32, "without panels m <= 16 with any n, got 2:3:8"),
+        ("2:3:20", "combinatorial", 20, torch.float32, "m <= 16 with any n, got 2:3:20"),
         ("2:8", "combinatorial", 128, torch.float32, None),
         ("9:16", "combinatorial", 16, torch.float32, None),
         ("2:2:32", "combinatorial", 32, torch.float32, None),
+        ("2:3:8", "combinatorial", 8, torch.float32, None),
+        ("2:7:16", "combinatorial", 16, torch.float32, None),
     ],
 )
 def test_dispatch_knows_what_the_kernels_take(

@@ -79,6 +79,33 @@ __device__ __forceinline__ uint32_t all_bits(int m) {
   return m == 32 ? 0xFFFFFFFFu : (1u << m) - 1u;
 }
 
+// The best of some sets: `key` has bit 31 - i for entry i, so that of equal sizes the
+// lexicographically first has the largest.
+struct Best {
+  float gain;
+  uint32_t key;
+};
+
+__device__ __forceinline__ void take_better(float gain, uint32_t key, Best& best) {
+  if (gain > best.gain || (gain == best.gain && key > best.key)) best = {gain, key};
+}
+
+// The best of all lanes, for all of them; with a gain that is not a number, of some.
+__device__ __forceinline__ Best best_of_warp(Best best) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const float gain = __shfl_xor_sync(kAllLanes, best.gain, distance);
+    take_better(gain, __shfl_xor_sync(kAllLanes, best.key, distance), best);
+  }
+  return best;
+}
+
+// The n lowest of more entries.
+__device__ __forceinline__ uint32_t lowest(uint32_t entries, int n) {
+  while (__popc(entries) > n) entries &= ~(1u << (31 - __clz(static_cast<int>(entries))));
+  return entries;
+}
+
 // Columns that the panel of a group leaves open.
 __device__ __forceinline__ uint32_t open_columns(const Task& task, int64_t group) {
   if (task.column_bits == nullptr) return 0xFFFFFFFFu;

@@ -27,10 +27,17 @@ struct Task {
   int64_t stride;
 };
 
-// n <= 2. Alignment to 16 bytes of all that the task points at is found out inside.
-LaunchPlan launch_pairs(const Task& task, Mode mode, cudaStream_t stream);  // m <= 16
-LaunchPlan launch_wide(const Task& task, Mode mode, cudaStream_t stream);   // m <= 32
-LaunchPlan launch_sets(const Task& task, cudaStream_t stream);              // n > 2, m <= 16
+// Kept sets of n of m.
+inline int64_t count_sets(int64_t n, int64_t m) {
+  int64_t count = 1;
+  for (int64_t i = 1; i <= n; ++i) count = count * (m - n + i) / i;
+  return count;
+}
+
+// Alignment to 16 bytes of all that the task points at is found out inside.
+LaunchPlan launch_pairs(const Task& task, Mode mode, cudaStream_t stream);  // n <= 2, m <= 16
+LaunchPlan launch_wide(const Task& task, Mode mode, cudaStream_t stream);   // n <= 2, m <= 32
+LaunchPlan launch_sets(const Task& task, Mode mode, cudaStream_t stream);   // n > 2, m <= 16
 
 // Columns of `panels` panels from `first_panel` on, from the gains of their groups.
 LaunchPlan launch_columns(const PanelParams& params,

@@ -2,7 +2,7 @@
 // Columns of panels, from the gains of their groups; and the saliency of panels.
 #include <cuda_runtime.h>
 
-#include <climits>
+#include <cstddef>
 #include <cstdint>
 
 #include "common/check.h"
@@ -14,8 +14,6 @@
 namespace obs_kernels::search {
 namespace {
 
-constexpr int kMaxBase = 512;  // kept sets of n <= 2
-
 struct Panel {
   int64_t at;           // of all panels
   int64_t row;          // of panels
@@ -23,88 +21,123 @@ struct Panel {
   int64_t first_group;  // of the launch
 };
 
-// Columns with a live entry come first, ascending, then the others: sets are visited in that order.
-// `source[e]` is the entry of a row's gains that belongs to the positions of entry e.
+// Columns with a live entry come first, ascending, then the others: of equal column sets the one
+// that is first in that order is taken. `position[i]` is the place of column i in it.
 __device__ __forceinline__ void order_columns(const PanelParams& p,
                                               const Panel& panel,
                                               int thread,
-                                              int threads,
-                                              uint8_t* place,
-                                              uint16_t* source) {
+                                              uint8_t* position) {
   const int m = static_cast<int>(p.groups.m);
-  if (thread < kWarp) {
-    bool used = false;
-    if (thread < m) {
-      for (int64_t row = panel.row * p.v; row < (panel.row + 1) * p.v; ++row) {
-        used |= p.groups.alive[(row * p.wide + panel.col) * m + thread] != 0;
-      }
-    }
-    const uint32_t bits = __ballot_sync(kAllLanes, used);
-    const uint32_t below = (1u << thread) - 1u;
-    if (thread < m) {
-      const int at = used ? __popc(bits & below) : __popc(bits) + __popc(~bits & below);
-      place[at] = static_cast<uint8_t>(thread);
+  if (thread >= kWarp) return;
+  bool used = p.groups.alive == nullptr;
+  if (thread < m && !used) {
+    for (int64_t row = panel.row * p.v; row < (panel.row + 1) * p.v; ++row) {
+      used |= p.groups.alive[(row * p.wide + panel.col) * m + thread] != 0;
     }
   }
-  __syncthreads();
-  const int base = static_cast<int>(p.groups.n == 1 ? m : m * (m - 1) / 2);
-  for (int entry = thread; entry < base; entry += threads) {
-    if (p.groups.n == 1) {
-      source[entry] = place[entry];
-      continue;
-    }
-    int a = 0;
-    int rest = entry;
-    while (rest >= m - 1 - a) rest -= m - 1 - a++;
-    const int one = place[a];
-    const int other = place[a + 1 + rest];
-    const int low = one < other ? one : other;
-    const int high = one < other ? other : one;
-    source[entry] = static_cast<uint16_t>(low * m - low * (low + 1) / 2 + high - low - 1);
-  }
+  const uint32_t bits = __ballot_sync(kAllLanes, used && thread < m);
+  const uint32_t below = (1u << thread) - 1u;
+  const int at = used ? __popc(bits & below) : __popc(bits) + __popc(~bits & below);
+  position[thread] = static_cast<uint8_t>(at);
 }
 
-// Tables of `rows` rows from `row` on: gains of kept sets, then the derived entries.
-template <typename Config, bool kMasked>
+// The gains of a panel's row `row`.
+__device__ __forceinline__ const float* gains_of_row(const PanelParams& p,
+                                                     const Panel& panel,
+                                                     int64_t stride,
+                                                     int64_t row) {
+  const int64_t group = (panel.row * p.v + row) * p.wide + panel.col - panel.first_group;
+  return p.gains + group * stride;
+}
+
+// An entry of the tables of kRows rows.
+template <int kRows>
+struct alignas(sizeof(float) * kRows) Entry {
+  float of[kRows];
+};
+
+// Tables of `rows` rows from `row` on: `base` gains of kept sets, then the derived entries, of
+// which interleaved tables have none.
+template <typename Config>
 __device__ __forceinline__ void fill_tables(const PanelParams& p,
                                             const Panel& panel,
                                             int64_t stride,
+                                            int base,
                                             int64_t row,
                                             int rows,
                                             int thread,
-                                            const uint16_t* source,
                                             float* table) {
-  const int m = static_cast<int>(p.groups.m);
-  const int base = p.groups.n == 1 ? m : m * (m - 1) / 2;
-  for (int item = thread; item < rows * base; item += Config::kThreads) {
-    const int line = item / base;
-    const int entry = item - line * base;
-    const int64_t group = ((panel.row * p.v + row + line) * p.wide + panel.col) - panel.first_group;
-    table[line * Config::kCapacity + entry] =
-        p.gains[group * stride + (kMasked ? source[entry] : entry)];
-  }
-  __syncthreads();
-  const int derived = static_cast<int>(p.tables.num_derived);
-  for (int item = thread; item < rows * derived; item += Config::kThreads) {
-    const int line = item / derived;
-    const int entry = item - line * derived;
-    float* const mine = table + line * Config::kCapacity;
-    const uint16_t* const parts = p.tables.derived + entry;
-    const float two = fmaxf(mine[parts[0]], mine[parts[derived]]);
-    mine[base + entry] = fmaxf(two, mine[parts[2 * derived]]);
+  if constexpr (Config::kInterleaved) {
+    constexpr int kRows = Config::kRows;
+    auto* const entries = reinterpret_cast<Entry<kRows>*>(table);
+    for (int entry = thread; entry < base; entry += Config::kThreads) {
+      Entry<kRows> all{};
+#pragma unroll
+      for (int line = 0; line < kRows; ++line) {
+        if (line < rows) all.of[line] = gains_of_row(p, panel, stride, row + line)[entry];
+      }
+      entries[entry] = all;
+    }
+  } else {
+    for (int item = thread; item < rows * base; item += Config::kThreads) {
+      const int line = item / base;
+      const int entry = item - line * base;
+      table[line * Config::kCapacity + entry] = gains_of_row(p, panel, stride, row + line)[entry];
+    }
+    __syncthreads();
+    const int derived = static_cast<int>(p.tables.num_derived);
+    for (int item = thread; item < rows * derived; item += Config::kThreads) {
+      const int line = item / derived;
+      const int entry = item - line * derived;
+      float* const mine = table + line * Config::kCapacity;
+      const uint16_t* const parts = p.tables.derived + entry;
+      const float two = fmaxf(mine[parts[0]], mine[parts[derived]]);
+      mine[base + entry] = fmaxf(two, mine[parts[2 * derived]]);
+    }
   }
 }
 
-template <typename Config, bool kMasked>
-__global__ __launch_bounds__(Config::kThreads) void columns_kernel(PanelParams p,
-                                                                   int64_t first_panel,
-                                                                   int64_t stride) {
+// The largest entry of each row's table inside column set `set`.
+template <typename Config>
+__device__ __forceinline__ void best_inside(
+    const PanelParams& p, int set, int rows, const float* table, float (&most)[Config::kRows]) {
+  constexpr int kRows = Config::kRows;
+  const int num_sets = static_cast<int>(p.tables.num_sets);
+  const int length = static_cast<int>(p.tables.length);
+#pragma unroll
+  for (int line = 0; line < kRows; ++line) most[line] = -INFINITY;
+  if constexpr (Config::kInterleaved) {
+    const auto* const entries = reinterpret_cast<const Entry<kRows>*>(table);
+#pragma unroll 4
+    for (int item = 0; item < length; ++item) {
+      const Entry<kRows> entry = entries[p.tables.lists[item * num_sets + set]];
+#pragma unroll
+      for (int line = 0; line < kRows; ++line) most[line] = fmaxf(most[line], entry.of[line]);
+    }
+  } else {
+#pragma unroll 1
+    for (int item = 0; item < length; ++item) {
+      const float* const entry = table + p.tables.lists[item * num_sets + set];
+#pragma unroll
+      for (int line = 0; line < kRows; ++line) {
+        if (line < rows) most[line] = fmaxf(most[line], entry[line * Config::kCapacity]);
+      }
+    }
+  }
+}
+
+// kDead: whether entries tell of dead ones (with_dead).
+template <typename Config, bool kDead>
+__global__ __launch_bounds__(Config::kThreads, 1) void columns_kernel(PanelParams p,
+                                                                      int64_t first_panel,
+                                                                      int64_t stride,
+                                                                      int base) {
   constexpr int kThreads = Config::kThreads;
   constexpr int kRows = Config::kRows;
-  __shared__ float table[kRows * Config::kCapacity];
-  __shared__ uint16_t source[kMaxBase];
-  __shared__ uint8_t place[kWarp];
-  static_assert(2 * kThreads <= kRows * Config::kCapacity, "the reduction uses the same memory");
+  extern __shared__ float4 memory[];
+  __shared__ Best bests[kThreads / kWarp];
+  __shared__ uint8_t position[kWarp];
+  float* const table = reinterpret_cast<float*>(memory);
 
   const int thread = static_cast<int>(threadIdx.x);
   Panel panel{};
@@ -112,39 +145,29 @@ __global__ __launch_bounds__(Config::kThreads) void columns_kernel(PanelParams p
   panel.row = panel.at / p.wide;
   panel.col = panel.at - panel.row * p.wide;
   panel.first_group = first_panel * p.v;
-  if constexpr (kMasked) order_columns(p, panel, thread, kThreads, place, source);
+  order_columns(p, panel, thread, position);  // seen by all after the barriers below
 
   const int num_sets = static_cast<int>(p.tables.num_sets);
-  const int length = static_cast<int>(p.tables.length);
-  float best = -INFINITY;
-  int best_set = INT_MAX;
+  const int num_columns = static_cast<int>(p.num_columns);
+  Best best{-INFINITY, 0u};
   for (int first_set = 0; first_set < num_sets; first_set += kThreads * Config::kSets) {
     float total[Config::kSets] = {};
     for (int64_t row = 0; row < p.v; row += kRows) {
       const int rows = static_cast<int>(p.v - row < kRows ? p.v - row : kRows);
       __syncthreads();  // the tables of the last chunk have been read
-      fill_tables<Config, kMasked>(p, panel, stride, row, rows, thread, source, table);
+      fill_tables<Config>(p, panel, stride, base, row, rows, thread, table);
       __syncthreads();
 #pragma unroll
       for (int turn = 0; turn < Config::kSets; ++turn) {
         const int set = first_set + turn * kThreads + thread;
         if (set >= num_sets) continue;
         float most[kRows];
-#pragma unroll
-        for (int line = 0; line < kRows; ++line) most[line] = -INFINITY;
-#pragma unroll 1
-        for (int item = 0; item < length; ++item) {
-          const float* const entry = table + p.tables.lists[item * num_sets + set];
-#pragma unroll
-          for (int line = 0; line < kRows; ++line) {
-            if (line < rows) most[line] = fmaxf(most[line], entry[line * Config::kCapacity]);
-          }
-        }
+        best_inside<Config>(p, set, rows, table, most);
         // one row after the other: the sum must not depend on the backend
 #pragma unroll
         for (int line = 0; line < kRows; ++line) {
           if (line < rows) {
-            const float gain = kMasked ? without_dead(most[line]) : most[line];
+            const float gain = kDead ? without_dead(most[line]) : most[line];
             total[turn] = __fadd_rn(total[turn], gain);
           }
         }
@@ -153,41 +176,32 @@ __global__ __launch_bounds__(Config::kThreads) void columns_kernel(PanelParams p
 #pragma unroll
     for (int turn = 0; turn < Config::kSets; ++turn) {
       const int set = first_set + turn * kThreads + thread;
-      if (set < num_sets && total[turn] > best) {
-        best = total[turn];
-        best_set = set;
+      if (set >= num_sets || !(total[turn] >= best.gain)) continue;
+      uint32_t key = 0u;
+      for (int i = 0; i < num_columns; ++i) {
+        key |= 0x80000000u >> position[p.tables.columns[set * num_columns + i]];
       }
+      take_better(total[turn], key, best);
     }
   }
 
+  best = best_of_warp(best);
+  if (thread % kWarp == 0) bests[thread / kWarp] = best;
   __syncthreads();
-  float* const values = table;
-  int* const sets = reinterpret_cast<int*>(table + kThreads);
-  values[thread] = best;
-  sets[thread] = best_set;
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (thread >= step) continue;
-    const float other = values[thread + step];
-    const int other_set = sets[thread + step];
-    if (other > values[thread] || (other == values[thread] && other_set < sets[thread])) {
-      values[thread] = other;
-      sets[thread] = other_set;
-    }
-  }
   if (thread != 0) return;
-  const int chosen = sets[0] == INT_MAX ? 0 : sets[0];  // all sums are NaN: any set will do
-  const int num_columns = static_cast<int>(p.num_columns);
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) {
+    take_better(bests[warp].gain, bests[warp].key, best);
+  }
+  // all sums are NaN: any set will do
+  const uint32_t key = best.key == 0u ? ~(0xFFFFFFFFu >> 1 >> (num_columns - 1)) : best.key;
   uint32_t bits = 0u;
-  for (int i = 0; i < num_columns; ++i) {
-    const int column = p.tables.columns[chosen * num_columns + i];
-    bits |= 1u << (kMasked ? place[column] : column);
+  uint8_t* target = p.columns + panel.at * num_columns;
+  for (int column = 0; column < static_cast<int>(p.groups.m); ++column) {
+    if (!(key << position[column] >> 31)) continue;
+    bits |= 1u << column;
+    *target++ = static_cast<uint8_t>(column);
   }
   p.column_bits[panel.at] = bits;
-  uint8_t* target = p.columns + panel.at * num_columns;
-  for (int column = 0; column < kWarp; ++column) {
-    if (bits >> column & 1u) *target++ = static_cast<uint8_t>(column);
-  }
 }
 
 template <int kThreads>
@@ -202,6 +216,12 @@ __global__ __launch_bounds__(kThreads) void panel_sums_kernel(PanelParams p, int
 }
 
 template <typename Config>
+int64_t table_bytes(int64_t base) {
+  const int64_t entries = Config::kInterleaved ? base : Config::kCapacity;
+  return Config::kRows * entries * static_cast<int64_t>(sizeof(float));
+}
+
+template <typename Config, bool kDead>
 LaunchPlan launch(const PanelParams& params,
                   int64_t first_panel,
                   int64_t panels,
@@ -209,16 +229,39 @@ LaunchPlan launch(const PanelParams& params,
                   const char* path,
                   cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(panels);
-  if (params.groups.alive != nullptr) {
-    columns_kernel<Config, true>
-        <<<grid, Config::kThreads, 0, stream>>>(params, first_panel, stride);
-  } else {
-    columns_kernel<Config, false>
-        <<<grid, Config::kThreads, 0, stream>>>(params, first_panel, stride);
+  const auto base = static_cast<int>(count_sets(params.groups.n, params.groups.m));
+  const auto bytes = static_cast<size_t>(table_bytes<Config>(base));
+  if constexpr (Config::kInterleaved) {
+    OBS_CUDA_CHECK(cudaFuncSetAttribute(columns_kernel<Config, kDead>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(bytes)));
   }
+  columns_kernel<Config, kDead>
+      <<<grid, Config::kThreads, bytes, stream>>>(params, first_panel, stride, base);
   OBS_CUDA_CHECK(cudaGetLastError());
   count_launch();
   return {"search_vnm", path, panels, Config::kThreads};
+}
+
+template <typename Config>
+LaunchPlan launch_masked(const PanelParams& params,
+                         int64_t first_panel,
+                         int64_t panels,
+                         int64_t stride,
+                         const char* path,
+                         cudaStream_t stream) {
+  const bool dead = params.groups.alive != nullptr && params.groups.n <= 2;
+  return (dead ? launch<Config, true>
+               : launch<Config, false>)(params, first_panel, panels, stride, path, stream);
+}
+
+// Bytes of tables that a block may have on this device.
+int64_t most_table_bytes() {
+  int device = 0;
+  int bytes = 0;
+  OBS_CUDA_CHECK(cudaGetDevice(&device));
+  OBS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes - kPanelStatic;
 }
 
 }  // namespace
@@ -228,22 +271,36 @@ LaunchPlan launch_columns(const PanelParams& params,
                           int64_t panels,
                           int64_t stride,
                           cudaStream_t stream) {
-  const int64_t m = params.groups.m;
-  const int64_t base = params.groups.n == 1 ? m : m * (m - 1) / 2;
+  const int64_t base = count_sets(params.groups.n, params.groups.m);
   const int64_t entries = base + params.tables.num_derived;
-  OBS_CHECK(entries <= PanelLarge::kCapacity && base <= kMaxBase,
-            "the table of a row must have at most ",
-            PanelLarge::kCapacity,
-            " entries, got ",
-            entries);
   const int64_t sets = params.tables.num_sets;
   if (entries <= PanelSmall::kCapacity && sets <= PanelSmall::kThreads) {
-    return launch<PanelSmall>(params, first_panel, panels, stride, "panels_small", stream);
+    return launch_masked<PanelSmall>(params, first_panel, panels, stride, "panels_small", stream);
   }
   if (entries <= PanelMedium::kCapacity) {
-    return launch<PanelMedium>(params, first_panel, panels, stride, "panels_medium", stream);
+    return launch_masked<PanelMedium>(params, first_panel, panels, stride, "panels_medium", stream);
   }
-  return launch<PanelLarge>(params, first_panel, panels, stride, "panels_large", stream);
+  if (params.groups.n <= 2) {
+    OBS_CHECK(entries <= PanelLarge::kCapacity,
+              "the table of a row must have at most ",
+              PanelLarge::kCapacity,
+              " entries, got ",
+              entries);
+    return launch_masked<PanelLarge>(params, first_panel, panels, stride, "panels_large", stream);
+  }
+  const int64_t most = most_table_bytes();
+  const int64_t row_bytes = table_bytes<PanelSets<1>>(base);
+  OBS_CHECK(params.tables.num_derived == 0 && row_bytes <= most,
+            "for n > 2 num_derived must be 0 and the table of a row have at most ",
+            most,
+            " bytes, got ",
+            params.tables.num_derived,
+            " and ",
+            row_bytes);
+  const auto run = 4 * row_bytes <= most   ? launch<PanelSets<4>, false>
+                   : 2 * row_bytes <= most ? launch<PanelSets<2>, false>
+                                           : launch<PanelSets<1>, false>;
+  return run(params, first_panel, panels, stride, "panels_sets", stream);
 }
 
 LaunchPlan launch_panel_sums(const PanelParams& params, cudaStream_t stream) {

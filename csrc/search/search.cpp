@@ -23,6 +23,13 @@ void check_sizes(const SearchParams& params) {
             params.n,
             ", m = ",
             params.m);
+  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize,
+            "m must be at most ",
+            kMaxSetsSize,
+            " for n > 2, got n = ",
+            params.n,
+            ", m = ",
+            params.m);
   // A block of threads for a group at least: gridDim.x is the limit.
   OBS_CHECK(params.num_groups >= 0 && params.num_groups <= std::numeric_limits<int32_t>::max(),
             "num_groups must be 0 to 2^31 - 1, got ",
@@ -46,35 +53,28 @@ void check_pointers(const SearchParams& params, int device) {
   OBS_CHECK(device >= 0, "device must be an index, got ", device);
 }
 
-int64_t count_sets(int64_t n, int64_t m) {
-  return n == 1 ? m : m * (m - 1) / 2;
-}
-
 // Entries from one row of gains to the next: pieces of 16 bytes.
 int64_t gains_stride(int64_t n, int64_t m) {
-  return (count_sets(n, m) + 3) / 4 * 4;
+  return (search::count_sets(n, m) + 3) / 4 * 4;
+}
+
+// The kernels for n of m.
+auto launch_of(const SearchParams& params) {
+  if (params.n > 2) return search::launch_sets;
+  return params.m <= 16 ? search::launch_pairs : search::launch_wide;
 }
 
 }  // namespace
 
 LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream) {
   check_sizes(params);
-  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize,
-            "m must be at most ",
-            kMaxSetsSize,
-            " for n > 2, got n = ",
-            params.n,
-            ", m = ",
-            params.m);
   if (params.num_groups == 0) return {"search_nm", "empty", 0, 0};
   check_pointers(params, device);
   const DeviceGuard guard(device);
   search::Task task{};
   task.groups = params;
   task.count = params.num_groups;
-  if (params.n > 2) return search::launch_sets(task, stream);
-  return params.m <= 16 ? search::launch_pairs(task, search::Mode::kChoose, stream)
-                        : search::launch_wide(task, search::Mode::kChoose, stream);
+  return launch_of(params)(task, search::Mode::kChoose, stream);
 }
 
 int64_t panel_gains_bytes(int64_t v, int64_t wide, int64_t n, int64_t m) {
@@ -84,7 +84,6 @@ int64_t panel_gains_bytes(int64_t v, int64_t wide, int64_t n, int64_t m) {
 LaunchPlan search_vnm(const PanelParams& params, int device, cudaStream_t stream) {
   const SearchParams& groups = params.groups;
   check_sizes(groups);
-  OBS_CHECK(groups.n <= 2, "n must be at most 2, got ", groups.n);
   OBS_CHECK(params.num_columns >= groups.n && params.num_columns <= groups.m,
             "num_columns must be n to m = ",
             groups.n,
@@ -138,8 +137,7 @@ LaunchPlan search_vnm(const PanelParams& params, int device, cudaStream_t stream
     task.count = count * params.v;
     task.gains = params.gains;
     task.stride = gains_stride(groups.n, groups.m);
-    const bool narrow = groups.m <= 16;
-    const auto launch = narrow ? search::launch_pairs : search::launch_wide;
+    const auto launch = launch_of(groups);
     launch(task, search::Mode::kGains, stream);
     plan = search::launch_columns(params, row * params.wide, count, task.stride, stream);
     task.column_bits = params.column_bits;

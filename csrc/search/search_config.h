@@ -57,13 +57,21 @@ struct PanelConfig {
   static constexpr int kThreads = kThreadsValue;
   static constexpr int kSets = kSetsValue;          // of a thread at a time, sums in registers
   static constexpr int kRows = kRowsValue;          // of a chunk in shared memory
-  static constexpr int kCapacity = kCapacityValue;  // entries of a row's table
+  static constexpr int kCapacity = kCapacityValue;  // entries of a row's table; 0 = any number
+  // Rows of a table of any size lie entry by entry, so that one access reads an entry of all.
+  static constexpr bool kInterleaved = kCapacityValue == 0;
 };
 
 using PanelSmall = PanelConfig<128, 1, 16, 128>;  // m <= 8: 70 column sets at most, one each
 using PanelMedium = PanelConfig<256, 8, 8, 704>;  // m = 16: 1,820 sets of four in one go, 22 KiB
 using PanelLarge =
     PanelConfig<256, 8, 2, 5632>;  // m = 32: 496 pairs and 4,960 triples a row, 44 KiB
+// n > 2: up to 12,870 kept sets of 16, 50 KiB a row; as many rows at once as a block can hold,
+// since each chunk of rows reads the lists again. 512 threads fill an SM's LSU where one block
+// fits.
+template <int kRows>
+using PanelSets = PanelConfig<512, 8, kRows, 0>;
+inline constexpr int64_t kPanelStatic = 1024;  // bytes left for what is not a table
 
 inline constexpr int kSumThreads = 128;
 

@@ -13,7 +13,7 @@
 namespace obs_kernels::search {
 namespace {
 
-// Subsets of a half by their size, each size from the lexicographically first on.
+// Subsets of a half by their size, those of a size in ascending order of their bits.
 template <int kHalf>
 struct Subsets {
   uint8_t of[1 << kHalf];
@@ -53,75 +53,67 @@ __device__ __forceinline__ void with_constant(int value, const Body& body) {
   }
 }
 
-// The best set of n entries of the group in `stage` among those that this lane looks at.
-template <int kHalf>
-__device__ __forceinline__ Best
-search_subsets(const RowStage<2 * kHalf>& stage, const Subsets<kHalf>& subsets, int n, int lane) {
+// Shows all sets of n entries of the group in `stage` to the visitors of the lanes.
+template <int kHalf, typename Visitor>
+__device__ __forceinline__ void visit_sets(const RowStage<2 * kHalf>& stage,
+                                           const Subsets<kHalf>& subsets,
+                                           int n,
+                                           int lane,
+                                           Visitor& visitor) {
   constexpr int kStride = RowStage<2 * kHalf>::kStride;
-  Best best{-INFINITY, 0u};
   const int least = n > kHalf ? n - kHalf : 0;
   const int most = n < kHalf ? n : kHalf;
 #pragma unroll 1
   for (int size = least; size <= most; ++size) {
-    const int last = subsets.first[size + 1] - 1;
+    const int first = subsets.first[size];
+    const int count = subsets.first[size + 1] - first;
 #pragma unroll 1
-    for (int start = subsets.first[size]; start <= last; start += kWarp) {
-      // lanes without work of their own repeat the last subset, which changes nothing
-      const uint32_t subset = subsets.of[start + lane < last ? start + lane : last];
+    for (int start = 0; start < count; start += kWarp) {
+      const bool active = start + lane < count;
+      const int place = active ? start + lane : count - 1;
+      const uint32_t subset = subsets.of[first + place];
       Rest<kHalf> rest;
       float gain = 0.0f;
-      with_constant<0, kHalf>(size, [&](auto count) {
-        gain = eliminate<kHalf, decltype(count)::value>(stage.f, kStride, stage.line, subset, rest);
+      with_constant<0, kHalf>(size, [&](auto chosen) {
+        gain =
+            eliminate<kHalf, decltype(chosen)::value>(stage.f, kStride, stage.line, subset, rest);
       });
-      Best inside{-INFINITY, 0u};
       const uint32_t key = __brev(subset);
-      with_constant<0, kHalf>(n - size, [&](auto count) {
-        walk<kHalf, decltype(count)::value>(rest, gain, key, kHalf, inside);
+      visitor.begin(count, place, active);
+      with_constant<0, kHalf>(n - size, [&](auto chosen) {
+        walk<kHalf, decltype(chosen)::value>(rest, gain, key, kHalf, visitor);
       });
-      take_better(inside.gain, inside.key, best);
+      visitor.end(place);
     }
+    visitor.end_size();
   }
-  return best;
 }
 
-// F_KK x = u_K over the lanes, Gauss-Jordan; 0 for lanes outside.
+// Entries that may not be kept cost more than all others gain, and couple with nothing. Those whose
+// columns are closed are pruned and not dead: F and u of the lanes still know them.
 template <int kSize>
-__device__ __forceinline__ float solve_kept(uint32_t kept,
-                                            int lane,
-                                            RowStage<kSize>& stage,
-                                            const Row<kSize>& row) {
-  const bool own = kept >> lane & 1u;
-  float a[kSize];
+__device__ __forceinline__ void forbid(uint32_t open,
+                                       int lane,
+                                       const Row<kSize>& row,
+                                       RowStage<kSize>& stage) {
+  constexpr int kStride = RowStage<kSize>::kStride;
+  const bool closed = !(open >> lane & 1u);
+  if (lane < kSize) {
+    if (open != row.live) {
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    a[j] = own && (kept >> j & 1u) ? row.f[j] : j == lane ? 1.0f : 0.0f;
-  }
-  float b = own ? row.u : 0.0f;
-  float pivot = 1.0f;
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    if (!(kept >> k & 1u)) continue;  // the same for all lanes
-    __syncwarp();
-    if (lane == k) {
-      pivot = a[k];
-#pragma unroll
-      for (int j = k; j < kSize; ++j) stage.line[j] = a[j];
+      for (int j = 0; j < kSize; ++j) {
+        if (closed || !(open >> j & 1u)) stage.f[lane * kStride + j] = 0.0f;
+      }
     }
-    const float right = __shfl_sync(kAllLanes, b, k);
-    __syncwarp();
-    const float share = lane == k ? 0.0f : a[k] / stage.line[k];
-#pragma unroll
-    for (int j = k; j < kSize; ++j) a[j] = fmaf(-share, stage.line[j], a[j]);
-    b = fmaf(-share, right, b);
+    if (closed) stage.f[lane * kStride + lane] = kDeadPivot;
   }
-  return own ? b / pivot : 0.0f;
+  share(closed ? kDeadLinear : row.u, lane, stage);
 }
 
-template <int kHalf, int kMinBlocks>
+template <int kHalf, int kMinBlocks, Mode kMode>
 __global__ __launch_bounds__(SetsConfig::kThreads, kMinBlocks) void sets_kernel(Task task) {
   constexpr int kSize = 2 * kHalf;
   constexpr int kWarps = SetsConfig::kThreads / kWarp;
-  constexpr int kStride = RowStage<kSize>::kStride;
   __shared__ RowStage<kSize> stages[kWarps];
   __shared__ Subsets<kHalf> subsets;
   const int thread = static_cast<int>(threadIdx.x);
@@ -133,37 +125,41 @@ __global__ __launch_bounds__(SetsConfig::kThreads, kMinBlocks) void sets_kernel(
   const SearchParams& p = task.groups;
   const int n = static_cast<int>(p.n);
   const int64_t step = int64_t{gridDim.x} * kWarps;
-  for (int64_t at = int64_t{blockIdx.x} * kWarps + thread / kWarp; at < task.count; at += step) {
+  for (int64_t of = int64_t{blockIdx.x} * kWarps + thread / kWarp; of < task.count; of += step) {
+    const int64_t at = task.first + of;
     Row<kSize> row;
     load_rows(p, at, lane, stage, row);
-    uint32_t kept = row.live;
-    if (__popc(row.live) > n) {
-      const bool dead = !(row.live >> lane & 1u);
-      if (lane < kSize && dead) stage.f[lane * kStride + lane] = kDeadPivot;
-      share(dead ? kDeadLinear : row.u, lane, stage);
-      Best best = search_subsets<kHalf>(stage, subsets, n, lane);
-#pragma unroll
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        const float gain = __shfl_xor_sync(kAllLanes, best.gain, distance);
-        take_better(gain, __shfl_xor_sync(kAllLanes, best.key, distance), best);
+    if constexpr (kMode == Mode::kGains) {
+      share(row.u, lane, stage);
+      StoreGains store{task.gains + of * task.stride, row.unit, static_cast<int>(p.m)};
+      visit_sets(stage, subsets, n, lane, store);
+    } else {
+      const uint32_t open = row.live & open_columns(task, at);
+      uint32_t kept = open;
+      if (__popc(open) > n) {
+        forbid(open, lane, row, stage);
+        KeepBest keep;
+        visit_sets(stage, subsets, n, lane, keep);
+        const Best best = best_of_warp(keep.best);
+        // no gain is a number: any set will do
+        kept = best.key == 0u ? lowest(open, n) : __brev(best.key);
       }
-      kept = __brev(best.key);
-      if (best.key == 0u) {  // no gain is a number: any set will do
-        kept = row.live;
-        while (__popc(kept) > n) kept &= ~(1u << (31 - __clz(static_cast<int>(kept))));
-      }
+      const float value = solve_kept(kept, lane, stage, row);
+      finish_rows(p, at, lane, kept, value, stage, row);
     }
-    const float value = solve_kept(kept, lane, stage, row);
-    finish_rows(p, at, lane, kept, value, stage, row);
   }
 }
 
 template <int kHalf, int kMinBlocks>
-LaunchPlan launch(const Task& task, const char* path, cudaStream_t stream) {
+LaunchPlan launch(const Task& task, Mode mode, const char* path, cudaStream_t stream) {
   const int64_t blocks =
       grid_size(task.count, SetsConfig::kThreads / kWarp, SetsConfig::kMaxBlocks);
   const auto grid = static_cast<unsigned>(blocks);
-  sets_kernel<kHalf, kMinBlocks><<<grid, SetsConfig::kThreads, 0, stream>>>(task);
+  if (mode == Mode::kGains) {
+    sets_kernel<kHalf, kMinBlocks, Mode::kGains><<<grid, SetsConfig::kThreads, 0, stream>>>(task);
+  } else {
+    sets_kernel<kHalf, kMinBlocks, Mode::kChoose><<<grid, SetsConfig::kThreads, 0, stream>>>(task);
+  }
   OBS_CUDA_CHECK(cudaGetLastError());
   count_launch();
   return {"search_nm", path, blocks, SetsConfig::kThreads};
@@ -171,9 +167,9 @@ LaunchPlan launch(const Task& task, const char* path, cudaStream_t stream) {
 
 }  // namespace
 
-LaunchPlan launch_sets(const Task& task, cudaStream_t stream) {
-  return task.groups.m <= 8 ? launch<4, SetsConfig::kMinBlocks8>(task, "sets8", stream)
-                            : launch<8, SetsConfig::kMinBlocks16>(task, "sets16", stream);
+LaunchPlan launch_sets(const Task& task, Mode mode, cudaStream_t stream) {
+  return task.groups.m <= 8 ? launch<4, SetsConfig::kMinBlocks8>(task, mode, "sets8", stream)
+                            : launch<8, SetsConfig::kMinBlocks16>(task, mode, "sets16", stream);
 }
 
 }  // namespace obs_kernels::search

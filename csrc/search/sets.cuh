@@ -27,16 +27,46 @@ __device__ __forceinline__ float grown(float gain, float value, float pivot, flo
   return __fadd_rn(gain, divide(__fmul_rn(value, value), pivot, inverse));
 }
 
-// The best set of a lane: `key` has bit 31 - i for entry i, so that of equal sizes the
-// lexicographically first has the largest.
-struct Best {
-  float gain;
-  uint32_t key;
+// Two things to do with the sets that a lane meets, subset after subset of the first half (`place`
+// of `count` of its size; lanes without work of their own repeat the last one and are not active).
+
+// The best one. A subset's own sets come in lexicographic order, subsets do not.
+struct KeepBest {
+  Best best{-INFINITY, 0u};
+  Best inside{-INFINITY, 0u};
+
+  __device__ __forceinline__ void begin(int, int, bool) { inside = {-INFINITY, 0u}; }
+  __device__ __forceinline__ void take(float gain, uint32_t key, int) {
+    if (gain > inside.gain) inside = {gain, key};
+  }
+  __device__ __forceinline__ void end(int) { take_better(inside.gain, inside.key, best); }
+  __device__ __forceinline__ void end_size() {}
 };
 
-__device__ __forceinline__ void take_better(float gain, uint32_t key, Best& best) {
-  if (gain > best.gain || (gain == best.gain && key > best.key)) best = {gain, key};
-}
+// The gain of each into a table, in the order of ColumnTables: lanes write next to each other.
+struct StoreGains {
+  float* table;
+  float unit;
+  int m;  // sets that reach beyond are none
+  int first = 0;
+  int at = 0;
+  int step = 0;
+  int after = 0;
+  bool stores = false;
+
+  __device__ __forceinline__ void begin(int count, int place, bool active) {
+    at = first + place;
+    step = count;
+    stores = active;
+  }
+  __device__ __forceinline__ void take(float gain, uint32_t, int last) {
+    if (last >= m) return;
+    if (stores) table[at] = gain * unit;
+    at += step;
+  }
+  __device__ __forceinline__ void end(int place) { after = at - place; }
+  __device__ __forceinline__ void end_size() { first = after; }
+};
 
 // Curvature and linear part of the last kSize entries, the earlier ones of a set eliminated.
 template <int kSize>
@@ -46,18 +76,19 @@ struct Rest {
 };
 
 // Subsets of kCount of the entries kFrom .. of `rest`, on top of `gain` and `key`, in lexicographic
-// order. `first` is the place of the first entry of `rest` in the group.
-template <int kSize, int kCount, int kFrom = 0>
+// order, to visitor.take(gain, key, last entry). `first` is the place of the first entry of `rest`
+// in the group.
+template <int kSize, int kCount, int kFrom = 0, typename Visitor>
 __device__ __forceinline__ void walk(
-    const Rest<kSize>& rest, float gain, uint32_t key, int first, Best& best) {
+    const Rest<kSize>& rest, float gain, uint32_t key, int first, Visitor& visitor) {
   if constexpr (kCount == 0) {
-    if (gain > best.gain) best = {gain, key};
+    visitor.take(gain, key, first - 1);
   } else if constexpr (kCount == 1) {
 #pragma unroll
     for (int i = kFrom; i < kSize; ++i) {
       const float pivot = rest.f[Group<kSize>::at(i, i)];
       const float sum = grown(gain, rest.u[i], pivot, reciprocal(pivot));
-      if (sum > best.gain) best = {sum, key | 0x80000000u >> (first + i)};
+      visitor.take(sum, key | 0x80000000u >> (first + i), first + i);
     }
   } else if constexpr (kCount <= kSize - kFrom) {
     // with entry kFrom: eliminate it
@@ -80,8 +111,8 @@ __device__ __forceinline__ void walk(
     });
     const float sum = grown(gain, value, pivot, inverse);
     const uint32_t with = key | 0x80000000u >> (first + kFrom);
-    walk<kLeft, kCount - 1>(next, sum, with, first + kFrom + 1, best);
-    walk<kSize, kCount, kFrom + 1>(rest, gain, key, first, best);
+    walk<kLeft, kCount - 1>(next, sum, with, first + kFrom + 1, visitor);
+    walk<kSize, kCount, kFrom + 1>(rest, gain, key, first, visitor);
   }
 }
 

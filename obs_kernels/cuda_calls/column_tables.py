@@ -17,7 +17,7 @@ LARGEST_TABLE = 5632
 class ColumnTables(NamedTuple):
     """Which entries of a row's table hold its best gain inside a column set.
 
-    The table has the gains of the kept sets of n, then ``derived`` ones: the largest gain inside three columns.
+    The table has the gains of the kept sets of n, then ``derived`` ones: the largest gain inside three columns (n = 2).
     """
 
     derived: Tensor
@@ -30,7 +30,39 @@ class ColumnTables(NamedTuple):
 
 @lru_cache(maxsize=16)
 def column_tables(n: int, m: int, num_columns: int, device: torch.device) -> ColumnTables:
-    """Tables for n = 1 or 2.
+    """Tables for a panel of n of m with ``num_columns`` columns; up to 500,000 entries, which 1 MB holds."""
+    sets = _combinations(m, num_columns)
+    derived, lists = _lists_of_few(n, m, num_columns) if n <= 2 else (_combinations(0, 3), _lists(n, m, sets))
+    return ColumnTables(
+        derived.to(torch.int16).t().contiguous().to(device),
+        lists.to(torch.int16).to(device),
+        sets.to(torch.uint8).to(device),
+    )
+
+
+def _combinations(count: int, size: int) -> Tensor:
+    """[comb(count, size), size] subsets of range(count), lexicographic."""
+    return torch.tensor(list(combinations(range(count), size)), dtype=torch.int64).view(-1, size)
+
+
+def _lists(n: int, m: int, sets: Tensor) -> Tensor:
+    """[comb(c, n), column sets] numbers of the kept sets inside each of ``sets`` [column sets, c]."""
+    bits, order = (1 << _kept_sets(n, m)).sum(1).sort()
+    inside = (1 << sets)[:, _combinations(sets.shape[1], n).t()].sum(1)  # [column sets, comb(c, n)]
+    return order[torch.searchsorted(bits, inside)].t().contiguous()
+
+
+def _kept_sets(n: int, m: int) -> Tensor:
+    """[comb(m, n), n] kept sets of n > 2 in the order of the kernel (``obs_kernels/search.h``)."""
+    sets = _combinations(m, n)
+    first = sets < (4 if m <= 8 else 8)
+    beyond = torch.where(first, 0, 1 << (m - sets)).sum(1)  # larger = lexicographically first
+    key = (first.sum(1) << 32) - (beyond << 8) + torch.where(first, 1 << sets, 0).sum(1)
+    return sets[key.argsort()]
+
+
+def _lists_of_few(n: int, m: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Derived entries [derived, 3] and lists for n = 1 or 2.
 
     The pairs of three columns or more are covered by triples: three entries instead of six for four columns.
     """
@@ -41,13 +73,9 @@ def column_tables(n: int, m: int, num_columns: int, device: torch.device) -> Col
         entry |= {triple: len(entry) + i for i, triple in enumerate(triples)}
     derived = [[entry[pair] for pair in combinations(triple, 2)] for triple in triples]
     cover = _cover(num_columns) if n == 2 else [(i,) for i in range(num_columns)]
-    sets = list(combinations(range(m), num_columns))
-    lists = [[entry[tuple(columns[i] for i in part)] for columns in sets] for part in cover]
-    return ColumnTables(
-        torch.tensor(derived, dtype=torch.int16).reshape(-1, 3).t().contiguous().to(device),
-        torch.tensor(lists, dtype=torch.int16).to(device),
-        torch.tensor(sets, dtype=torch.uint8).to(device),
-    )
+    sets = combinations(range(m), num_columns)
+    lists = [[entry[tuple(columns[i] for i in part)] for part in cover] for columns in sets]
+    return torch.tensor(derived, dtype=torch.int64).view(-1, 3), torch.tensor(lists).t().contiguous()
 
 
 def _cover(count: int) -> list[tuple[int, ...]]:

@@ -97,6 +97,29 @@ def test_any_number_of_columns(gen: torch.Generator, pattern: str, num_columns: 
         assert_equal_choice(weight, fisher, pattern, mask=mask, num_columns=num_columns)
 
 
+STAGES = [
+    ("64:5:8", 7), ("64:4:8", 6), ("64:3:8", 4), ("17:3:4", 3), ("32:9:16", 11), ("32:7:16", 9), ("33:5:16", 7),
+    ("32:4:16", 6), ("64:3:16", 4), ("16:8:16", 9), ("16:6:13", 8),
+]  # fmt: skip
+"""Panels of larger sets and their numbers of columns: the stages of the schedules, and the largest table."""
+
+
+@pytest.mark.parametrize(("pattern", "num_columns"), STAGES)
+def test_panels_of_larger_sets(gen: torch.Generator, pattern: str, num_columns: int) -> None:
+    """Integers give equal masks; partly dead as well; real numbers reach the optimum, twice with the same bits."""
+    v, m = parse_pattern(pattern).v, group_size(pattern)
+    for mask in (None, live_mask(gen, 2 * v, 3 * m, m)):
+        weight, fisher = integer_problem(gen, 2 * v, 3 * m, m, diagonal=True)
+        assert_equal_choice(weight, fisher, pattern, mask=mask, num_columns=num_columns)
+        weight, fisher = real_problem(gen, 2 * v, 3 * m, m)
+        found, again = (search(weight, fisher, pattern, mask=mask, num_columns=num_columns) for _ in range(2))
+        assert torch.equal(found.mask, again.mask) and torch.equal(found.saliency, again.saliency)
+        best = search(
+            weight.double(), fisher.double(), pattern, mask=mask, num_columns=num_columns, backend="reference"
+        )
+        assert (found.saliency <= best.saliency * (1 + SEARCH_LOSS_CONDITIONAL) + 1e-5).all()
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("pattern", [*SOME[:3], "4:8", "16:2:8", "16:2:16"])
 def test_loss_is_that_of_the_optimum(gen: torch.Generator, pattern: str, size: int) -> None:
@@ -124,7 +147,7 @@ def test_fused_step_is_search_and_update(gen: torch.Generator, pattern: str) -> 
     assert half.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("pattern", ["64:2:8", "64:2:16"])
+@pytest.mark.parametrize("pattern", ["64:2:8", "64:2:16", "64:3:8", "64:4:16"])
 def test_fused_step_of_panels(gen: torch.Generator, pattern: str) -> None:
     m, damp = group_size(pattern), torch.full((1,), 0.1, device=DEVICE)
     weight, fisher = real_problem(gen, 128, 3 * m, m)
@@ -186,15 +209,28 @@ def test_between_guards(pattern: str, shift: int | None) -> None:
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("pattern", ["5:2:8", "3:2:16", "2:2:32", "3:1:8"])
-def test_small_panels(pattern: str) -> None:
-    m, v, gen = group_size(pattern), parse_pattern(pattern).v, torch.Generator().manual_seed(7)
-    weight, fisher = integer_problem(gen, 2 * v, 2 * m, m)
+@pytest.mark.parametrize(
+    ("pattern", "num_columns"),
+    [
+        ("5:2:8", 4),
+        ("3:2:16", 4),
+        ("2:2:32", 4),
+        ("3:1:8", 4),
+        ("3:5:8", 7),
+        ("2:3:16", 4),
+        ("2:6:12", 8),
+        ("3:8:16", 9),
+    ],
+)
+def test_small_panels(pattern: str, num_columns: int) -> None:
+    m, parsed, gen = group_size(pattern), parse_pattern(pattern), torch.Generator().manual_seed(7)
+    v = parsed.v
+    weight, fisher = integer_problem(gen, 2 * v, 2 * m, m, diagonal=parsed.n > 2)
     for mask in (None, live_mask(gen, 2 * v, 2 * m, m)):
-        options = {"damp": torch.zeros(1), "method": "combinatorial", "num_columns": 4}
+        options = {"damp": torch.zeros(1), "method": "combinatorial", "num_columns": num_columns}
         wanted = reference.search_vnm(weight, fisher, pattern, mask=mask, **options)
         on_gpu = None if mask is None else mask.to(DEVICE)
-        found = search(weight.to(DEVICE), fisher.to(DEVICE), pattern, mask=on_gpu)
+        found = search(weight.to(DEVICE), fisher.to(DEVICE), pattern, mask=on_gpu, num_columns=num_columns)
         assert torch.equal(found.mask.cpu(), wanted[0]) and torch.equal(found.columns.cpu(), wanted[2])
 
 

@@ -45,9 +45,11 @@ struct SearchParams {
 LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream);
 
 // Tables of the column sets of a panel, made once for each (n, m, num_columns). A row of a panel
-// has a table of gains: those of its kept sets in lexicographic order, then `num_derived` more,
-// each the largest of three kept sets. The best gain inside a column set is the largest of `length`
-// entries.
+// has a table of gains: those of its kept sets, then `num_derived` more, each the largest of three
+// kept sets. The best gain inside a column set is the largest of `length` entries.
+// Kept sets are in lexicographic order for n <= 2. For n > 2 in the order in which the lanes of a
+// warp find them: by the number of their entries among the first h (4 for m <= 8, else 8), then by
+// the others, lexicographically, then by those among the first, as bits (bit i = entry i).
 struct ColumnTables {
   const uint16_t* derived;  // [3, num_derived]: numbers of kept sets
   const uint16_t* lists;    // [length, num_sets]: entries of the table
@@ -58,11 +60,10 @@ struct ColumnTables {
 };
 
 struct PanelParams {
-  SearchParams groups;  // of a weight [rows, wide * m] row by row; its saliency is scratch memory;
-                        // n <= 2
-  ColumnTables tables;  // of n, m and num_columns
-  uint8_t* columns;     // [rows / v, wide, num_columns], ascending
-  float* saliency;      // [rows / v, wide]: summed over the rows of the panel, in order
+  SearchParams groups;    // of a weight [rows, wide * m] row by row; its saliency is scratch memory
+  ColumnTables tables;    // of n, m and num_columns
+  uint8_t* columns;       // [rows / v, wide, num_columns], ascending
+  float* saliency;        // [rows / v, wide]: summed over the rows of the panel, in order
   uint32_t* column_bits;  // [rows / v, wide]: scratch
   float* gains;           // scratch of gains_bytes, 16-byte aligned
   int64_t gains_bytes;    // at least panel_gains_bytes
