@@ -242,6 +242,103 @@ def blocks_of(weight: Tensor, fisher: Tensor, damp: float | Tensor) -> list[tupl
     return parts
 
 
+# sweeps over rows
+
+
+EXAMPLE_H_HESSIAN = [[10, 4, -2, 1], [4, 8, 3, -1], [-2, 3, 9, 2], [1, -1, 2, 7]]
+EXAMPLE_H_WEIGHT = [3, -2, 2.5, 1]
+EXAMPLE_H_DAMP = 0.085
+
+
+def example_i(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight [2, 8], hessian [8, 8], row_scale [2]) of example I; undamped."""
+    weight = [EXAMPLE_C_WEIGHT, [2, -1, 3, -2, 4, 1, -5, 2]]
+    return tuple(torch.tensor(x, dtype=dtype) for x in (weight, EXAMPLE_C_FISHER, [1, 3]))
+
+
+@dataclass
+class Sweep:
+    """Weights [R, C] and kept entries of a sweep, its losses [R/v, C/m] and the columns of each panel and group."""
+
+    weight: np.ndarray
+    kept: np.ndarray
+    loss: np.ndarray
+    columns: dict[tuple[int, int], Kept] = field(default_factory=dict)
+
+
+def sweep_groups(
+    weight: Tensor,
+    hessian: Tensor,
+    n: int,
+    m: int,
+    *,
+    v: int = 1,
+    num_columns: int | None = None,
+    damp: float = 0.0,
+    mask: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Sweep:
+    """Each group by all its sets, with the inverse of H over the columns from the group on: earlier ones are fixed."""
+    w, h = numpy(weight).copy(), numpy(hessian) + damp * np.eye(weight.shape[1])
+    rows, cols = w.shape
+    alive = np.ones(w.shape, bool) if mask is None else mask.numpy()
+    scale = np.ones(rows) if row_scale is None else numpy(row_scale)
+    w[~alive] = 0.0
+    done = Sweep(w, np.zeros(w.shape, bool), np.zeros((rows // v, cols // m)))
+    for start in range(0, cols, m):
+        finv = np.linalg.inv(h[start:, start:])
+        live = [[i for i in range(m) if alive[r, start + i]] for r in range(rows)]
+
+        def best(r: int, places: list[int], start: int = start, finv: np.ndarray = finv) -> tuple[Kept, float]:
+            sets = itertools.combinations(places, min(n, len(places)))
+            return least(
+                {kept: set_saliency(finv, w[r, start:], tuple(i for i in range(m) if i not in kept)) for kept in sets}
+            )
+
+        for panel in range(rows // v):
+            members = range(panel * v, panel * v + v)
+            if num_columns is None:
+                chosen = {r: best(r, live[r]) for r in members}
+            else:
+                found = {
+                    columns: {r: best(r, [i for i in live[r] if i in columns]) for r in members}
+                    for columns in itertools.combinations(range(m), num_columns)
+                }
+                columns, _ = least({c: sum(scale[r] * rows_[r][1] for r in members) for c, rows_ in found.items()})
+                chosen = found[columns]
+                done.columns[panel, start // m] = columns
+            for r, (kept, loss) in chosen.items():
+                pruned = tuple(i for i in range(m) if i not in kept)
+                w[r, start:] += set_change(finv, w[r, start:], pruned)
+                w[r, [start + i for i in pruned]] = 0.0
+                done.kept[r, [start + i for i in kept]] = True
+                done.loss[panel, start // m] += scale[r] * loss
+    return done
+
+
+def sweep_columns(
+    weight: Tensor, hessian: Tensor, choose: Any, *, damp: float = 0.0, mask: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(weights, kept) of SparseGPT; ``choose(column, score)`` returns what to keep from that column on, or None.
+
+    ``score`` [R, C - column] is w_i^2 over the first entry of the inverse of H from i on, -1 for dead entries.
+    """
+    w, h = numpy(weight).copy(), numpy(hessian) + damp * np.eye(weight.shape[1])
+    alive = np.ones(w.shape, bool) if mask is None else mask.numpy()
+    w[~alive] = 0.0
+    kept = np.zeros(w.shape, bool)
+    first = np.array([np.linalg.inv(h[j:, j:])[0, 0] for j in range(w.shape[1])])
+    for j in range(w.shape[1]):
+        found = choose(j, np.where(alive[:, j:], w[:, j:] ** 2 / first[j:], -1.0))
+        if found is not None:
+            kept[:, j : j + found.shape[1]] = found & alive[:, j : j + found.shape[1]]
+        finv = np.linalg.inv(h[j:, j:])
+        for r in np.flatnonzero(~kept[:, j]):
+            w[r, j:] += set_change(finv, w[r, j:], (0,))
+            w[r, j] = 0.0
+    return w, kept
+
+
 # packing, from "Stored format" of the design page
 
 

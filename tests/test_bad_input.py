@@ -59,11 +59,14 @@ def one_negative_block(count: int, size: int, block: int, pivot: int) -> Tensor:
     return bad
 
 
+HESSIAN = spd(1, 16)[0]
 GOOD: dict[str, dict[str, Any]] = {
     "accumulate_fisher_": {"fisher": spd(2, 4), "grads": randn(3, 8), "scale": 1.0},
     "invert_spd": {"matrices": spd(3, 4)},
     "search_nm": {"weight": randn(4, 16), "fisher": spd(8, 8), "pattern": "2:8"},
     "search_vnm": {"weight": randn(4, 16), "fisher": spd(8, 8), "pattern": "2:2:8"},
+    "accumulate_hessian_": {"hessian": HESSIAN, "x": randn(3, 16), "scale": 1.0},
+    "sweep_rows": {"weight": randn(4, 16), "hessian": HESSIAN, "pattern": "2:8"},
     "obs_update": {"weight": randn(4, 16), "fisher": spd(8, 8), "mask": ones(4, 16).tril()},
     "loss_increase": {"change": randn(4, 16), "fisher": spd(8, 8)},
     "block_saliency": {"weight": randn(4, 16), "fisher": spd(8, 8), "block": 4},
@@ -84,6 +87,13 @@ class Case:
 
 def both(ops_: tuple[str, ...], *rest: Any, **given: Any) -> list[Case]:
     return [Case(op, *rest, given) for op in ops_]
+
+
+WITH_HESSIAN = ("accumulate_hessian_", "sweep_rows")
+
+
+def sweep(error: type[Exception], *words: str, **given: Any) -> Case:
+    return Case("sweep_rows", error, list(words), given)
 
 
 SEARCHES = ("search_nm", "search_vnm")
@@ -166,6 +176,70 @@ CASES = [
     ),
     Case("invert_spd", DTypeNotSupportedError, ["out must be float32", "got float64"], {"out": spd(3, 4).double()}),
     Case("invert_spd", DeviceMismatchError, ["matrices on cpu", "out on meta"], {"out": meta(spd(3, 4))}),
+    # hessian
+    *both(WITH_HESSIAN, ShapeNotSupportedError, ["hessian must be one matrix [C, C]", "[2, 8, 8]"], hessian=spd(2, 8)),
+    *both(WITH_HESSIAN, ShapeNotSupportedError, ["hessian must be one matrix", "[8, 4]"], hessian=randn(8, 4)),
+    *both(WITH_HESSIAN, DTypeNotSupportedError, ["hessian must be float32", "float16"], hessian=HESSIAN.half()),
+    *both(WITH_HESSIAN, DTypeNotSupportedError, ["hessian must be a torch.Tensor", "list"], hessian=[[1.0]]),
+    *both(WITH_HESSIAN, DeviceMismatchError, ["hessian on meta", "on cpu"], hessian=meta(HESSIAN)),
+    Case("accumulate_hessian_", ShapeNotSupportedError, ["x must be [..., C]", "got C = 8"], {"x": randn(3, 8)}),
+    Case("accumulate_hessian_", ShapeNotSupportedError, ["x must be a matrix", "got shape []"], {"x": randn()}),
+    Case("accumulate_hessian_", DTypeNotSupportedError, ["x must be", "got int64"], {"x": randn(3, 16).long()}),
+    Case(
+        "accumulate_hessian_",
+        ShapeNotSupportedError,
+        ["token_weight must be one value a token [3]", "got [4]"],
+        {"token_weight": randn(4)},
+    ),
+    Case(
+        "accumulate_hessian_",
+        DTypeNotSupportedError,
+        ["token_weight must be", "got bool"],
+        {"token_weight": ones(3)},
+    ),
+    Case("accumulate_hessian_", DeviceMismatchError, ["token_weight on meta"], {"token_weight": meta(randn(3))}),
+    Case(
+        "accumulate_hessian_",
+        ShapeNotSupportedError,
+        ["hessian must own each", "strides (0, 0)", "hessian.clone()"],
+        {"hessian": torch.zeros(1, 1).expand(16, 16)},
+    ),
+    # sweep
+    sweep(ShapeNotSupportedError, "hessian must be [16, 16]", "got [8, 8]", hessian=spd(1, 8)[0]),
+    sweep(ShapeNotSupportedError, "weight must be a matrix", "got shape [64]", weight=randn(64)),
+    sweep(DTypeNotSupportedError, "weight must be", "got int32", weight=randn(4, 16).int()),
+    sweep(ShapeNotSupportedError, "weight is [4, 16]", "cols % 12 == 0", pattern="2:12"),
+    sweep(ShapeNotSupportedError, "weight is [4, 16]", "rows % 3 == 0", pattern="3:2:8"),
+    sweep(ConfigError, "must be n:m or v:n:m", "needs method='sparsegpt'", pattern="unstructured:0.5"),
+    sweep(ConfigError, "must be n:m or unstructured:s", "'2:2:8'", pattern="2:2:8", method="sparsegpt"),
+    sweep(ConfigError, "must be n:m or unstructured:s", "'block4:0.5'", pattern="block4:0.5", method="sparsegpt"),
+    sweep(ConfigError, "method must be one of 'combinatorial', 'sparsegpt'", "got 'greedy'", method="greedy"),
+    sweep(ConfigError, "row_scale must be None", "'sparsegpt'", row_scale=randn(4), method="sparsegpt"),
+    sweep(ShapeNotSupportedError, "row_scale must be one value a row [4]", "got [16]", row_scale=randn(16)),
+    sweep(DTypeNotSupportedError, "row_scale must be", "got int64", row_scale=torch.arange(4)),
+    sweep(DeviceMismatchError, "row_scale on meta", row_scale=meta(randn(4))),
+    sweep(ConfigError, "row_scale must be at least 0", "got -1.0", row_scale=torch.tensor([1.0, 2, -1, 0])),
+    sweep(NonFiniteError, "row_scale must be finite", "[1]", row_scale=torch.tensor([1.0, INF, 1, 1])),
+    sweep(ConfigError, "damp must be finite and at least 0", "-0.1", damp=-0.1),
+    sweep(ConfigError, "damp must be finite", "got -1.0", damp=torch.tensor([-1.0])),
+    sweep(ShapeNotSupportedError, "damp must be a number", "got [4]", damp=torch.ones(4)),
+    sweep(DeviceMismatchError, "damp on meta", "hessian on cpu", damp=meta(torch.ones(1))),
+    sweep(ShapeNotSupportedError, "mask must have the shape of weight [4, 16]", mask=ones(4, 8)),
+    sweep(DTypeNotSupportedError, "mask must be bool", "got float32", mask=ones(4, 16).float()),
+    sweep(NonFiniteError, "weight must be finite", "[2, 5]", weight=with_value(randn(4, 16), (2, 5), NAN)),
+    sweep(NonFiniteError, "hessian must be finite", "[1, 0]", hessian=with_value(HESSIAN, (1, 0), INF)),
+    sweep(SingularBlockError, "hessian must be positive definite", "column 15", "raise damp", hessian=-HESSIAN),
+    sweep(ConfigError, "num_columns must be n to m = 2 to 8", "got 1", pattern="2:2:8", num_columns=1),
+    sweep(
+        ConfigError,
+        *("pattern 16:32", str(math.comb(32, 16)), "exact bound", "; use a smaller m"),
+        **{"weight": randn(1, 32), "hessian": spd(1, 32)[0], "pattern": "16:32"},
+    ),
+    sweep(
+        ConfigError,
+        *("pattern 2:8:16", str(math.comb(16, 12) * math.comb(12, 8)), "exact bound", "; use a smaller m"),
+        **{"pattern": "2:8:16", "num_columns": 12},
+    ),
     # damp, everywhere
     *both(WITH_DAMP, ConfigError, ["damp must be finite and at least 0", "got -0.1"], damp=-0.1),
     *both(WITH_DAMP, ConfigError, ["damp must be finite and at least 0", "got nan"], damp=NAN),

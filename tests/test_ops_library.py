@@ -14,6 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -57,6 +58,7 @@ def linear_arguments(
 
 
 ONE = torch.full((1,), 0.1)
+HESSIAN = spd(1, 16)[0]
 REFERENCE = {"backend": "reference"}
 SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "accumulate_fisher_": [
@@ -92,6 +94,18 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     ]
     + [((randn(16, 4).T, spd(8, 8), half_mask(4, 16), ONE, update), REFERENCE) for update in ("joint", "none")]
     + [((randn(3, 7), spd(6, 4), half_mask(3, 7), torch.rand(6), "joint"), REFERENCE)],
+    "accumulate_hessian_": [
+        ((spd(1, 4)[0], randn(3, 4), None), {"scale": 0.5, **REFERENCE}),
+        ((spd(1, 4)[0].double(), randn(4, 3).half().T, torch.rand(3)), {"scale": 0.5, **REFERENCE}),
+    ],
+    "sweep_rows": [
+        ((randn(4, 16), HESSIAN, "2:8", None, ONE, "combinatorial", None, 4, True), REFERENCE),
+        ((randn(16, 4).T, HESSIAN, "3:8", torch.rand(4), ONE, "combinatorial", half_mask(4, 16), 4, False), REFERENCE),
+        ((randn(4, 16).half(), HESSIAN, "2:2:8", torch.rand(4), ONE, "combinatorial", None, 5, True), REFERENCE),
+        ((randn(4, 16), HESSIAN, "2:2:8", torch.rand(4).double(), ONE, "combinatorial", None, 4, False), REFERENCE),
+        ((randn(16, 4).T, HESSIAN.double(), "2:4", None, ONE, "sparsegpt", None, 4, False), REFERENCE),
+        ((randn(4, 16), HESSIAN, "unstructured:0.5", None, ONE, "sparsegpt", half_mask(4, 16), 4, True), REFERENCE),
+    ],
     "loss_increase": [
         ((randn(4, 16), spd(8, 8), ONE), REFERENCE),
         ((randn(3, 7).half(), spd(6, 4), torch.rand(6)), REFERENCE),
@@ -136,7 +150,7 @@ def test_opcheck(name, case):
 
 
 def selection(sel: ops.Selection) -> tuple[Tensor, ...]:
-    return (sel.mask, sel.saliency) if sel.columns is None else (sel.mask, sel.saliency, sel.columns)
+    return tuple(t for t in (sel.mask, sel.saliency, sel.columns, sel.weight) if t is not None)
 
 
 def step_parts(done: ops.Pruned) -> tuple[Tensor, ...]:
@@ -162,6 +176,14 @@ COMPILED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "prune_nm": (lambda w, f, m: step_parts(ops.prune_nm(w * 2, f, "2:8", damp=0.1, mask=m)), (WEIGHT, FISHER, MASK)),
     "prune_vnm": (lambda w, f: step_parts(ops.prune_vnm(w, f, "2:2:8", damp=0.1)), (WEIGHT, FISHER)),
+    "accumulate_hessian_": (
+        lambda h, x, q: ops.accumulate_hessian_(h.clone(), x * 2, token_weight=q, scale=0.5) + 1,
+        (HESSIAN, randn(2, 3, 16), torch.rand(2, 3)),
+    ),
+    "sweep_rows": (
+        lambda w, h, s: selection(ops.sweep_rows(w * 2, h, "2:2:8", row_scale=s, damp=0.1)),
+        (WEIGHT, HESSIAN, torch.rand(4)),
+    ),
     "obs_update": (lambda w, f, m: ops.obs_update(w, f, m, damp=0.1) * 2, (WEIGHT, FISHER, MASK)),
     "loss_increase": (lambda w, f: ops.loss_increase(w, f, damp=0.1).sum(), (WEIGHT, FISHER)),
     "block_saliency": (lambda w, f: ops.block_saliency(w, f, 4, damp=0.1), (WEIGHT, FISHER)),
@@ -255,6 +277,27 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             torch.zeros(2, 8), torch.zeros(2, 8, 8), "2:2:8", torch.zeros(1), None, 1, **REFERENCE
         ),
     ),
+    "accumulate_hessian_": (
+        lambda: ops.accumulate_hessian_(torch.zeros(4, 4), torch.zeros(3, 5), scale=1.0),
+        lambda: torch.ops.obs_kernels.accumulate_hessian_(
+            torch.zeros(4, 4), torch.zeros(3, 5), None, scale=1.0, **REFERENCE
+        ),
+    ),
+    "sweep_rows": (
+        lambda: ops.sweep_rows(torch.zeros(2, 8), torch.zeros(16, 16), "2:8"),
+        lambda: torch.ops.obs_kernels.sweep_rows(
+            torch.zeros(2, 8),
+            torch.zeros(16, 16),
+            "2:8",
+            None,
+            torch.zeros(1),
+            "combinatorial",
+            None,
+            4,
+            True,
+            **REFERENCE,
+        ),
+    ),
     "obs_update": (
         lambda: ops.obs_update(torch.zeros(2, 8), torch.zeros(3, 8, 8), torch.zeros(2, 8, dtype=torch.bool)),
         lambda: torch.ops.obs_kernels.obs_update(
@@ -308,6 +351,10 @@ def call_with(name: str, backend: str | None) -> Any:
         "search_vnm": lambda: ops.search_vnm(WEIGHT, FISHER, "2:2:8", backend=backend),
         "prune_nm": lambda: ops.prune_nm(WEIGHT, FISHER, "2:8", backend=backend),
         "prune_vnm": lambda: ops.prune_vnm(WEIGHT, FISHER, "2:2:8", backend=backend),
+        "accumulate_hessian_": lambda: ops.accumulate_hessian_(
+            HESSIAN.clone(), randn(3, 16), token_weight=torch.ones(3), scale=1.0, backend=backend
+        ),
+        "sweep_rows": lambda: ops.sweep_rows(WEIGHT, HESSIAN, "2:8", backend=backend),
         "obs_update": lambda: ops.obs_update(WEIGHT, FISHER, MASK, backend=backend),
         "loss_increase": lambda: ops.loss_increase(WEIGHT, FISHER, backend=backend),
         "block_saliency": lambda: ops.block_saliency(WEIGHT, FISHER, 4, backend=backend),
@@ -397,7 +444,7 @@ def test_schema_has_the_parameters_of_the_reference(name):
     assert schema.arguments[-1].name == "backend" and schema.arguments[-1].kwarg_only
     assert [a.name for a in schema.arguments[:-1]] == [n for n, _ in parameters(getattr(reference, name))]
     mutated = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    assert mutated == (["fisher"] if name == "accumulate_fisher_" else [])
+    assert mutated == {"accumulate_fisher_": ["fisher"], "accumulate_hessian_": ["hessian"]}.get(name, [])
 
 
 @pytest.mark.parametrize("name", dispatch.TABLE)
@@ -409,6 +456,7 @@ def test_options_are_keyword_only(name):
     assert positional <= {
         "weight",
         "fisher",
+        "hessian",
         "grads",
         "matrices",
         "mask",
@@ -454,7 +502,17 @@ def test_autocast_changes_no_gradient(activation):
 
 @pytest.mark.parametrize(
     "name",
-    ["search_nm", "search_vnm", "prune_nm", "prune_vnm", "obs_update", "loss_increase", "block_saliency", "pack"],
+    [
+        "search_nm",
+        "search_vnm",
+        "prune_nm",
+        "prune_vnm",
+        "sweep_rows",
+        "obs_update",
+        "loss_increase",
+        "block_saliency",
+        "pack",
+    ],
 )
 def test_a_parameter_gives_results_without_gradient(name):
     """A layer's weight is a Parameter: pack(layer.weight) must give values that sparse_linear takes."""
@@ -464,6 +522,7 @@ def test_a_parameter_gives_results_without_gradient(name):
         "search_vnm": lambda: ops.search_vnm(weight, FISHER, "2:2:8"),
         "prune_nm": lambda: ops.prune_nm(weight, FISHER, "2:8"),
         "prune_vnm": lambda: ops.prune_vnm(weight, FISHER, "2:2:8"),
+        "sweep_rows": lambda: ops.sweep_rows(weight, HESSIAN, "2:8"),
         "obs_update": lambda: ops.obs_update(weight, FISHER, MASK),
         "loss_increase": lambda: ops.loss_increase(weight, FISHER),
         "block_saliency": lambda: ops.block_saliency(weight, FISHER, 4),

@@ -52,6 +52,9 @@ UPDATE_RMS_F32 = 2e-5
 UPDATE_F64 = 1e-9
 """Relative; an f64 update against the f64 constrained minimiser."""
 
+SWEEP_IDENTITY = {torch.float32: 2e-5, torch.float64: 1e-12}
+"""Relative; saliency of a sweep, summed over the groups, against the loss of its weights in f64."""
+
 MATMUL_SUM = 2.0
 """Absolute error <= this * sqrt(cols) * eps32 * (|x| |W|' + |b|) + half an ulp of y: f32 sums, rounded once."""
 

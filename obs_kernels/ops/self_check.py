@@ -17,10 +17,12 @@ from torch import Tensor
 
 from obs_kernels.ops.dispatch import BACKENDS, TABLE, unavailable
 from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
+from obs_kernels.ops.hessian import accumulate_hessian_
 from obs_kernels.ops.matmul import sparse_linear
 from obs_kernels.ops.packing import pack, unpack
 from obs_kernels.ops.prune import Pruned, prune_nm, prune_vnm
 from obs_kernels.ops.search import Selection, search_nm, search_vnm
+from obs_kernels.ops.sweep import sweep_rows
 from obs_kernels.ops.update import block_saliency, loss_increase, obs_update
 
 _TOLERANCE = 1e-4
@@ -121,6 +123,16 @@ def _check_accumulate(backend: str, device: torch.device) -> list[float]:
     return [_relative(fisher, wanted)]
 
 
+def _check_accumulate_hessian(backend: str, device: torch.device) -> list[float]:
+    x, weights = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)), torch.arange(1.0, 6.0)
+    wanted = torch.ones(8, 8, dtype=torch.float64)
+    for token, weight in zip(x.double(), weights.double(), strict=True):
+        wanted += 0.5 * weight * torch.outer(token, token)
+    hessian = torch.ones(8, 8, device=device)
+    accumulate_hessian_(hessian, x.to(device), token_weight=weights.to(device), scale=0.5, backend=backend)
+    return [_relative(hessian, wanted)]
+
+
 def _check_inverse(backend: str, device: torch.device) -> list[float]:
     _, fisher, _, given = _problem(device)
     inverse, info = invert_spd(given, damp=0.01, backend=backend)
@@ -174,10 +186,24 @@ def _check_prune_vnm(backend: str, device: torch.device) -> list[float]:
     return _panel_errors(found, weight, fisher) + _weight_errors(found, weight, fisher)
 
 
+def _check_sweep(backend: str, device: torch.device) -> list[float]:
+    """One group and one panel as wide as the row: the choice of a row is then that of a block, all of one F."""
+    weight, fisher, given, blocks = _problem(device)
+    shared = fisher[:1].expand_as(fisher)
+    rows = sweep_rows(given, blocks[0], "2:8", backend=backend)
+    panels = sweep_rows(given, blocks[0], "4:2:8", backend=backend)
+    errors = _group_errors(rows, weight, shared) + _panel_errors(panels, weight, shared)
+    return [*errors, _weight_error(rows, weight, shared), _weight_error(panels, weight, shared)]
+
+
 def _weight_errors(found: Pruned, weight: Tensor, fisher: Tensor) -> list[float]:
+    return [_weight_error(found, weight, fisher), float(found.info.any())]
+
+
+def _weight_error(found: Selection | Pruned, weight: Tensor, fisher: Tensor) -> float:
     gone = [tuple((~row).nonzero().flatten().tolist()) for row in found.mask.cpu()]
     wanted = torch.stack([_least_loss(w, f, p)[1] for w, f, p in zip(weight, fisher, gone, strict=True)])
-    return [_relative(found.weight, wanted), float(found.info.any())]
+    return float("inf") if found.weight is None else _relative(found.weight, wanted)
 
 
 def _check_update(backend: str, device: torch.device) -> list[float]:
@@ -237,11 +263,13 @@ def _check_sparse_linear(backend: str, device: torch.device) -> list[float]:
 
 _CHECKS: dict[str, Callable[[str, torch.device], list[float]]] = {
     "accumulate_fisher_": _check_accumulate,
+    "accumulate_hessian_": _check_accumulate_hessian,
     "invert_spd": _check_inverse,
     "search_nm": _check_search_nm,
     "search_vnm": _check_search_vnm,
     "prune_nm": _check_prune_nm,
     "prune_vnm": _check_prune_vnm,
+    "sweep_rows": _check_sweep,
     "obs_update": _check_update,
     "block_saliency": _check_block_saliency,
     "loss_increase": _check_loss_increase,

@@ -72,6 +72,7 @@ def _step_by_gradients(gradient: Tensor, hessian: Tensor, mask: Tensor, target: 
     residual = gradient.neg().masked_fill_(~mask, 0.0)
     norm = _norm(residual)
     rows = (norm > target).nonzero().flatten()
+    residual = residual[rows]
     products = 0
     while rows.numel() and products < MOST_PRODUCTS:
         found, used = _conjugate_gradients(residual, hessian, mask[rows], target[rows], MOST_PRODUCTS - products)
