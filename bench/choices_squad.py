@@ -41,6 +41,8 @@ PASSES_PATTERNS = ("2:4", "2:8", "64:2:8")
 PASSES_SIZES = (32, 64, 128)
 PASSES = (0, 1, 3)
 PERMUTED_PATTERNS = ("64:2:8", "128:2:8")
+DIAGONAL_SIZE = 64
+"""D of the Fisher whose diagonal decides the order."""
 ROUNDS = 100
 """Of exchanges between pairs of groups, all groups at once."""
 
@@ -77,17 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             identity = (cell["D"], order)
             if identity not in tables:  # its gradients are those of one block size and one order of channels
                 tables.clear()
-                tables[identity] = _table(model, order, loader, tokenizer, dev, args, cell["D"])
+                tables[identity] = _table(model, order, loader, tokenizer, dev, args)
             table = tables[identity]
+            whole_rows = cell["D"] == "row"
             table.base = OBSConfig(
                 pattern="2:4",
                 num_grads=args.num_grads,
-                fisher_block_size=cell["D"],
+                fisher_block_size=None if whole_rows else cell["D"],
                 dampening_frac=args.dampening_frac,
                 passes=cell["value"] if cell["study"] == "passes" else 0,
                 seed=seed,
             )
-            result = table.run_cell(Cell(cell["pattern"], "combinatorial", "joint"))
+            curvature = "row" if whole_rows else "block"
+            result = table.run_cell(Cell(cell["pattern"], "combinatorial", "joint", curvature=curvature))
             stored["cells"][key] = (
                 cell
                 | {"seed": seed, "f1": result.f1, "exact_match": result.exact_match}
@@ -111,14 +115,15 @@ def _cells(studies: Sequence[str]) -> Iterator[dict[str, Any]]:
     if "permutation" in studies:
         for pattern in PERMUTED_PATTERNS:
             for order in ("as it is", "reordered"):
-                yield {"study": "permutation", "pattern": pattern, "D": 64, "value": order}
+                for size in (DIAGONAL_SIZE, "row"):  # of a block Fisher, or row curvature
+                    yield {"study": "permutation", "pattern": pattern, "D": size, "value": order}
 
 
 def _table(
-    model: nn.Module, pattern: str | None, loader: Any, tokenizer: Any, dev: Any, args: argparse.Namespace, size: int
+    model: nn.Module, pattern: str | None, loader: Any, tokenizer: Any, dev: Any, args: argparse.Namespace
 ) -> OneShotTable:
     """Table of ``model``, or of a copy whose channels are reordered for ``pattern``: the same function."""
-    base = OBSConfig(pattern="2:4", num_grads=args.num_grads, fisher_block_size=size, seed=loader.seed)
+    base = OBSConfig(pattern="2:4", num_grads=args.num_grads, fisher_block_size=DIAGONAL_SIZE, seed=loader.seed)
     if pattern is not None:
         model = copy.deepcopy(model)
         gained = reorder_channels_(model, pattern, loader, base, rounds=ROUNDS)
@@ -138,7 +143,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "",
         f"One shot, exact choice, joint update, nothing trained. {header['num_grads']} per-sample gradients, damping "
         f"{header['dampening_frac']} of the mean diagonal; F1 on {share} of the dev set, dense "
-        f"{stored.get('dense_f1') or float('nan'):.2f}; means over {len(seeds)} seeds, largest less least in brackets; "
+        f"{stored.get('dense_f1') or float('nan'):.2f}; "
+        f"{'one seed' if len(seeds) == 1 else f'means over {len(seeds)} seeds, largest less least in brackets'}; "
         f"{header['device']}; commits {', '.join(sorted({cell['commit'] for cell in cells}))}.",
     ]
     for study, title in (
@@ -148,10 +154,10 @@ def to_markdown(stored: dict[str, Any]) -> str:
         found = [cell for cell in cells if cell["study"] == study]
         values = list(dict.fromkeys(cell["value"] for cell in found))
         lines += ["", f"## {title}", ""]
-        names = [f"{v} passes" if study == "passes" else str(v) for v in values]
+        names = [f"{v} pass{'' if v == 1 else 'es'}" if study == "passes" else str(v) for v in values]
         columns = [f"predicted loss, {n}" for n in names] + [f"F1, {n}" for n in names]
         lines += ["| pattern | D | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
-        for pattern, size in dict.fromkeys((cell["pattern"], cell["D"]) for cell in found):
+        for pattern, size in sorted({(c["pattern"], c["D"]) for c in found}, key=lambda x: (str(x[1]).zfill(4), x[0])):
             row = [pattern, str(size)]
             for figure, form in (("predicted_loss", "{:.4f}"), ("f1", "{:.2f}")):
                 for value in values:

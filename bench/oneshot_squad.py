@@ -52,21 +52,35 @@ ROWS = (
 )
 RECOMPUTED = ("2:8", "64:2:8", "128:2:8", "2:16", "64:2:16", "block8:0.75", "unstructured:0.75", "unstructured:0.9")
 RECOMPUTATIONS = (4, 16)
+CORE = (
+    ("magnitude", "none"),
+    ("diagonal", "joint"),
+    ("pairwise", "joint"),
+    ("combinatorial", "none"),
+    ("combinatorial", "joint"),
+)
+"""Method and update of the README's columns."""
 CURVATURES = (("layer", False), ("layer", True), ("row", False), ("row", True))
 """Beside the block Fisher; True: sequential over the layers."""
 
 
 def all_cells(rows: Sequence[str], methods: Sequence[str] = METHODS, updates: Sequence[str] = UPDATES) -> list[Cell]:
-    """Cells of the table, those from one set of gradients first; all others only if nothing is left out."""
-    cells = [cell for row in rows for cell in standard_cells(row, methods=methods, updates=updates)]
-    if (tuple(methods), tuple(updates)) == (METHODS, UPDATES):
-        for parts in RECOMPUTATIONS:
-            cells += [Cell(row, "combinatorial", "joint", parts) for row in rows if row in RECOMPUTED]
-        for curvature, sequential in CURVATURES:
-            cells += [
-                Cell(row, "combinatorial", "joint", 1, curvature, sequential) for row in rows if takes(row, curvature)
-            ]
-    return cells
+    """Cells of the table, those of the README first.
+
+    Other curvatures and recomputations only if nothing is left out.
+    """
+    block = [cell for row in rows for cell in standard_cells(row, methods=methods, updates=updates)]
+    if (tuple(methods), tuple(updates)) != (METHODS, UPDATES):
+        return block
+    first = [cell for cell in block if (cell.method, cell.update) in CORE]
+    curved = [
+        Cell(row, "combinatorial", "joint", 1, curvature, sequential)
+        for curvature, sequential in CURVATURES
+        for row in rows
+        if takes(row, curvature)
+    ]
+    parts = [Cell(row, "combinatorial", "joint", p) for p in RECOMPUTATIONS for row in rows if row in RECOMPUTED]
+    return first + curved + parts + [cell for cell in block if cell not in first]
 
 
 def takes(pattern: str, curvature: str) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 METHOD_ORDER = ("magnitude", "diagonal", "pairwise", "combinatorial")
@@ -101,6 +102,24 @@ def curvature_table(cells: list[dict[str, Any]]) -> list[str]:
     lines = ["| pattern | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for pattern in dict.fromkeys(p for p, kind in found if kind != "block"):
         values = [found.get((pattern, kind)) for kind in columns]
+        best = max(v for v in values if v is not None)
+        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
+        lines.append(f"| {pattern} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def summary_table(cells: list[dict[str, Any]], core: Sequence[tuple[str, str]]) -> list[str]:
+    """F1 of one part: the method and update pairs of ``core`` under the block Fisher, then the other curvatures."""
+    found = {
+        (c["pattern"], _curvature(c), c["method"], c["update"]): c["f1"] for c in cells if c["recomputations"] == 1
+    }
+    columns = [("block", method, update) for method, update in core]
+    columns += [(kind, "combinatorial", "joint") for kind in CURVATURE_ORDER[1:]]
+    columns = [column for column in columns if any(key[1:] == column for key in found)]
+    names = [f"{method}, {update}" if kind == "block" else kind for kind, method, update in columns]
+    lines = ["| pattern | " + " | ".join(names) + " |", "|---|" + "---:|" * len(columns)]
+    for pattern in dict.fromkeys(key[0] for key in found):
+        values = [found.get((pattern, *column)) for column in columns]
         best = max(v for v in values if v is not None)
         shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
         lines.append(f"| {pattern} | " + " | ".join(shown) + " |")

@@ -358,7 +358,7 @@ def test_panels_of_larger_sets_are_the_reference(
         options = {"damp": damp, "mask": mask, "num_columns": num_columns}
         found = emulate(program, weight, fisher, pattern, panel_rows=1 + masked, **options)
         few = {True: "panels_small", False: "panels_medium"}[m <= 8]
-        assert found.path == (few if math.comb(m, n) <= 704 else "panels_sets")
+        assert found.path == (few if math.comb(m, n) <= 768 else "panels_large")
         assert_is_reference(found, weight, fisher, pattern, **options)
 
 

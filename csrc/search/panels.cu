@@ -50,14 +50,13 @@ __device__ __forceinline__ const float* gains_of_row(const PanelParams& p,
   return p.gains + group * stride;
 }
 
-// An entry of the tables of kRows rows.
+// An entry of the tables of kRows rows: one address and one load for all of them.
 template <int kRows>
-struct alignas(sizeof(float) * kRows) Entry {
+struct alignas(kRows < 4 ? sizeof(float) * kRows : 16) Entry {
   float of[kRows];
 };
 
-// Tables of `rows` rows from `row` on: `base` gains of kept sets, then the derived entries, of
-// which interleaved tables have none.
+// Tables of `rows` rows from `row` on: `base` gains of kept sets, then the derived entries.
 template <typename Config>
 __device__ __forceinline__ void fill_tables(const PanelParams& p,
                                             const Panel& panel,
@@ -66,64 +65,50 @@ __device__ __forceinline__ void fill_tables(const PanelParams& p,
                                             int64_t row,
                                             int rows,
                                             int thread,
-                                            float* table) {
-  if constexpr (Config::kInterleaved) {
-    constexpr int kRows = Config::kRows;
-    auto* const entries = reinterpret_cast<Entry<kRows>*>(table);
-    for (int entry = thread; entry < base; entry += Config::kThreads) {
-      Entry<kRows> all{};
+                                            Entry<Config::kRows>* table) {
+  constexpr int kRows = Config::kRows;
+  for (int entry = thread; entry < base; entry += Config::kThreads) {
+    Entry<kRows> all{};
 #pragma unroll
-      for (int line = 0; line < kRows; ++line) {
-        if (line < rows) all.of[line] = gains_of_row(p, panel, stride, row + line)[entry];
-      }
-      entries[entry] = all;
+    for (int line = 0; line < kRows; ++line) {
+      if (line < rows) all.of[line] = gains_of_row(p, panel, stride, row + line)[entry];
     }
-  } else {
-    for (int item = thread; item < rows * base; item += Config::kThreads) {
-      const int line = item / base;
-      const int entry = item - line * base;
-      table[line * Config::kCapacity + entry] = gains_of_row(p, panel, stride, row + line)[entry];
+    table[entry] = all;
+  }
+  const int derived = static_cast<int>(p.tables.num_derived);
+  if (derived == 0) return;
+  __syncthreads();
+  for (int entry = thread; entry < derived; entry += Config::kThreads) {
+    const uint16_t* const parts = p.tables.derived + entry;
+    Entry<kRows> all = table[parts[0]];
+    const Entry<kRows> second = table[parts[derived]];
+    const Entry<kRows> third = table[parts[2 * derived]];
+#pragma unroll
+    for (int line = 0; line < kRows; ++line) {
+      all.of[line] = fmaxf(fmaxf(all.of[line], second.of[line]), third.of[line]);
     }
-    __syncthreads();
-    const int derived = static_cast<int>(p.tables.num_derived);
-    for (int item = thread; item < rows * derived; item += Config::kThreads) {
-      const int line = item / derived;
-      const int entry = item - line * derived;
-      float* const mine = table + line * Config::kCapacity;
-      const uint16_t* const parts = p.tables.derived + entry;
-      const float two = fmaxf(mine[parts[0]], mine[parts[derived]]);
-      mine[base + entry] = fmaxf(two, mine[parts[2 * derived]]);
-    }
+    table[base + entry] = all;
   }
 }
 
 // The largest entry of each row's table inside column set `set`.
 template <typename Config>
-__device__ __forceinline__ void best_inside(
-    const PanelParams& p, int set, int rows, const float* table, float (&most)[Config::kRows]) {
+__device__ __forceinline__ Entry<Config::kRows> best_inside(const PanelParams& p,
+                                                            int set,
+                                                            const Entry<Config::kRows>* table) {
   constexpr int kRows = Config::kRows;
   const int num_sets = static_cast<int>(p.tables.num_sets);
   const int length = static_cast<int>(p.tables.length);
+  Entry<kRows> most = table[p.tables.lists[set]];
+#pragma unroll 2
+  for (int item = 1; item < length; ++item) {
+    const Entry<kRows> entry = table[p.tables.lists[item * num_sets + set]];
 #pragma unroll
-  for (int line = 0; line < kRows; ++line) most[line] = -INFINITY;
-  if constexpr (Config::kInterleaved) {
-    const auto* const entries = reinterpret_cast<const Entry<kRows>*>(table);
-#pragma unroll 4
-    for (int item = 0; item < length; ++item) {
-      const Entry<kRows> entry = entries[p.tables.lists[item * num_sets + set]];
-#pragma unroll
-      for (int line = 0; line < kRows; ++line) most[line] = fmaxf(most[line], entry.of[line]);
-    }
-  } else {
-#pragma unroll 1
-    for (int item = 0; item < length; ++item) {
-      const float* const entry = table + p.tables.lists[item * num_sets + set];
-#pragma unroll
-      for (int line = 0; line < kRows; ++line) {
-        if (line < rows) most[line] = fmaxf(most[line], entry[line * Config::kCapacity]);
-      }
+    for (int line = 0; line < kRows; ++line) {
+      most.of[line] = fmaxf(most.of[line], entry.of[line]);
     }
   }
+  return most;
 }
 
 // kDead: whether entries tell of dead ones (with_dead).
@@ -137,7 +122,7 @@ __global__ __launch_bounds__(Config::kThreads, 1) void columns_kernel(PanelParam
   extern __shared__ float4 memory[];
   __shared__ Best bests[kThreads / kWarp];
   __shared__ uint8_t position[kWarp];
-  float* const table = reinterpret_cast<float*>(memory);
+  auto* const table = reinterpret_cast<Entry<kRows>*>(memory);
 
   const int thread = static_cast<int>(threadIdx.x);
   Panel panel{};
@@ -161,13 +146,12 @@ __global__ __launch_bounds__(Config::kThreads, 1) void columns_kernel(PanelParam
       for (int turn = 0; turn < Config::kSets; ++turn) {
         const int set = first_set + turn * kThreads + thread;
         if (set >= num_sets) continue;
-        float most[kRows];
-        best_inside<Config>(p, set, rows, table, most);
+        const Entry<kRows> most = best_inside<Config>(p, set, table);
         // one row after the other: the sum must not depend on the backend
 #pragma unroll
         for (int line = 0; line < kRows; ++line) {
           if (line < rows) {
-            const float gain = kDead ? without_dead(most[line]) : most[line];
+            const float gain = kDead ? without_dead(most.of[line]) : most.of[line];
             total[turn] = __fadd_rn(total[turn], gain);
           }
         }
@@ -215,10 +199,8 @@ __global__ __launch_bounds__(kThreads) void panel_sums_kernel(PanelParams p, int
   p.saliency[panel] = sum;
 }
 
-template <typename Config>
-int64_t table_bytes(int64_t base) {
-  const int64_t entries = Config::kInterleaved ? base : Config::kCapacity;
-  return Config::kRows * entries * static_cast<int64_t>(sizeof(float));
+int64_t table_bytes(int rows, int64_t entries) {
+  return rows * entries * static_cast<int64_t>(sizeof(float));
 }
 
 template <typename Config, bool kDead>
@@ -230,8 +212,9 @@ LaunchPlan launch(const PanelParams& params,
                   cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(panels);
   const auto base = static_cast<int>(count_sets(params.groups.n, params.groups.m));
-  const auto bytes = static_cast<size_t>(table_bytes<Config>(base));
-  if constexpr (Config::kInterleaved) {
+  const auto bytes =
+      static_cast<size_t>(table_bytes(Config::kRows, base + params.tables.num_derived));
+  if (bytes > kPlainBytes) {
     OBS_CUDA_CHECK(cudaFuncSetAttribute(columns_kernel<Config, kDead>,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(bytes)));
@@ -272,35 +255,21 @@ LaunchPlan launch_columns(const PanelParams& params,
                           int64_t stride,
                           cudaStream_t stream) {
   const int64_t base = count_sets(params.groups.n, params.groups.m);
-  const int64_t entries = base + params.tables.num_derived;
+  const int64_t row_bytes = table_bytes(1, base + params.tables.num_derived);
+  const int64_t most = most_table_bytes();
+  OBS_CHECK(
+      row_bytes <= most, "the table of a row must have at most ", most, " bytes, got ", row_bytes);
   const int64_t sets = params.tables.num_sets;
-  if (entries <= PanelSmall::kCapacity && sets <= PanelSmall::kThreads) {
+  if (sets <= PanelSmall::kThreads && PanelSmall::kRows * row_bytes <= kPlainBytes) {
     return launch_masked<PanelSmall>(params, first_panel, panels, stride, "panels_small", stream);
   }
-  if (entries <= PanelMedium::kCapacity) {
+  if (PanelMedium::kRows * row_bytes <= kPlainBytes / 4) {  // four blocks an SM
     return launch_masked<PanelMedium>(params, first_panel, panels, stride, "panels_medium", stream);
   }
-  if (params.groups.n <= 2) {
-    OBS_CHECK(entries <= PanelLarge::kCapacity,
-              "the table of a row must have at most ",
-              PanelLarge::kCapacity,
-              " entries, got ",
-              entries);
-    return launch_masked<PanelLarge>(params, first_panel, panels, stride, "panels_large", stream);
-  }
-  const int64_t most = most_table_bytes();
-  const int64_t row_bytes = table_bytes<PanelSets<1>>(base);
-  OBS_CHECK(params.tables.num_derived == 0 && row_bytes <= most,
-            "for n > 2 num_derived must be 0 and the table of a row have at most ",
-            most,
-            " bytes, got ",
-            params.tables.num_derived,
-            " and ",
-            row_bytes);
-  const auto run = 4 * row_bytes <= most   ? launch<PanelSets<4>, false>
-                   : 2 * row_bytes <= most ? launch<PanelSets<2>, false>
-                                           : launch<PanelSets<1>, false>;
-  return run(params, first_panel, panels, stride, "panels_sets", stream);
+  const auto run = 4 * row_bytes <= most   ? launch_masked<PanelLarge<4>>
+                   : 2 * row_bytes <= most ? launch_masked<PanelLarge<2>>
+                                           : launch_masked<PanelLarge<1>>;
+  return run(params, first_panel, panels, stride, "panels_large", stream);
 }
 
 LaunchPlan launch_panel_sums(const PanelParams& params, cudaStream_t stream) {
