@@ -70,17 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     for seed in range(args.seeds):
         loader = calibration_loader(train, num_samples=args.num_grads, batch_size=args.batch_size, seed=seed)
-        tables: dict[tuple[Any, ...], OneShotTable] = {}
+        tables: dict[str | None, OneShotTable] = {}
         for cell in _cells(args.studies.split(",")):
             key = f"{cell['study']}/{cell['pattern']}/{cell['D']}/{cell['value']}/{seed}"
             if key in stored["cells"] or (args.minutes and time.monotonic() - started > 60 * args.minutes):
                 continue
             order = cell["pattern"] if cell["value"] == "reordered" else None
-            identity = (cell["D"], order)
-            if identity not in tables:  # its gradients are those of one block size and one order of channels
+            if order not in tables:
                 tables.clear()
-                tables[identity] = _table(model, order, loader, tokenizer, dev, args)
-            table = tables[identity]
+                tables[order] = _table(model, order, loader, tokenizer, dev, args)
+            table = tables[order]
             whole_rows = cell["D"] == "row"
             table.base = OBSConfig(
                 pattern="2:4",
@@ -115,8 +114,8 @@ def _cells(studies: Sequence[str]) -> Iterator[dict[str, Any]]:
     if "permutation" in studies:
         for pattern in PERMUTED_PATTERNS:
             for order in ("as it is", "reordered"):
-                for size in (DIAGONAL_SIZE, "row"):  # of a block Fisher, or row curvature
-                    yield {"study": "permutation", "pattern": pattern, "D": size, "value": order}
+                for of in (DIAGONAL_SIZE, "row"):  # a block Fisher, or row curvature
+                    yield {"study": "permutation", "pattern": pattern, "D": of, "value": order}
 
 
 def _table(
