@@ -19,13 +19,13 @@ from obs_kernels.reference.fisher import chunks
 
 
 @lru_cache(maxsize=64)
-def kept_sets(n: int, m: int) -> Tensor:
-    """All n-subsets of range(m), [comb(m, n), n] int64, lexicographic."""
-    return torch.tensor(list(combinations(range(m), n)), dtype=torch.int64)
+def kept_sets(n: int, m: int, device: torch.device | None = None) -> Tensor:
+    """All n-subsets of range(m), [comb(m, n), n] int64, lexicographic; one copy a device, as copies wait for a GPU."""
+    return torch.tensor(list(combinations(range(m), n)), dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=16)
-def sets_inside_columns(n: int, m: int, num_columns: int) -> Tensor:
+def sets_inside_columns(n: int, m: int, num_columns: int, device: torch.device | None = None) -> Tensor:
     """For each column set of ``kept_sets(num_columns, m)``, the numbers of the kept sets inside it, [comb(m, c),
     comb(c, n)].
     """
@@ -33,6 +33,7 @@ def sets_inside_columns(n: int, m: int, num_columns: int) -> Tensor:
     return torch.tensor(
         [[number[kept] for kept in combinations(columns, n)] for columns in combinations(range(m), num_columns)],
         dtype=torch.int64,
+        device=device,
     )
 
 
@@ -59,14 +60,14 @@ def _scaled_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
 
 def dead_in_sets(alive: Tensor, n: int) -> Tensor:
     """[N, comb(m, n)]: how many dead entries each kept set has; ``alive`` [N, m]."""
-    sets = kept_sets(n, alive.shape[1]).to(alive.device)
+    sets = kept_sets(n, alive.shape[1], alive.device)
     member = torch.zeros(sets.shape[0], alive.shape[1], device=alive.device).scatter_(1, sets, 1.0)
     return (~alive).float() @ member.T
 
 
 def _pair_gains(f: Tensor, u: Tensor) -> Tensor:
     """Closed form for n = 2; the formula and its IEEE division are the contract for equal masks on every backend."""
-    a, b = kept_sets(2, u.shape[1]).to(u.device).unbind(1)
+    a, b = kept_sets(2, u.shape[1], u.device).unbind(1)
     diagonal = f.diagonal(dim1=1, dim2=2)
     fa, fb, fab, ua, ub = diagonal[:, a], diagonal[:, b], f[:, a, b], u[:, a], u[:, b]
     return (fb * ua * ua - 2.0 * fab * ua * ub + fa * ub * ub) / (fa * fb - fab * fab)

@@ -119,11 +119,11 @@ def _choose_again(
     curvature, linear = state.curvature[:, span, span], state.linear[:, span]
     gains = gain_table(Groups(curvature, linear, linear, live, state.unit), n)
     allowed = fewest_dead(gains, dead_in_sets(live, n))
-    member = as_mask(kept_sets(n, m).to(keep.device), m).to(gains.dtype)
+    member = as_mask(kept_sets(n, m, keep.device), m).to(gains.dtype)
     holds = old.to(gains.dtype) @ member.T >= old.sum(1, keepdim=True)
     own = allowed.masked_fill(~holds, -torch.inf).amax(1)  # of the sets that hold the old one: it, and dead fillers
     if v:
-        inside = sets_inside_columns(n, m, num_columns).to(keep.device)
+        inside = sets_inside_columns(n, m, num_columns, keep.device)
         sets, _ = choose_panels(gains, live, v, wide, n, inside, masked=not bool(live.all()))
         sets = sets.reshape(-1)
         found, before = (x.view(-1, v, wide).sum(1) for x in (gains.gather(1, sets[:, None])[:, 0], own))
@@ -134,7 +134,7 @@ def _choose_again(
         found, sets = allowed.max(1)
         better = found > own + GAIN_TOLERANCE * own.abs()
         moved = int(better.sum())
-    chosen = as_mask(kept_sets(n, m).to(keep.device)[sets], m) & live
+    chosen = as_mask(kept_sets(n, m, keep.device)[sets], m) & live
     new = torch.where(better[:, None], chosen, old)
     keep[:, span] = new
     _sweep_group(state, new, span.start, n, 1.0)

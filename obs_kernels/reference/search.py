@@ -55,7 +55,7 @@ def choose_nm(
             index = live_first(groups.alive, n)
             live = groups.take(index)
             gains = _forbid_dead(gain_table(live, n), live.alive, n)
-            places = kept_sets(n, index.shape[1]).to(weight.device)[gains.argmax(1)]
+            places = kept_sets(n, index.shape[1], weight.device)[gains.argmax(1)]
             keep[span] = as_mask(index.gather(1, places), m)
         elif method == "greedy":
             keep[span] = keep_by_greedy(groups, n)
@@ -122,12 +122,12 @@ def choose_vnm(
         length = index.shape[1]
         alive = groups.alive.gather(1, index)
         if exact:
-            inside = sets_inside_columns(n, length, num_columns).to(weight.device)
+            inside = sets_inside_columns(n, length, num_columns, weight.device)
             sets, chosen = choose_panels(gains, alive, v, wide, n, inside, masked=mask is not None)
-            picked = kept_sets(num_columns, length).to(weight.device)[chosen]
+            picked = kept_sets(num_columns, length, weight.device)[chosen]
         else:
             sets, picked = _choose_panels_greedily(gains, alive, v, wide, n, num_columns)
-        places = index.gather(1, kept_sets(n, length).to(weight.device)[sets.flatten()])
+        places = index.gather(1, kept_sets(n, length, weight.device)[sets.flatten()])
         keep[part] = (as_mask(places, m) & groups.alive).view(-1, v, wide, m)
         kept_columns = panel_index.gather(2, picked)
         columns[part] = kept_columns.sort(-1).values.to(torch.uint8)
@@ -197,7 +197,7 @@ def _choose_panels_greedily(
     length = alive.shape[1]
     gains = gains.view(-1, v, wide, gains.shape[-1])
     dead = dead_in_sets(alive, n).view(gains.shape)
-    sets = kept_sets(n, length).to(gains.device)
+    sets = kept_sets(n, length, gains.device)
     member = torch.zeros(sets.shape[0], length, dtype=gains.dtype, device=gains.device).scatter_(1, sets, 1.0)
 
     def inside(columns: Tensor, row: int) -> Tensor:
@@ -243,7 +243,7 @@ def _gains_by_method(
     if method == "pairwise":
         return gain_table(pair_model(groups, finv).take(index), n)
     scores = _scores(groups, fisher, damp, method, part).gather(1, index)
-    return scores[:, kept_sets(n, scores.shape[1]).to(scores.device)].sum(-1)
+    return scores[:, kept_sets(n, scores.shape[1], scores.device)].sum(-1)
 
 
 def _scores(groups: Groups, fisher: Tensor | None, damp: Tensor, method: str, part: slice) -> Tensor:

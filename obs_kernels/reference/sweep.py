@@ -145,7 +145,7 @@ def _kept_inverses(curvature: Tensor, n: int, start: int) -> Tensor:
     ``start``.
     """
     groups, m = curvature.shape[:2]
-    sets = kept_sets(n, m).to(curvature.device)
+    sets = kept_sets(n, m, curvature.device)
     kept = curvature[:, sets[:, :, None], sets[:, None, :]]
     return _inverses(kept.view(-1, n, n), start, start + groups * m).view(kept.shape)
 
@@ -211,15 +211,15 @@ def _choose(
     gains = gain_table(groups, n)
     columns = None
     if panels:
-        inside = sets_inside_columns(n, length, num_columns).to(gains.device)
+        inside = sets_inside_columns(n, length, num_columns, gains.device)
         sets, chosen = choose_panels(gains, groups.alive, v, 1, n, inside, masked=masked, row_scale=row_scale)
         sets = sets.flatten()
-        columns = kept_sets(num_columns, length).to(gains.device)[chosen[:, 0]]
+        columns = kept_sets(num_columns, length, gains.device)[chosen[:, 0]]
         if panel_index is not None:
             columns = panel_index.gather(1, columns).sort(1).values
     else:
         if masked:
             gains = fewest_dead(gains, dead_in_sets(groups.alive, n))
         sets = gains.argmax(1)
-    places = kept_sets(n, length).to(gains.device)[sets]
+    places = kept_sets(n, length, gains.device)[sets]
     return sets, places if index is None else index.gather(1, places), columns
