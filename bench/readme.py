@@ -44,7 +44,7 @@ LESS = {
     ("accumulate_fisher_", "cuda"): "D up to 128, not f64",
     ("accumulate_fisher_", "triton"): "not f64",
     ("invert_spd", "cuda"): "D up to 128, f32",
-    ("search_nm", "cuda"): f"m up to 32 for n up to 2, else m up to 16; {_SEARCH}",
+    ("search_nm", "cuda"): f"m up to 32; {_SEARCH}",
     ("search_vnm", "cuda"): f"m up to 32 for n up to 2, else m up to 16; {_SEARCH}",
     ("prune_nm", "cuda"): "as search_nm",
     ("prune_vnm", "cuda"): "as search_vnm",

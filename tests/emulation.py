@@ -19,7 +19,7 @@ SANITIZERS = ("address,undefined", "thread")
 def as_host_code(source: Path) -> str:
     """Kernel launches become calls of the emulation, as does memory that a launch sizes; the rest stays as it is."""
     text = source.read_text(encoding="utf-8")
-    launch = re.compile(r"((?:\w+::)*\w+<[\w:, ]+>)\s*<<<(.+?), ([\w:]+), (\w+), stream>>>\((.+?)\);", re.S)
+    launch = re.compile(r"((?:\w+::)*\w+(?:<[\w:, ]+>)?)\s*<<<(.+?), ([\w:]+), (\w+), stream>>>\((.+?)\);", re.S)
     host, count = launch.subn(r"emulation::launch(\2, \3, \4, [&] { \1(\5); });", text)
     assert count == text.count("<<<")
     memory = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")

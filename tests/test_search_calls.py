@@ -29,7 +29,7 @@ from obs_kernels.errors import (
 from obs_kernels.ops import dispatch
 from obs_kernels.patterns import parse_pattern
 
-SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "panels.cu", "search.cpp")]
+SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "wide_sets.cu", "panels.cu", "search.cpp")]
 ADDRESS, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -92,7 +92,7 @@ OPTIONS = {"damp": torch.tensor([0.01]), "method": "combinatorial"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "2:16", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "2:16", "4:8", "3:20", "30:32"])
 def test_search_nm_of_any_dtype_and_strides(gen: torch.Generator, pattern: str, dtype: torch.dtype) -> None:
     m = int(pattern.split(":")[1])
     weight, fisher = problem(gen, 6, 2 * m, m)
@@ -122,7 +122,9 @@ def test_nothing(gen: torch.Generator) -> None:
     assert mask.shape == (0, 8) and saliency.shape == (0, 1)
 
 
-@pytest.mark.parametrize(("pattern", "size"), [("2:4", 8), ("2:8", 32), ("1:4", 12), ("2:8", 16), ("3:8", 16)])
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("2:4", 8), ("2:8", 32), ("1:4", 12), ("2:8", 16), ("3:8", 16), ("15:17", 34)]
+)
 def test_wider_blocks(gen: torch.Generator, pattern: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """D > m, some blocks at a time; dead entries leave the block first."""
     n, m = (int(part) for part in pattern.split(":"))
@@ -245,12 +247,13 @@ def test_what_the_kernels_do_not_take(gen: torch.Generator) -> None:
     [
         ("2:8", "pairwise", 8, torch.float32, "method='combinatorial' only, got 'pairwise'"),
         ("2:8", "combinatorial", 8, torch.float64, "float32 fisher and a weight of at most 32 bits"),
-        ("3:20", "combinatorial", 20, torch.float32, "m <= 16 with any n, got 3:20"),
-        ("2:40", "combinatorial", 40, torch.float32, "m <= 32 with n <= 2"),
+        ("2:40", "combinatorial", 40, torch.float32, "it takes m <= 32, and m <= 16 for panels of n > 2, got 2:40"),
         ("2:8", "combinatorial", 136, torch.float32, "Fisher blocks of at most 128, got 136"),
-        ("2:3:20", "combinatorial", 20, torch.float32, "m <= 16 with any n, got 2:3:20"),
+        ("2:3:20", "combinatorial", 20, torch.float32, "m <= 16 for panels of n > 2, got 2:3:20"),
         ("2:8", "combinatorial", 128, torch.float32, None),
         ("9:16", "combinatorial", 16, torch.float32, None),
+        ("3:20", "combinatorial", 20, torch.float32, None),
+        ("30:32", "combinatorial", 32, torch.float32, None),
         ("2:2:32", "combinatorial", 32, torch.float32, None),
         ("2:3:8", "combinatorial", 8, torch.float32, None),
         ("2:7:16", "combinatorial", 16, torch.float32, None),

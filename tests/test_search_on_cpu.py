@@ -20,7 +20,7 @@ from obs_kernels import reference
 from obs_kernels.cuda_calls.column_tables import column_tables
 from obs_kernels.errors import SingularBlockError
 
-SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "panels.cu", "search.cpp")]
+SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "wide_sets.cu", "panels.cu", "search.cpp")]
 PATHS = {4: "pairs4", 8: "pairs8", 16: "pairs16", 32: "wide"}
 
 
@@ -139,6 +139,20 @@ def assert_is_reference(
         error = (found.weight - new).norm() / new.norm().clamp_min(1e-30)
         assert error <= UPDATE_RMS_F32 or float(new.norm()) == 0
         assert not found.weight[~wanted].any()
+
+
+def assert_is_optimum(found: Found, weight: Tensor, fisher: Tensor, pattern: str, mask: Tensor | None) -> None:
+    """The loss is the least in f64, and the new weight that of the joint update."""
+    options = {"damp": torch.zeros(1), "method": "combinatorial", "mask": mask}
+    best, least = reference.search_nm(weight.double(), fisher.double(), pattern, **options)
+    assert not found.info.any() and torch.equal(found.mask.sum(1), best.sum(1))
+    assert mask is None or not (found.mask & ~mask).any()
+    assert (found.saliency <= least * (1 + SEARCH_LOSS_EQUAL_BLOCK) + 1e-6).all()
+    live = weight.double() if mask is None else weight.double().masked_fill(~mask, 0.0)
+    new = reference.obs_update(live, fisher.double(), found.mask, damp=torch.zeros(1), update="joint")
+    assert found.weight is not None and (found.weight - new).norm() <= 1e-4 * new.norm()
+    loss = reference.loss_increase(new - live, fisher.double(), damp=torch.zeros(1)).view(-1, 1)
+    torch.testing.assert_close(found.saliency.double(), loss, rtol=SALIENCY_EQUAL_BLOCK, atol=1e-6)
 
 
 SIZES = [2, 3, 4, 5, 7, 8, 11, 14, 16, 17, 24, 32]
@@ -280,17 +294,66 @@ def test_larger_sets_reach_the_optimum(program: Path, gen: torch.Generator, n: i
     mask = torch.rand(4, m, generator=gen) < torch.tensor([1.0, 0.8, 0.5, 0.9])[:, None]
     for alive in (None, mask):
         found = emulate(program, weight, fisher, f"{n}:{m}", mask=alive)
-        best, least = reference.search_nm(
-            weight.double(), fisher.double(), f"{n}:{m}", damp=torch.zeros(1), method="combinatorial", mask=alive
-        )
-        assert not found.info.any() and torch.equal(found.mask.sum(1), best.sum(1))
-        assert alive is None or not (found.mask & ~alive).any()
-        assert (found.saliency <= least * (1 + SEARCH_LOSS_EQUAL_BLOCK) + 1e-6).all()
-        live = weight.double() if alive is None else weight.double().masked_fill(~alive, 0.0)
-        new = reference.obs_update(live, fisher.double(), found.mask, damp=torch.zeros(1), update="joint")
-        assert found.weight is not None and (found.weight - new).norm() <= 1e-4 * new.norm()
-        loss = reference.loss_increase(new - live, fisher.double(), damp=torch.zeros(1)).view(-1, 1)
-        torch.testing.assert_close(found.saliency.double(), loss, rtol=SALIENCY_EQUAL_BLOCK, atol=1e-6)
+        assert_is_optimum(found, weight, fisher, f"{n}:{m}", alive)
+
+
+def powers_of_two(gen: torch.Generator, groups: int, m: int) -> Tensor:
+    """Diagonal blocks whose inverse is exact."""
+    return torch.diag_embed(2.0 ** torch.randint(-1, 3, (groups, m), generator=gen))
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(3, 17), (14, 17), (15, 18), (4, 18), (7, 17), (10, 17), (3, 32), (29, 32), (30, 32), (31, 32)]
+)
+def test_sets_of_wide_groups_of_integers(program: Path, gen: torch.Generator, n: int, m: int) -> None:
+    """By their kept or their pruned entries, which depends on the live ones of a group; equal masks; ties."""
+    few = min(n, m - n) > 5  # thousands of sets of threads in step
+    weight = torch.randint(-3, 4, (5, m), generator=gen).float()
+    weight[1:3].clamp_(-1, 1)
+    weight[3] = 1.0
+    fisher = powers_of_two(gen, 5, m)
+    fisher[3] = torch.eye(m)
+    live = torch.rand(5, m, generator=gen).argsort(1).argsort(1)
+    live = live < torch.tensor([m - 1, n + 1, m, m - 2, n - 1])[:, None]  # whatever the order, ties among the rest
+    for mask in (None, live):
+        if few and mask is None:
+            continue
+        found = emulate(program, weight, fisher, f"{n}:{m}", mask=mask)
+        assert found.path == "wide_sets"
+        assert_is_reference(found, weight, fisher, f"{n}:{m}", mask=mask)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 17), (13, 17), (4, 20), (28, 31), (3, 32), (30, 32)])
+def test_sets_of_wide_groups_reach_the_optimum(program: Path, gen: torch.Generator, n: int, m: int) -> None:
+    """Strongly correlated blocks and dead entries, against f64; the new weight is that of the joint update."""
+    weight = torch.randn(3, m, generator=gen)
+    fisher = oracle.random_spd(gen, 3, m).float()
+    mask = torch.rand(3, m, generator=gen).argsort(1).argsort(1) < torch.tensor([m - 1, n + 2, m // 2])[:, None]
+    for alive in (None, mask):
+        found = emulate(program, weight, fisher, f"{n}:{m}", mask=alive)
+        assert_is_optimum(found, weight, fisher, f"{n}:{m}", alive)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 19), (30, 32)])
+def test_bad_wide_groups(program: Path, gen: torch.Generator, n: int, m: int) -> None:
+    """They are named and keep nothing, their weight stays; blocks of zeros with damping; alignment, in place."""
+    weight, fisher = torch.randint(-3, 4, (9, m), generator=gen).float(), powers_of_two(gen, 9, m)
+    damp = torch.zeros(9)
+    good = emulate(program, weight, fisher, f"{n}:{m}", update=2, shift=1)
+    assert_is_reference(good, weight, fisher, f"{n}:{m}")
+    weight[1, 2], fisher[2, 1, 0], damp[3] = torch.nan, torch.inf, -1.0
+    fisher[4], fisher[5, m - 1, m - 1], fisher[6] = 0.0, -1.0, 0.0
+    damp[6] = 0.25
+    found = emulate(program, weight, fisher, f"{n}:{m}", damp=damp, update=2, shift=3)
+    assert found.info.tolist() == [0, -1, -2, -3, 1, m, 0, 0, 0]
+    bad = found.info != 0
+    assert found.weight is not None and good.weight is not None
+    assert not found.mask[bad].any() and found.saliency[bad].isnan().all()
+    assert torch.equal(found.weight[bad].nan_to_num(), weight[bad].nan_to_num())
+    same = ~bad & (damp == 0)
+    assert torch.equal(found.mask[same], good.mask[same]) and torch.equal(found.weight[same], good.weight[same])
+    scaled = emulate(program, weight[6:7], torch.eye(m)[None], f"{n}:{m}")  # as zeros and damping, but for the scale
+    assert torch.equal(found.mask[6:7], scaled.mask) and torch.equal(found.weight[6:7], scaled.weight)
 
 
 def test_more_groups_than_blocks(program: Path, gen: torch.Generator) -> None:

@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "common/division.cuh"
 #include "obs_kernels/search.h"
 #include "search/launches.h"
 
@@ -34,6 +35,12 @@ __device__ __forceinline__ float pair_gain(float fa, float fb, float fab, float 
 
 __device__ __forceinline__ float single_gain(float f, float u) {
   return __fdiv_rn(__fmul_rn(u, u), f);
+}
+
+// gain + value^2 / pivot. Hundreds of these stand in a row, and a branch in each would keep the
+// compiler from mixing them. Pivots are of the scale of 1 here.
+__device__ __forceinline__ float grown(float gain, float value, float pivot, float inverse) {
+  return __fadd_rn(gain, divide(__fmul_rn(value, value), pivot, inverse));
 }
 
 // A power of four near the largest diagonal, and its reciprocal. Gains are of the third order in F

@@ -43,6 +43,18 @@ __device__ __forceinline__ void for_each_index(const Body& body) {
   }
 }
 
+// Calls body with the constant that `value` is, of kFirst .. kLast.
+template <int kFirst, int kLast, typename Body>
+__device__ __forceinline__ void with_constant(int value, const Body& body) {
+  if constexpr (kFirst <= kLast) {
+    if (value == kFirst) {
+      body(Constant<kFirst>{});
+    } else {
+      with_constant<kFirst + 1, kLast>(value, body);
+    }
+  }
+}
+
 // Rows `row` .. of the blocks of a warp's groups on their way to `stage`. kExact: m == kSize, and
 // 16-byte aligned.
 template <typename Config, bool kExact>

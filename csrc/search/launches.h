@@ -38,6 +38,8 @@ inline int64_t count_sets(int64_t n, int64_t m) {
 LaunchPlan launch_pairs(const Task& task, Mode mode, cudaStream_t stream);  // n <= 2, m <= 16
 LaunchPlan launch_wide(const Task& task, Mode mode, cudaStream_t stream);   // n <= 2, m <= 32
 LaunchPlan launch_sets(const Task& task, Mode mode, cudaStream_t stream);   // n > 2, m <= 16
+// n > 2, m of 17 to 32, at most kMaxKeptSets.
+LaunchPlan launch_wide_sets(const Task& task, cudaStream_t stream);
 
 // Columns of `panels` panels from `first_panel` on, from the gains of their groups.
 LaunchPlan launch_columns(const PanelParams& params,

@@ -23,10 +23,13 @@ void check_sizes(const SearchParams& params) {
             params.n,
             ", m = ",
             params.m);
-  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize,
-            "m must be at most ",
+  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize ||
+                search::count_sets(params.n, params.m) <= kMaxKeptSets,
+            "n > 2 of m > ",
             kMaxSetsSize,
-            " for n > 2, got n = ",
+            " must have at most ",
+            kMaxKeptSets,
+            " kept sets, got n = ",
             params.n,
             ", m = ",
             params.m);
@@ -74,6 +77,7 @@ LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream
   search::Task task{};
   task.groups = params;
   task.count = params.num_groups;
+  if (params.n > 2 && params.m > kMaxSetsSize) return search::launch_wide_sets(task, stream);
   return launch_of(params)(task, search::Mode::kChoose, stream);
 }
 
@@ -84,6 +88,13 @@ int64_t panel_gains_bytes(int64_t v, int64_t wide, int64_t n, int64_t m) {
 LaunchPlan search_vnm(const PanelParams& params, int device, cudaStream_t stream) {
   const SearchParams& groups = params.groups;
   check_sizes(groups);
+  OBS_CHECK(groups.n <= 2 || groups.m <= kMaxSetsSize,
+            "m must be at most ",
+            kMaxSetsSize,
+            " for panels of n > 2, got n = ",
+            groups.n,
+            ", m = ",
+            groups.m);
   OBS_CHECK(params.num_columns >= groups.n && params.num_columns <= groups.m,
             "num_columns must be n to m = ",
             groups.n,

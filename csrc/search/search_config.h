@@ -51,6 +51,16 @@ struct SetsConfig {
   static constexpr int kMaxBlocks = 2048;
 };
 
+// n > 2, m of 17 to 32: a lane an entry.
+struct WideSetsConfig {
+  static constexpr int kSize = 32;
+  static constexpr int kThreads = 128;
+  // A lane has a row of F and one of its inverse: with 128 registers they would spill.
+  static constexpr int kMinBlocks = 3;
+  // Kept or pruned entries, whichever are fewer, of at most 20,000 sets: comb(17, 7) = 19,448.
+  static constexpr int kMaxSide = 7;
+};
+
 // Choice of the columns of a panel: threads own column sets, and walk over the rows in order.
 // Tables of kRows rows lie entry by entry, so that one address and one load serve all of them.
 template <int kThreadsValue, int kSetsValue, int kRowsValue>

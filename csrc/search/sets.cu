@@ -41,18 +41,6 @@ __device__ __forceinline__ void list_subsets(int thread, int threads, Subsets<kH
   }
 }
 
-// Calls body with the constant that `value` is, of kFirst .. kLast.
-template <int kFirst, int kLast, typename Body>
-__device__ __forceinline__ void with_constant(int value, const Body& body) {
-  if constexpr (kFirst <= kLast) {
-    if (value == kFirst) {
-      body(Constant<kFirst>{});
-    } else {
-      with_constant<kFirst + 1, kLast>(value, body);
-    }
-  }
-}
-
 // Shows all sets of n entries of the group in `stage` to the visitors of the lanes.
 template <int kHalf, typename Visitor>
 __device__ __forceinline__ void visit_sets(const RowStage<2 * kHalf>& stage,

@@ -10,7 +10,6 @@
 
 #include <cstdint>
 
-#include "common/division.cuh"
 #include "search/group.cuh"
 #include "search/rows.cuh"
 
@@ -20,12 +19,6 @@ namespace obs_kernels::search {
 // there is no other. Decoupled, it changes nothing else; its square times 16 is still a number.
 constexpr float kDeadLinear = 1e18f;
 constexpr float kDeadPivot = -1.0f;
-
-// value^2 / pivot. Hundreds of these stand in a row, and a branch in each would keep the compiler
-// from mixing them. Pivots are of the scale of 1 here.
-__device__ __forceinline__ float grown(float gain, float value, float pivot, float inverse) {
-  return __fadd_rn(gain, divide(__fmul_rn(value, value), pivot, inverse));
-}
 
 // Two things to do with the sets that a lane meets, subset after subset of the first half (`place`
 // of `count` of its size; lanes without work of their own repeat the last one and are not active).

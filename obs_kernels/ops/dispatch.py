@@ -21,7 +21,7 @@ from torch import Tensor
 
 from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
-from obs_kernels.patterns import NMPattern
+from obs_kernels.patterns import NMPattern, VNMPattern
 
 BACKENDS = ("reference", "triton", "cuda")
 MODULES = {
@@ -38,7 +38,7 @@ MAX_ACCUMULATE_SIZE = 128
 MAX_SEARCH_SIZE = 32
 """Largest m of the cuda kernels of the search."""
 MAX_SETS_SIZE = 16
-"""Largest m of the same for n > 2."""
+"""Largest m of the same for panels of n > 2."""
 MAX_UPDATE_SIZE = 128
 """Widest block of the cuda kernels of ``obs_update``, ``loss_increase`` and ``block_saliency``."""
 
@@ -86,8 +86,9 @@ def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, met
         return f"it searches by method='combinatorial' only, got {method!r}"
     if fisher.dtype != torch.float32 or weight.dtype == torch.float64:
         return f"it takes a float32 fisher and a weight of at most 32 bits, got {fisher.dtype} and {weight.dtype}"
-    if pattern.m > (MAX_SEARCH_SIZE if pattern.n <= 2 else MAX_SETS_SIZE):
-        return f"it takes m <= {MAX_SEARCH_SIZE} with n <= 2, and m <= {MAX_SETS_SIZE} with any n, got {pattern}"
+    few = pattern.n <= 2 or not isinstance(pattern, VNMPattern)
+    if pattern.m > (MAX_SEARCH_SIZE if few else MAX_SETS_SIZE):
+        return f"it takes m <= {MAX_SEARCH_SIZE}, and m <= {MAX_SETS_SIZE} for panels of n > 2, got {pattern}"
     if fisher.shape[1] > MAX_INVERT_SIZE:  # D > m goes through the inverse
         return f"it takes Fisher blocks of at most {MAX_INVERT_SIZE}, got {fisher.shape[1]}"
     return None

@@ -20,10 +20,11 @@ DEVICE = "cuda"
 PATHS = {
     "1:4": "pairs4", "2:4": "pairs4", "2:3": "pairs4_ragged", "2:8": "pairs8", "2:6": "pairs8_ragged",
     "2:16": "pairs16", "2:12": "pairs16_ragged", "2:32": "wide", "1:24": "wide", "3:4": "sets8", "4:8": "sets8",
-    "5:7": "sets8", "9:16": "sets16", "3:12": "sets16",
+    "5:7": "sets8", "9:16": "sets16", "3:12": "sets16", "3:32": "wide_sets",
+    "30:32": "wide_sets", "5:20": "wide_sets", "7:17": "wide_sets", "14:17": "wide_sets",
 }  # fmt: skip
 PANELS = ("16:2:8", "64:2:8", "256:2:8", "64:2:16", "128:2:16", "32:1:8", "48:2:12", "16:2:32")
-SOME = ("2:4", "2:8", "2:16", "2:32", "9:16")
+SOME = ("2:4", "2:8", "2:16", "2:32", "9:16", "3:24", "28:31")
 
 
 @pytest.fixture
@@ -38,11 +39,11 @@ def group_size(pattern: str) -> int:
 def integer_problem(
     gen: torch.Generator, rows: int, cols: int, m: int, *, diagonal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Small integers: products are exact, ties are many."""
+    """Small integers, a diagonal of powers of two: products are exact, and so is an inverse; ties are many."""
     groups, device = rows * cols // m, gen.device
     weight = torch.randint(-3, 4, (rows, cols), generator=gen, device=device).float()
     if diagonal:
-        return weight, torch.diag_embed(torch.randint(1, 4, (groups, m), generator=gen, device=device).float())
+        return weight, torch.diag_embed(2.0 ** torch.randint(-1, 3, (groups, m), generator=gen, device=device))
     g = torch.randint(-1, 2, (groups, 3, m), generator=gen, device=device).float()
     return weight, g.mT @ g + torch.eye(m, device=device)
 
@@ -84,6 +85,8 @@ def test_integers_give_equal_masks(gen: torch.Generator, pattern: str, masked: b
     for diagonal in {parsed.n > 2, True}:
         weight, fisher = integer_problem(gen, rows, cols, m, diagonal=diagonal)
         damp = torch.randint(0, 3, (fisher.shape[0],), generator=gen, device=DEVICE).float()
+        if parsed.n > 2 and m > 16:
+            damp.zero_()  # a pruned set goes by the inverse, which must be exact
         mask = live_mask(gen, rows, cols, m) if masked else None
         assert_equal_choice(weight, fisher, pattern, damp=damp, mask=mask)
 
@@ -121,7 +124,7 @@ def test_panels_of_larger_sets(gen: torch.Generator, pattern: str, num_columns: 
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("pattern", [*SOME[:3], "4:8", "16:2:8", "16:2:16"])
+@pytest.mark.parametrize("pattern", [*SOME[:3], "4:8", "3:24", "28:31", "16:2:8", "16:2:16", "16:3:8"])
 def test_loss_is_that_of_the_optimum(gen: torch.Generator, pattern: str, size: int) -> None:
     """Real numbers, also D = 2 m and 4 m: the loss of the choice against the choice in f64."""
     m = group_size(pattern)

@@ -17,7 +17,8 @@ inline constexpr int32_t kFisherNotFinite = -2;
 inline constexpr int32_t kDampNotValid = -3;  // negative or not finite
 
 inline constexpr int64_t kMaxSearchSize = 32;     // m
-inline constexpr int64_t kMaxSetsSize = 16;       // m for n > 2
+inline constexpr int64_t kMaxSetsSize = 16;       // m for n > 2 and any number of kept sets
+inline constexpr int64_t kMaxKeptSets = 20000;    // of n of m for n > 2 and m above that
 inline constexpr int64_t kMaxSearchRows = 65536;  // v
 
 // All pointers are device memory, contiguous, and aligned to their element at least; wider
@@ -40,7 +41,7 @@ struct SearchParams {
 };
 
 // Least loss of each group over all sets of n live entries (all of them where there are fewer).
-// Ties go to the lower index. n <= 2: m <= kMaxSearchSize; else m <= kMaxSetsSize.
+// Ties go to the lower index. n > 2 and m > kMaxSetsSize: at most kMaxKeptSets sets of n of m.
 // Throws ArgumentError for sizes out of range, CudaError if the launch fails.
 LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream);
 
@@ -76,6 +77,7 @@ struct PanelParams {
 int64_t panel_gains_bytes(int64_t v, int64_t wide, int64_t n, int64_t m);
 
 // The column set of each panel with the least total loss, and then each row's best set inside it.
+// n > 2: m <= kMaxSetsSize.
 LaunchPlan search_vnm(const PanelParams& params, int device, cudaStream_t stream);
 
 }  // namespace obs_kernels
