@@ -129,6 +129,39 @@ __device__ __forceinline__ int32_t factor(int lane, RowStage<kSize>& stage, Row<
   return failed;
 }
 
+// F_KK x = u_K over the lanes, Gauss-Jordan; 0 for lanes outside.
+template <int kSize>
+__device__ __forceinline__ float solve_kept(uint32_t kept,
+                                            int lane,
+                                            RowStage<kSize>& stage,
+                                            const Row<kSize>& row) {
+  const bool own = kept >> lane & 1u;
+  float a[kSize];
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+    a[j] = own && (kept >> j & 1u) ? row.f[j] : j == lane ? 1.0f : 0.0f;
+  }
+  float b = own ? row.u : 0.0f;
+  float pivot = 1.0f;
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) {
+    if (!(kept >> k & 1u)) continue;  // the same for all lanes
+    __syncwarp();
+    if (lane == k) {
+      pivot = a[k];
+#pragma unroll
+      for (int j = k; j < kSize; ++j) stage.line[j] = a[j];
+    }
+    const float right = __shfl_sync(kAllLanes, b, k);
+    __syncwarp();
+    const float share = lane == k ? 0.0f : a[k] / stage.line[k];
+#pragma unroll
+    for (int j = k; j < kSize; ++j) a[j] = fmaf(-share, stage.line[j], a[j]);
+    b = fmaf(-share, right, b);
+  }
+  return own ? b / pivot : 0.0f;
+}
+
 template <int kSize>
 __device__ __forceinline__ int32_t info_of(const Row<kSize>& row, int32_t failed) {
   return !row.weight_finite     ? kWeightNotFinite
