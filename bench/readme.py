@@ -39,17 +39,16 @@ PATTERNS_AND_DTYPES = {
     "sparse_linear": ("n:m, v:2:m", "f16 bf16 f32 f64"),
 }
 # What a kernel takes where that is less than the op takes.
-_SEARCH = "combinatorial, not f64"
 LESS = {
     ("accumulate_fisher_", "cuda"): "D up to 128, not f64",
     ("accumulate_fisher_", "triton"): "not f64",
     ("invert_spd", "cuda"): "D up to 128, f32",
-    ("search_nm", "cuda"): f"m up to 32; {_SEARCH}",
-    ("search_vnm", "cuda"): f"m up to 32 for n up to 2, else m up to 16; {_SEARCH}",
+    ("search_nm", "cuda"): "m up to 32; not diagonal, magnitude, f64",
+    ("search_vnm", "cuda"): "m up to 32 for n up to 2, else 16; combinatorial or pairwise, not f64",
     ("prune_nm", "cuda"): "as search_nm",
     ("prune_vnm", "cuda"): "as search_vnm",
     ("obs_update", "cuda"): "D up to 128, not f64",
-    ("block_saliency", "cuda"): f"D up to 128; {_SEARCH}",
+    ("block_saliency", "cuda"): "D up to 128; combinatorial, not f64",
     ("loss_increase", "cuda"): "D up to 128, not f64",
 }
 

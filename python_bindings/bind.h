@@ -23,6 +23,7 @@ inline py::tuple plan_tuple(const LaunchPlan& plan) {
   return py::make_tuple(plan.op, plan.path, plan.blocks, plan.threads);
 }
 
+void bind_choice(py::module_& module);
 void bind_search(py::module_& module);
 void bind_update(py::module_& module);
 

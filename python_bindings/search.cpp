@@ -4,61 +4,10 @@
 #include <cstdint>
 
 #include "bind.h"
+#include "groups.h"
 
 namespace obs_kernels::bindings {
 namespace {
-
-obs_kernels::SearchParams search_params(uintptr_t weight,
-                                        uintptr_t fisher,
-                                        uintptr_t damp,
-                                        bool damp_each,
-                                        uintptr_t alive,
-                                        uintptr_t mask,
-                                        uintptr_t saliency,
-                                        uintptr_t new_weight,
-                                        uintptr_t info,
-                                        int64_t num_groups,
-                                        int64_t n,
-                                        int64_t m) {
-  obs_kernels::SearchParams params{};
-  params.weight = pointer<const float>(weight);
-  params.fisher = pointer<const float>(fisher);
-  params.damp = pointer<const float>(damp);
-  params.damp_each = damp_each;
-  params.alive = pointer<const uint8_t>(alive);
-  params.mask = pointer<uint8_t>(mask);
-  params.saliency = pointer<float>(saliency);
-  params.new_weight = pointer<float>(new_weight);
-  params.info = pointer<int32_t>(info);
-  params.num_groups = num_groups;
-  params.n = n;
-  params.m = m;
-  return params;
-}
-
-py::tuple search_nm(uintptr_t weight,
-                    uintptr_t fisher,
-                    uintptr_t damp,
-                    bool damp_each,
-                    uintptr_t alive,
-                    uintptr_t mask,
-                    uintptr_t saliency,
-                    uintptr_t new_weight,
-                    uintptr_t info,
-                    int64_t num_groups,
-                    int64_t n,
-                    int64_t m,
-                    int device,
-                    uintptr_t stream) {
-  const obs_kernels::SearchParams params = search_params(
-      weight, fisher, damp, damp_each, alive, mask, saliency, new_weight, info, num_groups, n, m);
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::search_nm(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
-}
 
 py::tuple search_vnm(uintptr_t weight,
                      uintptr_t fisher,
@@ -116,24 +65,7 @@ py::tuple search_vnm(uintptr_t weight,
 }  // namespace
 
 void bind_search(py::module_& module) {
-  module.def("search_nm",
-             &search_nm,
-             "(op, path, blocks, threads) of the launch; see obs_kernels/search.h.",
-             py::kw_only(),
-             py::arg("weight"),
-             py::arg("fisher"),
-             py::arg("damp"),
-             py::arg("damp_each"),
-             py::arg("alive"),
-             py::arg("mask"),
-             py::arg("saliency"),
-             py::arg("new_weight"),
-             py::arg("info"),
-             py::arg("num_groups"),
-             py::arg("n"),
-             py::arg("m"),
-             py::arg("device"),
-             py::arg("stream"));
+  def_groups<obs_kernels::search_nm>(module, "search_nm");
   module.def("search_vnm",
              &search_vnm,
              "(op, path, blocks, threads) of the last large launch; see obs_kernels/search.h.",

@@ -17,7 +17,7 @@ from tolerances import EXAMPLE_F32, SALIENCY_CONDITIONAL, SEARCH_LOSS_CONDITIONA
 from torch import Tensor
 
 from obs_kernels import _ext, reference
-from obs_kernels.cuda_calls import conditional, search
+from obs_kernels.cuda_calls import conditional, group_launches, pairwise, search
 from obs_kernels.cuda_calls.column_tables import column_tables
 from obs_kernels.errors import (
     ConfigError,
@@ -29,7 +29,9 @@ from obs_kernels.errors import (
 from obs_kernels.ops import dispatch
 from obs_kernels.patterns import parse_pattern
 
-SOURCES = [f"search/{name}" for name in ("pairs.cu", "wide.cu", "sets.cu", "wide_sets.cu", "panels.cu", "search.cpp")]
+SEARCH = ("pairs.cu", "wide.cu", "sets.cu", "wide_sets.cu", "panels.cu", "search.cpp")
+CHOICE = ("given.cu", "greedy.cu", "pairwise.cu", "choice.cpp")
+SOURCES = [f"search/{name}" for name in (*SEARCH, *CHOICE)]
 ADDRESS, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -50,12 +52,26 @@ class PanelParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class PairwiseParams(ctypes.Structure):
+    _fields_ = [
+        ("weight", ADDRESS), ("inverse", ADDRESS), ("alive", ADDRESS), ("mask", ADDRESS), ("num_groups", SIZE),
+        ("n", SIZE), ("m", SIZE),
+    ]  # fmt: skip
+
+
+class PairModelParams(ctypes.Structure):
+    _fields_ = [("inverse", ADDRESS), ("unit", ADDRESS), ("model", ADDRESS), ("num_groups", SIZE), ("m", SIZE)]
+
+
+GROUP_FUNCTIONS = ("search_nm", "finish_nm", "search_greedy")
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("emulation") / "library"
     found = ctypes.CDLL(str(build(SOURCES, "search_library_on_cpu.cpp", folder, sanitizer=None)))
-    for call in (found.search_nm_on_cpu, found.search_vnm_on_cpu):
-        call.restype = ctypes.c_char_p
+    for name in (*GROUP_FUNCTIONS, "search_vnm", "search_pairwise", "pair_models", "sum_panels"):
+        getattr(found, f"{name}_on_cpu").restype = ctypes.c_char_p
     return found
 
 
@@ -63,21 +79,35 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def on_cpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled module is the library, and its device the CPU."""
 
-    def groups(arguments: dict[str, Any]) -> SearchParams:
+    def filled(kind: type[ctypes.Structure], arguments: dict[str, Any]) -> Any:
         assert arguments["device"] is None and arguments["stream"] == 17
-        return SearchParams(**{name: arguments[name] for name, _ in SearchParams._fields_})
+        return kind(**{name: arguments[name] for name, _ in kind._fields_ if name in arguments})
 
-    def search_nm(**arguments: Any) -> tuple[str, str, int, int]:
-        return "search_nm", library.search_nm_on_cpu(ctypes.byref(groups(arguments))).decode(), 0, 0
+    def call(name: str, params: ctypes.Structure) -> tuple[str, str, int, int]:
+        return name, getattr(library, f"{name}_on_cpu")(ctypes.byref(params)).decode(), 0, 0
 
     def search_vnm(**arguments: Any) -> tuple[str, str, int, int]:
-        own = {name: arguments[name] for name, _ in PanelParams._fields_[1:]}
-        params = PanelParams(groups=groups(arguments), **own)
-        return "search_vnm", library.search_vnm_on_cpu(ctypes.byref(params)).decode(), 0, 0
+        params = filled(PanelParams, arguments)
+        params.groups = filled(SearchParams, arguments)
+        return call("search_vnm", params)
 
-    monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(search_nm=search_nm, search_vnm=search_vnm))
-    monkeypatch.setattr(search, "check_on_cuda", lambda **tensors: None)
-    monkeypatch.setattr(search, "check_gpu", lambda index: None)
+    def sum_panels(each: int, sums: int, num_groups: int, **arguments: Any) -> tuple[str, str, int, int]:
+        params = filled(PanelParams, arguments | {"panel_saliency": sums})
+        params.groups.saliency, params.groups.num_groups = each, num_groups
+        return call("sum_panels", params)
+
+    kinds = {name: SearchParams for name in GROUP_FUNCTIONS}
+    kinds |= {"search_pairwise": PairwiseParams, "pair_models": PairModelParams}
+    functions = {
+        name: lambda name=name, kind=kind, **arguments: call(name, filled(kind, arguments))
+        for name, kind in kinds.items()
+    }
+    native = SimpleNamespace(**functions, search_vnm=search_vnm, sum_panels=sum_panels)
+    monkeypatch.setattr(_ext, "load", lambda: native)
+    for module in (search, group_launches, pairwise):
+        monkeypatch.setattr(module, "check_on_cuda", lambda **tensors: None)
+    for module in (group_launches, pairwise):
+        monkeypatch.setattr(module, "check_gpu", lambda index: None)
     monkeypatch.setattr(conditional, "invert_spd", reference.invert_spd)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=17))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -234,10 +264,143 @@ def test_bad_values_raise_as_in_the_reference(gen: torch.Generator, size: int) -
             search.search_vnm(w, f, "2:2:8", num_columns=4, **options)
 
 
+# pairwise and greedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["1:4", "2:6", "4:8", "5:16", "8:32", "16:32"])
+@pytest.mark.parametrize("method", ["pairwise", "greedy"])
+def test_methods_of_any_dtype_and_strides(
+    gen: torch.Generator, pattern: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some blocks at a time; the loss is the true one of the choice."""
+    m = int(pattern.split(":")[1])
+    monkeypatch.setattr(conditional, "BYTES_AT_ONCE", 3 * 4 * m * m)
+    weight, fisher = problem(gen, 4, 2 * m, m)
+    weight, damp = weight.to(dtype), torch.rand(8, generator=gen) + 0.01
+    mask = torch.rand(4, 2 * m, generator=gen) < 0.7
+    for alive in (None, mask):
+        options = {"damp": damp, "method": method, "mask": alive}
+        wanted, saliency = reference.search_nm(weight, fisher, pattern, **options)
+        found = search.search_nm(weight.t().clone().t(), fisher.mT, pattern, **options)
+        same = (found[0] == wanted).view(-1, m).all(1)
+        assert same.float().mean() > 0.85 and found[0].dtype == torch.bool
+        assert torch.equal(found[0].view(-1, m).sum(1), wanted.view(-1, m).sum(1))
+        losses = found[1].flatten()[same], saliency.flatten()[same]
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "size"), [("2:4", 8), ("4:8", 32), ("1:4", 12), ("6:16", 32)])
+@pytest.mark.parametrize("method", ["pairwise", "greedy"])
+def test_methods_of_wider_blocks(
+    gen: torch.Generator, pattern: str, size: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, m = (int(part) for part in pattern.split(":"))
+    monkeypatch.setattr(conditional, "BYTES_AT_ONCE", 3 * 4 * size * size)
+    weight, fisher = problem(gen, 5, 2 * size, size)
+    damp = torch.rand(10, generator=gen)
+    mask = torch.rand(5, 2 * size, generator=gen) < 0.8
+    for alive in (None, mask):
+        found, saliency = search.search_nm(weight, fisher, pattern, damp=damp, method=method, mask=alive)
+        for (row, group), member in groups_of(weight, fisher, m, damp=damp, mask=alive).items():
+            kept = kept_of(found, row, group, m)
+            assert float(saliency[row, group]) == pytest.approx(
+                member.losses(n)[kept], rel=SALIENCY_CONDITIONAL, abs=1e-6
+            )
+            if method == "pairwise":
+                model = member.pair_model()
+                assert model.losses(n)[kept] <= model.best(n)[1] * (1 + SEARCH_LOSS_CONDITIONAL) + 1e-6
+            else:
+                assert member.losses(n)[kept] <= member.best(n)[1] * 1.3 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("4:2:8", 8), ("2:2:8", 16), ("2:1:4", 8), ("2:2:16", 16), ("3:2:4", 12)]
+)
+def test_panels_by_pairs(gen: torch.Generator, pattern: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows of panels at a time."""
+    v, _, m = (int(part) for part in pattern.split(":"))
+    rows, cols = 3 * v, 2 * size
+    weight, fisher = problem(gen, rows, cols, size)
+    mask = torch.rand(rows, cols, generator=gen) < 0.8
+    for limit in (1, 2 * v * cols // size * 4 * size * size):
+        monkeypatch.setattr(conditional, "BYTES_AT_ONCE", limit)
+        for alive in (None, mask):
+            options = {"damp": torch.tensor([0.01]), "method": "pairwise", "mask": alive, "num_columns": min(4, m)}
+            wanted = reference.search_vnm(weight, fisher, pattern, **options)
+            found = search.search_vnm(weight, fisher, pattern, **options)
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
+            torch.testing.assert_close(found[1], wanted[1], rtol=SALIENCY_CONDITIONAL, atol=1e-5)
+
+
+def test_example_e_by_pairs() -> None:
+    weight, fisher = example_e(torch.float32)
+    mask, loss, columns = search.search_vnm(
+        weight, fisher, "4:2:8", damp=torch.ones(1), method="pairwise", mask=None, num_columns=4
+    )
+    assert columns.flatten().tolist() == [0, 4, 5, 6]
+    assert [kept_of(mask, row, 0, 8) for row in range(4)] == [(0, 4), (5, 6), (0, 6), (4, 6)]
+    assert float(loss) == pytest.approx(851.310754, rel=EXAMPLE_F32)
+
+
+@pytest.mark.parametrize("method", ["pairwise", "greedy"])
+def test_nothing_by_other_methods(method: str) -> None:
+    for size in (8, 16):
+        options = {"damp": torch.zeros(1), "method": method, "mask": None}
+        mask, saliency = search.search_nm(torch.zeros(0, 16), torch.zeros(0, size, size), "2:8", **options)
+        assert mask.shape == (0, 16) and saliency.shape == (0, 2)
+        if method == "pairwise":
+            found = search.search_vnm(torch.zeros(0, 16), torch.zeros(0, size, size), "4:2:8", num_columns=4, **options)
+            assert [tensor.shape for tensor in found] == [(0, 16), (0, 2), (0, 2, 4)]
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("method", ["pairwise", "greedy"])
+def test_bad_values_by_other_methods(
+    gen: torch.Generator, method: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the reference raises; and where nothing may be read, bad groups keep nothing."""
+    weight, fisher = problem(gen, 4, 16, size)
+    cases: list[tuple[type[Exception], Tensor, Tensor, Tensor]] = []
+    for bad in (float("nan"), float("inf")):
+        wrong, blocks = weight.clone(), fisher.clone()
+        wrong[2, 3], blocks[1, 0, 5] = bad, bad
+        cases += [(NonFiniteError, wrong, fisher, OPTIONS["damp"]), (NonFiniteError, weight, blocks, OPTIONS["damp"])]
+    singular = fisher.clone()
+    singular[2] = 0.0
+    cases.append((SingularBlockError, weight, singular, torch.zeros(1)))
+    cases.append((ConfigError, weight, fisher, torch.tensor([-1.0])))
+    good = search.search_nm(weight, fisher, "2:8", damp=OPTIONS["damp"], method=method, mask=None)
+    for error, w, f, damp in cases:
+        options = {"damp": damp, "method": method, "mask": None}
+        with pytest.raises(error) as wanted:
+            reference.search_nm(w, f, "2:8", **options)
+        with pytest.raises(error) as found:
+            search.search_nm(w, f, "2:8", **options)
+        assert str(found.value) == str(wanted.value)
+        if method == "pairwise":
+            with pytest.raises(error):
+                search.search_vnm(w, f, "2:2:8", num_columns=4, **options)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    _, w, f, _ = cases[1]  # NaN in block 1
+    mask, saliency = search.search_nm(w, f, "2:8", damp=OPTIONS["damp"], method=method, mask=None)
+    first, last = size // 8, 2 * size // 8
+    assert not mask.view(-1, 8)[first:last].any() and saliency.flatten()[first:last].isnan().all()
+    assert torch.equal(mask.view(-1, 8)[last:], good[0].view(-1, 8)[last:])
+    if method == "pairwise":
+        mask, saliency, _ = search.search_vnm(
+            w, f, "2:2:8", damp=OPTIONS["damp"], method=method, mask=None, num_columns=4
+        )
+        assert not mask.view(-1, 8)[first:last].any() and saliency[0].isnan().any() and not saliency[1].isnan().any()
+
+
 def test_what_the_kernels_do_not_take(gen: torch.Generator) -> None:
     weight, fisher = problem(gen, 4, 16, 8)
-    with pytest.raises(ConfigError, match="method must be 'combinatorial' on the cuda backend"):
-        search.search_nm(weight, fisher, "2:8", damp=torch.zeros(1), method="greedy", mask=None)
+    options = {"damp": torch.zeros(1), "mask": None}
+    with pytest.raises(ConfigError, match="method must be 'combinatorial', 'pairwise', 'greedy' on the cuda backend"):
+        search.search_nm(weight, fisher, "2:8", method="diagonal", **options)
+    with pytest.raises(ConfigError, match="method must be 'combinatorial', 'pairwise' on the cuda backend, got 'greed"):
+        search.search_vnm(weight, fisher, "2:2:8", method="greedy", num_columns=4, **options)
     with pytest.raises(DTypeNotSupportedError, match="float32 on the cuda backend"):
         search.search_nm(weight.double(), fisher, "2:8", mask=None, **OPTIONS)
 
@@ -245,7 +408,13 @@ def test_what_the_kernels_do_not_take(gen: torch.Generator) -> None:
 @pytest.mark.parametrize(
     ("pattern", "method", "size", "dtype", "text"),
     [
-        ("2:8", "pairwise", 8, torch.float32, "method='combinatorial' only, got 'pairwise'"),
+        ("2:8", "diagonal", 8, torch.float32, "'combinatorial' or 'pairwise' or 'greedy' only, got 'diagonal'"),
+        ("2:2:8", "greedy", 8, torch.float32, "2:2:8 by method='combinatorial' or 'pairwise' only, got 'greedy'"),
+        ("16:40", "greedy", 40, torch.float32, "it takes m <= 32 by method='greedy', got 16:40"),
+        ("2:3:8", "pairwise", 8, torch.float32, "got 2:3:8"),
+        ("16:32", "greedy", 32, torch.float32, None),
+        ("16:32", "pairwise", 64, torch.float32, None),
+        ("2:2:8", "pairwise", 8, torch.float32, None),
         ("2:8", "combinatorial", 8, torch.float64, "float32 fisher and a weight of at most 32 bits"),
         ("2:40", "combinatorial", 40, torch.float32, "it takes m <= 32, and m <= 16 for panels of n > 2, got 2:40"),
         ("2:8", "combinatorial", 136, torch.float32, "Fisher blocks of at most 128, got 136"),

@@ -10,51 +10,11 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "common/launch.h"
+#include "search/check.h"
 #include "search/launches.h"
 
 namespace obs_kernels {
 namespace {
-
-void check_sizes(const SearchParams& params) {
-  OBS_CHECK(params.n >= 1 && params.n < params.m && params.m <= kMaxSearchSize,
-            "n and m must be 0 < n < m <= ",
-            kMaxSearchSize,
-            ", got n = ",
-            params.n,
-            ", m = ",
-            params.m);
-  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize ||
-                search::count_sets(params.n, params.m) <= kMaxKeptSets,
-            "n > 2 of m > ",
-            kMaxSetsSize,
-            " must have at most ",
-            kMaxKeptSets,
-            " kept sets, got n = ",
-            params.n,
-            ", m = ",
-            params.m);
-  // A block of threads for a group at least: gridDim.x is the limit.
-  OBS_CHECK(params.num_groups >= 0 && params.num_groups <= std::numeric_limits<int32_t>::max(),
-            "num_groups must be 0 to 2^31 - 1, got ",
-            params.num_groups);
-}
-
-void check_pointers(const SearchParams& params, int device) {
-  OBS_CHECK(params.weight && params.fisher && params.damp && params.mask && params.saliency &&
-                params.info,
-            "weight, fisher, damp, mask, saliency and info must not be null for ",
-            params.num_groups,
-            " groups");
-  OBS_CHECK(aligned(params.weight, sizeof(float)) && aligned(params.fisher, sizeof(float)) &&
-                aligned(params.new_weight, sizeof(float)),
-            "weight, fisher and new_weight must be aligned to their elements, got ",
-            params.weight,
-            ", ",
-            params.fisher,
-            " and ",
-            static_cast<const void*>(params.new_weight));
-  OBS_CHECK(device >= 0, "device must be an index, got ", device);
-}
 
 // Entries from one row of gains to the next: pieces of 16 bytes.
 int64_t gains_stride(int64_t n, int64_t m) {
@@ -70,9 +30,19 @@ auto launch_of(const SearchParams& params) {
 }  // namespace
 
 LaunchPlan search_nm(const SearchParams& params, int device, cudaStream_t stream) {
-  check_sizes(params);
+  search::check_sizes(params);
+  OBS_CHECK(params.n <= 2 || params.m <= kMaxSetsSize ||
+                search::count_sets(params.n, params.m) <= kMaxKeptSets,
+            "n > 2 of m > ",
+            kMaxSetsSize,
+            " must have at most ",
+            kMaxKeptSets,
+            " kept sets, got n = ",
+            params.n,
+            ", m = ",
+            params.m);
   if (params.num_groups == 0) return {"search_nm", "empty", 0, 0};
-  check_pointers(params, device);
+  search::check_pointers(params, device);
   const DeviceGuard guard(device);
   search::Task task{};
   task.groups = params;
@@ -87,7 +57,7 @@ int64_t panel_gains_bytes(int64_t v, int64_t wide, int64_t n, int64_t m) {
 
 LaunchPlan search_vnm(const PanelParams& params, int device, cudaStream_t stream) {
   const SearchParams& groups = params.groups;
-  check_sizes(groups);
+  search::check_sizes(groups);
   OBS_CHECK(groups.n <= 2 || groups.m <= kMaxSetsSize,
             "m must be at most ",
             kMaxSetsSize,
@@ -115,7 +85,7 @@ LaunchPlan search_vnm(const PanelParams& params, int device, cudaStream_t stream
             params.v * params.wide,
             ", got ",
             groups.num_groups);
-  check_pointers(groups, device);
+  search::check_pointers(groups, device);
   const ColumnTables& tables = params.tables;
   OBS_CHECK(tables.lists && tables.columns && (tables.derived || tables.num_derived == 0) &&
                 params.columns && params.saliency && params.column_bits && params.gains,

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,44 @@ FISHER_NOT_FINITE, DAMP_NOT_VALID = -2, -3
 """What ``info`` tells, as in ``obs_kernels/search.h``."""
 
 
+class InvertedBlocks(NamedTuple):
+    """Some Fisher blocks, damped and without dead entries (diagonal 1), inverted."""
+
+    blocks: slice
+    groups: slice
+    inverse: Tensor
+    """[groups, m, m]: ``(F^-1)_GG`` times ``unit``; zeros of a bad block."""
+    unit: Tensor
+    """[groups]: a power of four near the largest diagonal of F."""
+    info: Tensor
+    """[blocks] int32: 0, the failing pivot, or what is not finite."""
+
+
+def inverted_blocks(
+    fisher: Tensor, damp: Tensor, alive: Tensor | None, m: int, multiple: int = 1
+) -> Iterator[InvertedBlocks]:
+    """The blocks of ``fisher`` [B, D, D], ``BYTES_AT_ONCE`` at a time but a multiple of ``multiple``."""
+    count, size, _ = fisher.shape
+    per_block = size // m
+    zero = torch.zeros(1, dtype=torch.float32, device=fisher.device)
+    step = max(multiple, BYTES_AT_ONCE // (4 * size * size) // multiple * multiple)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        own_damp = damp if damp.numel() == 1 else damp[part]
+        given = fisher[part]
+        finite = torch.isfinite(given.amax((1, 2))) & torch.isfinite(given.amin((1, 2)))
+        live = None if alive is None else alive.reshape(-1, size)[part]
+        f, unit = _conditioned(given, own_damp, live)
+        inverse, info = invert_spd(f, damp=zero)
+        inner = inverse.view(-1, per_block, m, per_block, m).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        valid = ((own_damp >= 0) & torch.isfinite(own_damp)).expand(finite.shape)
+        info = info.masked_fill(~valid, DAMP_NOT_VALID).masked_fill(~finite, FISHER_NOT_FINITE)
+        groups = slice(part.start * per_block, part.stop * per_block)
+        yield InvertedBlocks(
+            part, groups, inner.reshape(-1, m, m).contiguous(), unit.repeat_interleave(per_block), info
+        )
+
+
 def conditional_curvature(fisher: Tensor, damp: Tensor, alive: Tensor | None, m: int) -> tuple[Tensor, Tensor]:
     """``[(F^-1)_GG]^-1`` of every group, [B * D / m, m, m] f32, and ``info`` [B].
 
@@ -22,25 +63,26 @@ def conditional_curvature(fisher: Tensor, damp: Tensor, alive: Tensor | None, m:
     count, size, _ = fisher.shape
     curvature = torch.empty(count * size // m, m, m, dtype=torch.float32, device=fisher.device)
     info = torch.empty(count, dtype=torch.int32, device=fisher.device)
-    zero = torch.zeros(1, dtype=torch.float32, device=fisher.device)
-    step = max(1, BYTES_AT_ONCE // (4 * size * size))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        own_damp = damp if damp.numel() == 1 else damp[part]
-        given = fisher[part]
-        finite = torch.isfinite(given.amax((1, 2))) & torch.isfinite(given.amin((1, 2)))
-        live = None if alive is None else alive.reshape(-1, size)[part]
-        f, unit = _conditioned(given, own_damp, live)
-        inverse, info[part] = invert_spd(f, damp=zero)
-        inner = inverse.view(-1, size // m, m, size // m, m).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-        own, failed = invert_spd(inner.reshape(-1, m, m).contiguous(), damp=zero)
-        groups = slice(part.start * (size // m), part.stop * (size // m))
-        torch.mul(own, unit.repeat_interleave(size // m)[:, None, None], out=curvature[groups])
-        worst = failed.view(-1, size // m).amax(1)
-        info[part] = torch.where(info[part] != 0, info[part], worst)
-        valid = ((own_damp >= 0) & torch.isfinite(own_damp)).expand(finite.shape)
-        info[part] = info[part].masked_fill(~valid, DAMP_NOT_VALID).masked_fill(~finite, FISHER_NOT_FINITE)
+    for part in inverted_blocks(fisher, damp, alive, m):
+        curvature[part.groups], info[part.blocks] = curvature_of(part)
     return curvature, info
+
+
+def curvature_of(part: InvertedBlocks) -> tuple[Tensor, Tensor]:
+    """``[(F^-1)_GG]^-1`` of the groups of ``part``, and ``info`` of its blocks."""
+    zero = torch.zeros(1, dtype=torch.float32, device=part.inverse.device)
+    own, failed = invert_spd(part.inverse, damp=zero)
+    own.mul_(part.unit[:, None, None])
+    return own, worst_info(part.info, failed)
+
+
+def worst_info(block_info: Tensor, group_info: Tensor) -> Tensor:
+    """``info`` [B] of blocks, and where that is 0 the worst of their groups' [groups]."""
+    if not block_info.numel():
+        return block_info
+    groups = group_info.view(block_info.shape[0], -1)
+    worst = torch.where(groups.amin(1) < 0, groups.amin(1), groups.amax(1))
+    return torch.where(block_info != 0, block_info, worst)
 
 
 def _conditioned(fisher: Tensor, damp: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:

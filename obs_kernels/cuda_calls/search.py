@@ -15,9 +15,11 @@ from torch import Tensor
 from obs_kernels import _ext
 from obs_kernels.checks import check_own_blocks, check_search, check_step_info
 from obs_kernels.cuda_calls.column_tables import column_tables
-from obs_kernels.cuda_calls.conditional import conditional_curvature
-from obs_kernels.cuda_calls.device import check_gpu, check_on_cuda
-from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
+from obs_kernels.cuda_calls.conditional import conditional_curvature, worst_info
+from obs_kernels.cuda_calls.device import check_on_cuda
+from obs_kernels.cuda_calls.group_launches import group_arguments, launch_groups
+from obs_kernels.cuda_calls.pairwise import choose_groups_by_pairs, choose_panels_by_pairs
+from obs_kernels.errors import ConfigError, DTypeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.patterns import NMPattern, VNMPattern
 
@@ -35,7 +37,11 @@ def search_nm(
     """
     parsed = _checked(weight, fisher, pattern, damp, method, mask, None)
     assert fisher is not None
-    kept, _, saliency, info = _run_nm(weight, fisher, parsed, damp, mask, update=False)
+    if method == "pairwise":
+        kept, saliency, info = choose_groups_by_pairs(weight, fisher, parsed, damp, mask)
+    else:
+        function = "search_greedy" if method == "greedy" else "search_nm"
+        kept, _, saliency, info = _run_nm(weight, fisher, parsed, damp, mask, update=False, function=function)
     raise_for(info, weight, fisher, damp)
     return kept, saliency
 
@@ -53,7 +59,12 @@ def search_vnm(
     """Mask [R, C], saliency [R/v, C/m] and columns [R/v, C/m, num_columns] uint8 of the joint v:n:m choice."""
     parsed = _checked(weight, fisher, pattern, damp, method, mask, num_columns)
     assert fisher is not None and isinstance(parsed, VNMPattern)
-    kept, _, saliency, columns, info = _run_vnm(weight, fisher, parsed, damp, mask, num_columns, update=False)
+    if method == "pairwise":
+        kept, saliency, columns, info = choose_panels_by_pairs(
+            weight, fisher, parsed, damp, mask, num_columns, search=_run_vnm
+        )
+    else:
+        kept, _, saliency, columns, info = _run_vnm(weight, fisher, parsed, damp, mask, num_columns, update=False)
     raise_for(info, weight, fisher, damp)
     return kept, saliency, columns
 
@@ -94,9 +105,7 @@ def launch_search_nm(
     pattern: NMPattern,
 ) -> LaunchPlan:
     """Fill the outputs for groups with a block [m, m] each: f32 ``weight``, ``fisher`` [R * C / m, m, m], ``damp``."""
-    native = _ext.load()
-    arguments = _group_arguments(weight, fisher, mask, damp, kept, saliency, new_weight, info, pattern)
-    return LaunchPlan(*native.search_nm(**arguments))
+    return launch_groups("search_nm", weight, fisher, mask, damp, kept, saliency, new_weight, info, pattern=pattern)
 
 
 def raise_for(info: Tensor, weight: Tensor, fisher: Tensor, damp: Tensor) -> None:
@@ -117,8 +126,12 @@ def _checked(
 ) -> NMPattern:
     _ext.load()
     parsed = check_search(weight, fisher, pattern, damp, method, mask, num_columns)
-    if method != "combinatorial" or fisher is None:
-        raise ConfigError(f"method must be 'combinatorial' on the cuda backend, got {method!r}; use 'reference'")
+    methods = ("combinatorial", "pairwise", "greedy") if num_columns is None else ("combinatorial", "pairwise")
+    if method not in methods or fisher is None:
+        raise ConfigError(
+            f"method must be {', '.join(map(repr, methods))} on the cuda backend, got {method!r} for pattern {parsed}; "
+            f"use backend='reference'"
+        )
     if fisher.dtype != torch.float32 or weight.dtype == torch.float64:
         raise DTypeNotSupportedError(
             f"weight and fisher must be of at most 32 bits and float32 on the cuda backend, got {weight.dtype} and "
@@ -129,7 +142,14 @@ def _checked(
 
 
 def _run_nm(
-    weight: Tensor, fisher: Tensor, pattern: NMPattern, damp: Tensor, mask: Tensor | None, *, update: bool
+    weight: Tensor,
+    fisher: Tensor,
+    pattern: NMPattern,
+    damp: Tensor,
+    mask: Tensor | None,
+    *,
+    update: bool,
+    function: str = "search_nm",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mask, new weight (or the given one), saliency and ``info`` [B]."""
     (rows, cols), m = weight.shape, pattern.m
@@ -140,7 +160,7 @@ def _run_nm(
     saliency = torch.empty(rows, cols // m, dtype=torch.float32, device=w.device)
     info = torch.empty(blocks.shape[0], dtype=torch.int32, device=w.device)
     new = torch.empty_like(w) if update else None
-    launch_search_nm(w, blocks, alive, group_damp, kept, saliency, new, info, pattern=pattern)
+    launch_groups(function, w, blocks, alive, group_damp, kept, saliency, new, info, pattern=pattern)
     return kept, weight if new is None else new.to(weight.dtype), saliency, _info_of_blocks(info, block_info)
 
 
@@ -168,7 +188,7 @@ def _run_vnm(
     bits = torch.empty(panels, wide, dtype=torch.int32, device=device)
     info = torch.empty(blocks.shape[0], dtype=torch.int32, device=device)
     new = torch.empty_like(w) if update else None
-    arguments = _group_arguments(w, blocks, alive, group_damp, kept, each, new, info, pattern)
+    arguments = group_arguments(w, blocks, alive, group_damp, kept, each, new, info, pattern)
     tables = column_tables(n, m, num_columns, device)
     row_floats = v * wide * (-(-comb(m, n) // 4) * 4)
     at_once = max(1, min(panels, GAINS_BYTES // 4 // max(1, row_floats)))
@@ -206,56 +226,4 @@ def _blocks_of_groups(
 
 
 def _info_of_blocks(info: Tensor, block_info: Tensor | None) -> Tensor:
-    if block_info is None:
-        return info
-    groups = info.view(block_info.shape[0], -1)
-    worst = torch.where(groups.amin(1) < 0, groups.amin(1), groups.amax(1))
-    return torch.where(block_info != 0, block_info, worst)
-
-
-def _group_arguments(
-    weight: Tensor,
-    fisher: Tensor,
-    mask: Tensor | None,
-    damp: Tensor,
-    kept: Tensor,
-    saliency: Tensor,
-    new_weight: Tensor | None,
-    info: Tensor,
-    pattern: NMPattern,
-) -> dict[str, object]:
-    m, groups = pattern.m, weight.numel() // pattern.m
-    optional = {"mask": mask, "new_weight": new_weight}
-    given = {"weight": weight, "fisher": fisher, "damp": damp, "kept": kept, "saliency": saliency, "info": info}
-    check_on_cuda(**given, **{name: tensor for name, tensor in optional.items() if tensor is not None})
-    floats = [weight, fisher, damp, saliency, *([] if new_weight is None else [new_weight])]
-    if any(tensor.dtype != torch.float32 for tensor in floats) or info.dtype != torch.int32:
-        raise DTypeNotSupportedError("weight, fisher, damp, saliency and new_weight must be float32 and info int32")
-    if any(tensor is not None and tensor.dtype != torch.bool for tensor in (kept, mask)):
-        raise DTypeNotSupportedError("kept and mask must be bool")
-    sizes = {"kept": weight.numel(), "saliency": groups, "info": groups, "fisher": groups * m * m}
-    found = {"kept": kept.numel(), "saliency": saliency.numel(), "info": info.numel(), "fisher": fisher.numel()}
-    sizes |= {name: weight.numel() for name, tensor in optional.items() if tensor is not None}
-    found |= {name: tensor.numel() for name, tensor in optional.items() if tensor is not None}
-    if found != sizes or damp.numel() not in (1, groups):
-        raise ShapeNotSupportedError(
-            f"tensors must have {sizes} elements and damp 1 or {groups} for weight {list(weight.shape)} and pattern "
-            f"{pattern}, got {found} and {damp.numel()}"
-        )
-    check_gpu(weight.device.index)
-    return {
-        "weight": weight.data_ptr(),
-        "fisher": fisher.data_ptr(),
-        "damp": damp.data_ptr(),
-        "damp_each": damp.numel() > 1,
-        "alive": 0 if mask is None else mask.data_ptr(),
-        "mask": kept.data_ptr(),
-        "saliency": saliency.data_ptr(),
-        "new_weight": 0 if new_weight is None else new_weight.data_ptr(),
-        "info": info.data_ptr(),
-        "num_groups": groups,
-        "n": pattern.n,
-        "m": m,
-        "device": weight.device.index,
-        "stream": torch.cuda.current_stream(weight.device).cuda_stream,
-    }
+    return info if block_info is None else worst_info(block_info, info)

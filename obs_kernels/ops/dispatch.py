@@ -39,6 +39,8 @@ MAX_SEARCH_SIZE = 32
 """Largest m of the cuda kernels of the search."""
 MAX_SETS_SIZE = 16
 """Largest m of the same for panels of n > 2."""
+EXACT_SEARCH_METHODS = ("combinatorial", "pairwise")
+"""What the cuda kernels of the search choose by, exact in its model; "greedy" too where there are no panels."""
 MAX_UPDATE_SIZE = 128
 """Widest block of the cuda kernels of ``obs_update``, ``loss_increase`` and ``block_saliency``."""
 
@@ -82,12 +84,13 @@ def _invert_limit(matrices: Tensor) -> str | None:
 
 
 def _search_limit(weight: Tensor, fisher: Tensor | None, pattern: NMPattern, method: str) -> str | None:
-    if method != "combinatorial" or fisher is None:
-        return f"it searches by method='combinatorial' only, got {method!r}"
+    panels = isinstance(pattern, VNMPattern)
+    methods = EXACT_SEARCH_METHODS if panels else (*EXACT_SEARCH_METHODS, "greedy")
+    if method not in methods or fisher is None:
+        return f"it searches {pattern} by method={' or '.join(map(repr, methods))} only, got {method!r}"
     if fisher.dtype != torch.float32 or weight.dtype == torch.float64:
         return f"it takes a float32 fisher and a weight of at most 32 bits, got {fisher.dtype} and {weight.dtype}"
-    few = pattern.n <= 2 or not isinstance(pattern, VNMPattern)
-    if pattern.m > (MAX_SEARCH_SIZE if few else MAX_SETS_SIZE):
+    if pattern.m > (MAX_SETS_SIZE if panels and pattern.n > 2 else MAX_SEARCH_SIZE):
         return f"it takes m <= {MAX_SEARCH_SIZE}, and m <= {MAX_SETS_SIZE} for panels of n > 2, got {pattern}"
     if fisher.shape[1] > MAX_INVERT_SIZE:  # D > m goes through the inverse
         return f"it takes Fisher blocks of at most {MAX_INVERT_SIZE}, got {fisher.shape[1]}"
