@@ -18,6 +18,7 @@ from tolerances import EXAMPLE_F32, SALIENCY_EQUAL_BLOCK, UPDATE_RMS_F32
 from torch import Tensor
 
 from obs_kernels import reference
+from obs_kernels.reference import greedy
 from obs_kernels.reference.blocks import condition_groups, pair_model
 from obs_kernels.reference.greedy import keep_by_greedy
 from obs_kernels.reference.pairwise import keep_by_pairs
@@ -156,26 +157,26 @@ def test_given_choice(program: Path, gen: torch.Generator, m: int) -> None:
     assert_finished(found, weight, fisher, keep & mask, damp, mask)
 
 
-@pytest.mark.parametrize("m", [8, 11, 32])
+@pytest.mark.parametrize("m", [8, 11])
 @pytest.mark.parametrize(("shift", "update"), [(0, 0), (0, 2), (1, 1), (3, 2)])
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("by_greedy", [False, True])
 def test_alignment_and_in_place(
-    program: Path, gen: torch.Generator, m: int, shift: int, update: int, greedy: bool
+    program: Path, gen: torch.Generator, m: int, shift: int, update: int, by_greedy: bool
 ) -> None:
     weight, fisher = integer_problem(gen, 5, m, m, diagonal=True)
-    keep = None if greedy else torch.rand(5, m, generator=gen) < 0.5
+    keep = None if by_greedy else torch.rand(5, m, generator=gen) < 0.5
     plain = emulate(program, weight, fisher, 2, keep=keep)
     found = emulate(program, weight, fisher, 2, keep=keep, update=update, shift=shift)
     assert torch.equal(found.mask, plain.mask) and torch.equal(found.saliency, plain.saliency)
     assert found.weight is None or torch.equal(found.weight, plain.weight)
 
 
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("by_greedy", [False, True])
 @pytest.mark.parametrize("m", [8, 16, 32])
-def test_bad_groups_are_named_and_keep_nothing(program: Path, gen: torch.Generator, m: int, greedy: bool) -> None:
+def test_bad_groups_are_named_and_keep_nothing(program: Path, gen: torch.Generator, m: int, by_greedy: bool) -> None:
     """Their weight stays, and the groups beside them do not notice."""
     weight, fisher = integer_problem(gen, 12, m, m)
-    keep = None if greedy else torch.rand(12, m, generator=gen) < 0.5
+    keep = None if by_greedy else torch.rand(12, m, generator=gen) < 0.5
     good = emulate(program, weight, fisher, 2, keep=keep)
     damp = torch.zeros(12)
     weight[1, m - 1], weight[2, 0] = torch.inf, torch.nan
@@ -294,38 +295,49 @@ def power_problem(gen: torch.Generator, groups: int, m: int, high: int) -> tuple
     return weight, torch.diag_embed(2.0 ** torch.randint(0, 3, (groups, m), generator=gen))
 
 
-@pytest.mark.parametrize("m", [2, 4, 7, 8, 11, 16, 20, 32])
+@pytest.mark.parametrize("m", [2, 4, 7, 8, 11, 20])
 def test_greedy_of_exact_numbers_is_the_reference(program: Path, gen: torch.Generator, m: int) -> None:
     """Without correlation: equal masks whatever the ties; dense, then with dead entries."""
-    for n in sorted({1, m // 2, m - 1} & set(range(1, m))):
-        for high in (3, 1, 0):
-            weight, fisher = power_problem(gen, 7, m, high)
-            for mask in (None, live_mask(gen, 7, m, m)):
+    for n in sorted({m // 2, m - 1}):
+        for high, masked in ((3, True), (1, False), (1, True), (0, False)):
+            weight, fisher = power_problem(gen, 4, m, high)
+            for mask in (live_mask(gen, 4, m, m) if masked else None,):
                 found = emulate(program, weight, fisher, n, mask=mask)
                 wanted = keep_of_greedy(weight, fisher, n, mask, torch.zeros(1))
                 assert torch.equal(found.mask, wanted), f"{n}:{m}"
                 assert_finished(found, weight, fisher, wanted, torch.zeros(1), mask)
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 6), (2, 8), (4, 8), (7, 8), (3, 12), (8, 16), (2, 16), (16, 32), (8, 24)])
-def test_greedy_finds_what_the_reference_finds(program: Path, gen: torch.Generator, n: int, m: int) -> None:
-    """Strongly correlated: the same sets but for near-ties, and then a loss as good in sum."""
-    groups = 24
-    weight, fisher = torch.randn(groups, m, generator=gen), oracle.random_spd(gen, groups, m).float()
-    damp = torch.rand(groups, generator=gen) * 0.1
-    for mask in (None, torch.rand(groups, m, generator=gen) < 0.8):
-        found = emulate(program, weight, fisher, n, damp=damp, mask=mask)
-        assert found.path == f"greedy{next(size for size in (8, 16, 32) if m <= size)}"
-        wanted = keep_of_greedy(weight, fisher, n, mask, damp)
-        assert torch.equal(found.mask.sum(1), wanted.sum(1))
-        assert (found.mask == wanted).all(1).float().mean() > 0.9
-        assert_finished(found, weight, fisher, found.mask, damp, mask)
-        best = emulate(program, weight, fisher, n, keep=wanted, damp=damp, mask=mask)
-        assert float(found.saliency.sum()) <= float(best.saliency.sum()) * 1.005 + 1e-6
+def rivals(gen: torch.Generator, n: int, m: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and curvature of 8 groups of which each start ends above the other, by far, on some; and ``mask``."""
+    weight, fisher = torch.randn(400, m, generator=gen), oracle.random_spd(gen, 400, m).float()
+    alive = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.repeat(50, 1)
+    groups, _ = condition_groups(weight, fisher, alive, torch.zeros(1), m)
+    grown, shrunk = (greedy._improve(groups, *start(groups, n))[1] for start in (greedy._grow, greedy._shrink))
+    order = (grown / shrunk).argsort()
+    index = torch.cat([order[:4], order[-4:]])
+    return weight[index], fisher[index], alive[index]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 8), (4, 8), (3, 12), (5, 16), (10, 20)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_greedy_finds_what_the_reference_finds(
+    program: Path, gen: torch.Generator, n: int, m: int, masked: bool
+) -> None:
+    """Strongly correlated groups where the two starts end apart: the same sets."""
+    some = torch.rand(8, m, generator=gen) < 0.9 if masked else None
+    weight, fisher, mask = rivals(gen, n, m, some)
+    damp = torch.zeros(8)
+    found = emulate(program, weight, fisher, n, damp=damp, mask=mask if masked else None)
+    assert found.path == f"greedy{next(size for size in (8, 16, 32) if m <= size)}"
+    wanted = keep_of_greedy(weight, fisher, n, mask, damp)
+    assert (found.mask == wanted).all(1).sum() >= 7
+    assert torch.equal(found.mask.sum(1), wanted.sum(1))
+    assert_finished(found, weight, fisher, found.mask, damp, mask)
 
 
 def test_no_exchange_improves_greedy(program: Path, gen: torch.Generator) -> None:
-    weight, fisher = torch.randn(12, 8, generator=gen), oracle.random_spd(gen, 12, 8).float()
+    weight, fisher = torch.randn(8, 8, generator=gen), oracle.random_spd(gen, 8, 8).float()
     found = emulate(program, weight, fisher, 4)
     for (row, group), problem in groups_of(weight, fisher, 8).items():
         losses = problem.losses(4)
@@ -333,11 +345,3 @@ def test_no_exchange_improves_greedy(program: Path, gen: torch.Generator) -> Non
         for out, into in itertools.product(kept, set(range(8)) - set(kept)):
             tried = tuple(sorted({*kept, into} - {out}))
             assert losses[kept] <= losses[tried] * (1 + 1e-4)
-
-
-def test_greedy_needs_both_starts(program: Path, gen: torch.Generator) -> None:
-    """On these groups each start ends above the other somewhere, and the better one counts."""
-    weight, fisher = torch.randn(60, 12, generator=gen), oracle.random_spd(gen, 60, 12).float()
-    found = emulate(program, weight, fisher, 5)
-    wanted = keep_of_greedy(weight, fisher, 5, None, torch.zeros(1))
-    assert (found.mask == wanted).all(1).float().mean() > 0.95

@@ -252,6 +252,54 @@ def test_native_launches_nothing_for_nothing(native: ModuleType, change: dict[st
     assert native.launch_count() == before
 
 
+GROUPS = {
+    "weight": 64, "fisher": 64, "damp": 64, "damp_each": False, "alive": 0, "mask": 64, "saliency": 64,
+    "new_weight": 0, "info": 64, "num_groups": 2, "n": 9, "m": 20, "device": 0, "stream": 0,
+}  # fmt: skip
+CHOICE: dict[str, dict[str, object]] = {
+    "finish_nm": GROUPS,
+    "search_greedy": GROUPS,
+    "search_pairwise": {
+        "weight": 64, "inverse": 64, "alive": 0, "mask": 64, "num_groups": 2, "n": 9, "m": 20, "device": 0, "stream": 0,
+    },
+    "pair_models": {"inverse": 64, "unit": 64, "model": 64, "num_groups": 2, "m": 20, "device": 0, "stream": 0},
+    "sum_panels": {"each": 64, "sums": 64, "num_groups": 12, "v": 3, "wide": 2, "device": 0, "stream": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "text"),
+    [
+        ("finish_nm", {"m": 33}, "0 < n < m <= 32, got n = 9, m = 33"),
+        ("finish_nm", {"mask": 0}, "must not be null for 2 groups"),
+        ("search_greedy", {"n": 20}, "0 < n < m <= 32"),
+        ("search_greedy", {"num_groups": -1}, "num_groups must be 0 to 2^31 - 1, got -1"),
+        ("search_greedy", {"fisher": 66}, "must be aligned to their elements"),
+        ("search_pairwise", {"m": 21}, "m must be even, got 21"),
+        ("search_pairwise", {"inverse": 68}, "must be aligned to 4 and 8 bytes"),
+        ("search_pairwise", {"mask": 0}, "must not be null"),
+        ("pair_models", {"m": 34}, "m must be even, 2 to 32, got 34"),
+        ("pair_models", {"num_groups": 2**31}, "num_groups must be 0 to 2^31 - 1"),
+        ("pair_models", {"unit": 0}, "must not be null"),
+        ("sum_panels", {"v": 0}, "v must be 1 to 65536, got 0"),
+        ("sum_panels", {"wide": 5}, "must be a multiple of v * wide = 15, got 12"),
+        ("sum_panels", {"device": -1}, "device must be an index, got -1"),
+    ],
+)
+def test_choices_refuse_bad_sizes(native: ModuleType, function: str, change: dict[str, int], text: str) -> None:
+    before = native.launch_count()
+    with pytest.raises(ValueError, match=re.escape(text)):
+        getattr(native, function)(**{**CHOICE[function], **change})
+    assert native.launch_count() == before
+
+
+@pytest.mark.parametrize("function", CHOICE)
+def test_choices_launch_nothing_for_nothing(native: ModuleType, function: str) -> None:
+    before = native.launch_count()
+    found = getattr(native, function)(**{**CHOICE[function], "num_groups": 0})
+    assert found == (function, "empty", 0, 0) and native.launch_count() == before
+
+
 ACCUMULATE = {
     "grads": 64, "grad_type": 2, "row_stride": 32, "fisher": 64, "num_blocks": 2, "size": 16, "num_samples": 3,
     "scale": 1.0, "device": 0, "stream": 0,

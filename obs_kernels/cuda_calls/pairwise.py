@@ -7,7 +7,7 @@ curvature of the groups too where D > m.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from obs_kernels import _ext
 from obs_kernels.cuda_calls.conditional import InvertedBlocks, curvature_of, inverted_blocks, worst_info
 from obs_kernels.cuda_calls.device import check_gpu, check_on_cuda
 from obs_kernels.cuda_calls.group_launches import launch_groups
+from obs_kernels.errors import DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.patterns import NMPattern, VNMPattern
 
@@ -122,16 +123,19 @@ def launch_search_pairwise(
     weight: Tensor, inverse: Tensor, mask: Tensor | None, kept: Tensor, *, pattern: NMPattern
 ) -> LaunchPlan:
     """Fill ``kept`` [groups, m] with the minimum of the pair model of ``inverse`` [groups, m, m]."""
-    native = _ext.load()
-    check_on_cuda(weight=weight, inverse=inverse, kept=kept, **({} if mask is None else {"mask": mask}))
+    native, m = _ext.load(), pattern.m
+    groups = weight.numel() // m
+    wanted = {"weight": (weight, torch.float32, (groups, m)), "inverse": (inverse, torch.float32, (groups, m, m))}
+    wanted |= {"kept": (kept, torch.bool, (groups, m))}
+    _check(wanted if mask is None else wanted | {"mask": (mask, torch.bool, (groups, m))})
     plan = native.search_pairwise(
         weight=weight.data_ptr(),
         inverse=inverse.data_ptr(),
         alive=0 if mask is None else mask.data_ptr(),
         mask=kept.data_ptr(),
-        num_groups=weight.numel() // pattern.m,
+        num_groups=groups,
         n=pattern.n,
-        m=pattern.m,
+        m=m,
         **_place(weight),
     )
     return LaunchPlan(*plan)
@@ -139,14 +143,15 @@ def launch_search_pairwise(
 
 def launch_pair_models(inverse: Tensor, unit: Tensor, model: Tensor) -> LaunchPlan:
     """Fill ``model`` [groups, m, m] with the pair model of ``inverse`` as a curvature, times ``unit`` [groups]."""
-    native = _ext.load()
-    check_on_cuda(inverse=inverse, unit=unit, model=model)
+    native, (groups, m, _) = _ext.load(), inverse.shape
+    blocks = torch.float32, (groups, m, m)
+    _check({"inverse": (inverse, *blocks), "model": (model, *blocks), "unit": (unit, torch.float32, (groups,))})
     plan = native.pair_models(
         inverse=inverse.data_ptr(),
         unit=unit.data_ptr(),
         model=model.data_ptr(),
-        num_groups=inverse.shape[0],
-        m=inverse.shape[1],
+        num_groups=groups,
+        m=m,
         **_place(inverse),
     )
     return LaunchPlan(*plan)
@@ -154,17 +159,27 @@ def launch_pair_models(inverse: Tensor, unit: Tensor, model: Tensor) -> LaunchPl
 
 def launch_sum_panels(each: Tensor, saliency: Tensor, v: int) -> LaunchPlan:
     """Sums of ``each`` [R, wide] over the ``v`` rows of a panel into ``saliency`` [R/v, wide], in ascending order."""
-    native = _ext.load()
-    check_on_cuda(each=each, saliency=saliency)
+    native, (rows, wide) = _ext.load(), each.shape
+    panels = torch.float32, (rows // v, wide)
+    _check({"each": (each, torch.float32, (rows // v * v, wide)), "saliency": (saliency, *panels)})
     plan = native.sum_panels(
         each=each.data_ptr(),
         sums=saliency.data_ptr(),
         num_groups=each.numel(),
         v=v,
-        wide=each.shape[1],
+        wide=wide,
         **_place(each),
     )
     return LaunchPlan(*plan)
+
+
+def _check(wanted: Mapping[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]) -> None:
+    check_on_cuda(**{name: tensor for name, (tensor, _, _) in wanted.items()})
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor.dtype != dtype:
+            raise DTypeNotSupportedError(f"{name} must be {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
+        if tensor.shape != shape:
+            raise ShapeNotSupportedError(f"{name} must be {list(shape)}, got {list(tensor.shape)}; pass groups of m")
 
 
 def _place(tensor: Tensor) -> dict[str, object]:
