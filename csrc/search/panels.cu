@@ -56,25 +56,26 @@ struct alignas(kRows < 4 ? sizeof(float) * kRows : 16) Entry {
   float of[kRows];
 };
 
-// Tables of `rows` rows from `row` on: `base` gains of kept sets, then the derived entries.
-template <typename Config>
-__device__ __forceinline__ void fill_tables(const PanelParams& p,
-                                            const Panel& panel,
-                                            int64_t stride,
-                                            int base,
-                                            int64_t row,
-                                            int rows,
-                                            int thread,
-                                            Entry<Config::kRows>* table) {
-  constexpr int kRows = Config::kRows;
-  for (int entry = thread; entry < base; entry += Config::kThreads) {
-    Entry<kRows> all{};
+// Gain `entry` of the rows from `row` on.
+template <int kRows>
+__device__ __forceinline__ Entry<kRows> load_entry(
+    const PanelParams& p, const Panel& panel, int64_t stride, int64_t row, int entry) {
+  Entry<kRows> all{};
+  const float* const gains = gains_of_row(p, panel, stride, row) + entry;
 #pragma unroll
-    for (int line = 0; line < kRows; ++line) {
-      if (line < rows) all.of[line] = gains_of_row(p, panel, stride, row + line)[entry];
-    }
-    table[entry] = all;
+  for (int line = 0; line < kRows; ++line) {
+    if (row + line < p.v) all.of[line] = gains[line * p.wide * stride];
   }
+  return all;
+}
+
+// The derived entries of tables whose `base` gains of kept sets are there.
+template <typename Config>
+__device__ __forceinline__ void derive_entries(const PanelParams& p,
+                                               int base,
+                                               int thread,
+                                               Entry<Config::kRows>* table) {
+  constexpr int kRows = Config::kRows;
   const int derived = static_cast<int>(p.tables.num_derived);
   if (derived == 0) return;
   __syncthreads();
@@ -91,18 +92,46 @@ __device__ __forceinline__ void fill_tables(const PanelParams& p,
   }
 }
 
+// The list of a column set: in registers where all lists have kLength entries, so that a chunk of
+// rows reads nothing but the tables; kLength = 0: any length, in memory.
+template <int kLength>
+struct List {
+  int entries[kLength];
+
+  __device__ __forceinline__ void read(const PanelParams& p, int set) {
+    const int num_sets = static_cast<int>(p.tables.num_sets);
+#pragma unroll
+    for (int item = 0; item < kLength; ++item) {
+      entries[item] = set < num_sets ? p.tables.lists[item * num_sets + set] : 0;
+    }
+  }
+  __device__ __forceinline__ int length(const PanelParams&) const { return kLength; }
+  __device__ __forceinline__ int at(const PanelParams&, int item, int) const {
+    return entries[item];
+  }
+};
+
+template <>
+struct List<0> {
+  __device__ __forceinline__ void read(const PanelParams&, int) {}
+  __device__ __forceinline__ int length(const PanelParams& p) const {
+    return static_cast<int>(p.tables.length);
+  }
+  __device__ __forceinline__ int at(const PanelParams& p, int item, int set) const {
+    return p.tables.lists[item * static_cast<int>(p.tables.num_sets) + set];
+  }
+};
+
 // The largest entry of each row's table inside column set `set`.
-template <typename Config>
-__device__ __forceinline__ Entry<Config::kRows> best_inside(const PanelParams& p,
-                                                            int set,
-                                                            const Entry<Config::kRows>* table) {
-  constexpr int kRows = Config::kRows;
-  const int num_sets = static_cast<int>(p.tables.num_sets);
-  const int length = static_cast<int>(p.tables.length);
-  Entry<kRows> most = table[p.tables.lists[set]];
-#pragma unroll 2
-  for (int item = 1; item < length; ++item) {
-    const Entry<kRows> entry = table[p.tables.lists[item * num_sets + set]];
+template <int kRows, int kLength>
+__device__ __forceinline__ Entry<kRows> best_inside(const PanelParams& p,
+                                                    const List<kLength>& list,
+                                                    int set,
+                                                    const Entry<kRows>* table) {
+  Entry<kRows> most = table[list.at(p, 0, set)];
+#pragma unroll 4
+  for (int item = 1; item < list.length(p); ++item) {
+    const Entry<kRows> entry = table[list.at(p, item, set)];
 #pragma unroll
     for (int line = 0; line < kRows; ++line) {
       most.of[line] = fmaxf(most.of[line], entry.of[line]);
@@ -111,12 +140,11 @@ __device__ __forceinline__ Entry<Config::kRows> best_inside(const PanelParams& p
   return most;
 }
 
-// kDead: whether entries tell of dead ones (with_dead).
-template <typename Config, bool kDead>
-__global__ __launch_bounds__(Config::kThreads, 1) void columns_kernel(PanelParams p,
-                                                                      int64_t first_panel,
-                                                                      int64_t stride,
-                                                                      int base) {
+// kDead: whether entries tell of dead ones (with_dead). kLength: see List; if it is not 0, each
+// thread has at most one of the `base` gains, and loads that of the next chunk ahead.
+template <typename Config, bool kDead, int kLength>
+__global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void columns_kernel(
+    PanelParams p, int64_t first_panel, int64_t stride, int base) {
   constexpr int kThreads = Config::kThreads;
   constexpr int kRows = Config::kRows;
   extern __shared__ float4 memory[];
@@ -137,16 +165,33 @@ __global__ __launch_bounds__(Config::kThreads, 1) void columns_kernel(PanelParam
   Best best{-INFINITY, 0u};
   for (int first_set = 0; first_set < num_sets; first_set += kThreads * Config::kSets) {
     float total[Config::kSets] = {};
+    List<kLength> lists[Config::kSets];
+#pragma unroll
+    for (int turn = 0; turn < Config::kSets; ++turn) {
+      lists[turn].read(p, first_set + turn * kThreads + thread);
+    }
+    Entry<kRows> ahead{};
+    if (kLength > 0 && thread < base) ahead = load_entry<kRows>(p, panel, stride, 0, thread);
     for (int64_t row = 0; row < p.v; row += kRows) {
       const int rows = static_cast<int>(p.v - row < kRows ? p.v - row : kRows);
       __syncthreads();  // the tables of the last chunk have been read
-      fill_tables<Config>(p, panel, stride, base, row, rows, thread, table);
+      if constexpr (kLength > 0) {
+        if (thread < base) {
+          table[thread] = ahead;
+          ahead = load_entry<kRows>(p, panel, stride, row + kRows, thread);
+        }
+      } else {
+        for (int entry = thread; entry < base; entry += kThreads) {
+          table[entry] = load_entry<kRows>(p, panel, stride, row, entry);
+        }
+      }
+      derive_entries<Config>(p, base, thread, table);
       __syncthreads();
 #pragma unroll
       for (int turn = 0; turn < Config::kSets; ++turn) {
         const int set = first_set + turn * kThreads + thread;
         if (set >= num_sets) continue;
-        const Entry<kRows> most = best_inside<Config>(p, set, table);
+        const Entry<kRows> most = best_inside<kRows, kLength>(p, lists[turn], set, table);
         // one row after the other: the sum must not depend on the backend
 #pragma unroll
         for (int line = 0; line < kRows; ++line) {
@@ -203,7 +248,7 @@ int64_t table_bytes(int rows, int64_t entries) {
   return rows * entries * static_cast<int64_t>(sizeof(float));
 }
 
-template <typename Config, bool kDead>
+template <typename Config, bool kDead, int kLength>
 LaunchPlan launch(const PanelParams& params,
                   int64_t first_panel,
                   int64_t panels,
@@ -215,11 +260,11 @@ LaunchPlan launch(const PanelParams& params,
   const auto bytes =
       static_cast<size_t>(table_bytes(Config::kRows, base + params.tables.num_derived));
   if (bytes > kPlainBytes) {
-    OBS_CUDA_CHECK(cudaFuncSetAttribute(columns_kernel<Config, kDead>,
+    OBS_CUDA_CHECK(cudaFuncSetAttribute(columns_kernel<Config, kDead, kLength>,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(bytes)));
   }
-  columns_kernel<Config, kDead>
+  columns_kernel<Config, kDead, kLength>
       <<<grid, Config::kThreads, bytes, stream>>>(params, first_panel, stride, base);
   OBS_CUDA_CHECK(cudaGetLastError());
   count_launch();
@@ -234,8 +279,13 @@ LaunchPlan launch_masked(const PanelParams& params,
                          const char* path,
                          cudaStream_t stream) {
   const bool dead = params.groups.alive != nullptr && params.groups.n <= 2;
-  return (dead ? launch<Config, true>
-               : launch<Config, false>)(params, first_panel, panels, stride, path, stream);
+  // n = 2 and four columns, the stored format: two triples and a pair hold all pairs.
+  constexpr int kStored = 3;
+  const bool stored = params.tables.length == kStored &&
+                      count_sets(params.groups.n, params.groups.m) <= Config::kThreads;
+  const auto run = dead ? (stored ? launch<Config, true, kStored> : launch<Config, true, 0>)
+                        : (stored ? launch<Config, false, kStored> : launch<Config, false, 0>);
+  return run(params, first_panel, panels, stride, path, stream);
 }
 
 // Bytes of tables that a block may have on this device.

@@ -63,20 +63,21 @@ struct WideSetsConfig {
 
 // Choice of the columns of a panel: threads own column sets, and walk over the rows in order.
 // Tables of kRows rows lie entry by entry, so that one address and one load serve all of them.
-template <int kThreadsValue, int kSetsValue, int kRowsValue>
+template <int kThreadsValue, int kMinBlocksValue, int kSetsValue, int kRowsValue>
 struct PanelConfig {
   static constexpr int kThreads = kThreadsValue;
+  static constexpr int kMinBlocks = kMinBlocksValue;
   static constexpr int kSets = kSetsValue;  // of a thread at a time, sums in registers
   static constexpr int kRows = kRowsValue;  // of a chunk in shared memory
 };
 
-using PanelSmall = PanelConfig<128, 1, 8>;   // m <= 8: 70 column sets at most, one each
-using PanelMedium = PanelConfig<256, 8, 4>;  // m = 16: 1,820 sets of four in one go, 11 KiB
+using PanelSmall = PanelConfig<128, 8, 1, 4>;   // m <= 8: 70 column sets at most, one each
+using PanelMedium = PanelConfig<384, 1, 5, 4>;  // m = 16: 1,820 sets of four in one go, 11 KiB
 // m = 32: 496 pairs and 4,960 triples, 21 KiB a row; n > 2: up to 12,870 kept sets of 16, 50 KiB a
 // row. As many rows at once as a block can hold, since each chunk of rows reads the lists again;
 // 512 threads fill an SM's LSU where one block fits.
 template <int kRows>
-using PanelLarge = PanelConfig<512, 8, kRows>;
+using PanelLarge = PanelConfig<512, 1, 8, kRows>;
 inline constexpr int64_t kPlainBytes = 48
                                        << 10;  // of dynamic shared memory without being asked for
 inline constexpr int64_t kPanelStatic = 1024;  // bytes left for what is not a table
