@@ -132,15 +132,16 @@ best_set(const Row<kSize>& row, int n, int lane, Stage& stage, Level* levels) {
   levels[0].diagonal[lane] = diagonal;
   levels[0].linear[lane] = linear;
   __syncwarp();
-  Growth growth{stage.f, levels, lane, by_kept ? 1.0f : -1.0f, by_kept ? 0u : 0xFFFFFFFFu, {}};
-  growth.best = {-INFINITY, 0u};
+  const float sign = by_kept ? 1.0f : -1.0f;
+  const uint32_t flip = by_kept ? 0u : 0xFFFFFFFFu;
+  Growth growth{stage.f, levels, lane, sign, flip, {-INFINITY, 0u}};
   with_constant<1, WideSetsConfig::kMaxSide>(by_kept ? n : others, [&](auto count) {
     float ratio[decltype(count)::value];
     grow<decltype(count)::value, 0>(row.live, 0u, 0.0f, diagonal, linear, ratio, growth);
   });
   const Best best = best_of_warp(growth.best);
   if (best.key == 0u) return lowest(row.live, n);  // no gain is a number: any set will do
-  const uint32_t set = __brev(best.key ^ growth.flip);
+  const uint32_t set = __brev(best.key ^ flip);
   return by_kept ? set : row.live & ~set;
 }
 
