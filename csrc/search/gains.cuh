@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all search kernels share: the formulas that decide masks, and the scale of a block.
+// What all search kernels share beside the gains of kept sets: the scale of a block, and the order
+// of gains with dead entries.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +8,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "common/pair_gain.cuh"
 #include "obs_kernels/search.h"
 #include "search/launches.h"
 
@@ -14,27 +16,6 @@ namespace obs_kernels::search {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-// gain(a, b) = (F_bb u_a^2 - 2 F_ab u_a u_b + F_aa u_b^2) / (F_aa F_bb - F_ab^2), in this order and
-// each step rounded alone: equal masks on every backend for integer-valued inputs.
-__device__ __forceinline__ float pair_numerator(float fa, float fb, float fab, float ua, float ub) {
-  const float first = __fmul_rn(__fmul_rn(fb, ua), ua);
-  const float cross = __fmul_rn(__fmul_rn(__fmul_rn(2.0f, fab), ua), ub);
-  const float second = __fmul_rn(__fmul_rn(fa, ub), ub);
-  return __fadd_rn(__fsub_rn(first, cross), second);
-}
-
-__device__ __forceinline__ float pair_determinant(float fa, float fb, float fab) {
-  return __fsub_rn(__fmul_rn(fa, fb), __fmul_rn(fab, fab));
-}
-
-__device__ __forceinline__ float pair_gain(float fa, float fb, float fab, float ua, float ub) {
-  return __fdiv_rn(pair_numerator(fa, fb, fab, ua, ub), pair_determinant(fa, fb, fab));
-}
-
-__device__ __forceinline__ float single_gain(float f, float u) {
-  return __fdiv_rn(__fmul_rn(u, u), f);
-}
 
 // A power of four near the largest diagonal, and its reciprocal. Gains are of the third order in F
 // and would underflow below 1e-13; a power of two changes no bit otherwise.
