@@ -25,6 +25,7 @@ inline py::tuple plan_tuple(const LaunchPlan& plan) {
 
 void bind_choice(py::module_& module);
 void bind_search(py::module_& module);
+void bind_sweep(py::module_& module);
 void bind_update(py::module_& module);
 
 }  // namespace obs_kernels::bindings

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all search kernels share: the formulas that decide masks, and the scale of a block.
+// What all search kernels share beside the gains of kept sets: the scale of a block, and the order
+// of gains with dead entries.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +9,7 @@
 #include <cstdint>
 
 #include "common/division.cuh"
+#include "common/pair_gain.cuh"
 #include "obs_kernels/search.h"
 #include "search/launches.h"
 
@@ -15,27 +17,6 @@ namespace obs_kernels::search {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-// gain(a, b) = (F_bb u_a^2 - 2 F_ab u_a u_b + F_aa u_b^2) / (F_aa F_bb - F_ab^2), in this order and
-// each step rounded alone: equal masks on every backend for integer-valued inputs.
-__device__ __forceinline__ float pair_numerator(float fa, float fb, float fab, float ua, float ub) {
-  const float first = __fmul_rn(__fmul_rn(fb, ua), ua);
-  const float cross = __fmul_rn(__fmul_rn(__fmul_rn(2.0f, fab), ua), ub);
-  const float second = __fmul_rn(__fmul_rn(fa, ub), ub);
-  return __fadd_rn(__fsub_rn(first, cross), second);
-}
-
-__device__ __forceinline__ float pair_determinant(float fa, float fb, float fab) {
-  return __fsub_rn(__fmul_rn(fa, fb), __fmul_rn(fab, fab));
-}
-
-__device__ __forceinline__ float pair_gain(float fa, float fb, float fab, float ua, float ub) {
-  return __fdiv_rn(pair_numerator(fa, fb, fab, ua, ub), pair_determinant(fa, fb, fab));
-}
-
-__device__ __forceinline__ float single_gain(float f, float u) {
-  return __fdiv_rn(__fmul_rn(u, u), f);
-}
 
 // gain + value^2 / pivot. Hundreds of these stand in a row, and a branch in each would keep the
 // compiler from mixing them. Pivots are of the scale of 1 here.

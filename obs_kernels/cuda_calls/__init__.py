@@ -11,6 +11,7 @@ from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
 from obs_kernels.cuda_calls.packing import launch_pack, pack
 from obs_kernels.cuda_calls.search import launch_search_nm, prune_nm, prune_vnm, search_nm, search_vnm
+from obs_kernels.cuda_calls.sweep import launch_sweep_columns, sweep_groups
 from obs_kernels.cuda_calls.update import block_saliency, loss_increase, obs_update
 from obs_kernels.cuda_calls.update_launches import launch_loss_increase, launch_update_joint, launch_update_single
 
@@ -24,6 +25,7 @@ __all__ = [
     "launch_loss_increase",
     "launch_pack",
     "launch_search_nm",
+    "launch_sweep_columns",
     "launch_update_joint",
     "launch_update_single",
     "loss_increase",
@@ -34,4 +36,5 @@ __all__ = [
     "runs_on",
     "search_nm",
     "search_vnm",
+    "sweep_groups",
 ]

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
-from obs_kernels.patterns import NMPattern, VNMPattern
+from obs_kernels.patterns import NMPattern, Pattern, VNMPattern
 
 BACKENDS = ("reference", "triton", "cuda")
 MODULES = {
@@ -41,6 +41,12 @@ MAX_SETS_SIZE = 16
 """Largest m of the same for panels of n > 2."""
 EXACT_SEARCH_METHODS = ("combinatorial", "pairwise")
 """What the cuda kernels of the search choose by, exact in its model; "greedy" too where there are no panels."""
+MAX_SWEEP_SIZE = 16
+"""Largest m of the cuda kernels of ``sweep_rows`` for n <= 2."""
+MAX_SWEEP_SETS_SIZE = 8
+"""Largest m of the same for n > 2, which panels do not have."""
+MAX_SWEEP_ROWS = 256
+"""Tallest panel of the same."""
 MAX_UPDATE_SIZE = 128
 """Widest block of the cuda kernels of ``obs_update``, ``loss_increase`` and ``block_saliency``."""
 
@@ -55,12 +61,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     "block_saliency": ("cuda", "reference"),
     "loss_increase": ("cuda", "reference"),
     "accumulate_hessian_": ("reference",),
-    "sweep_rows": ("reference",),
+    "sweep_rows": ("cuda", "reference"),
     "pack": ("cuda", "reference"),
     "unpack": ("reference",),
     "sparse_linear": ("reference",),
 }
 """Backends of each op in the order of preference."""
+STEPS = {"sweep_rows": ("sweep_rows_by", "sweep_groups")}
+"""Ops that are a function of the reference around a step; a backend has the step only."""
 
 
 def _accumulate_limit(fisher: Tensor, grads: Tensor) -> str | None:
@@ -101,6 +109,24 @@ def _prune_limit(weight: Tensor, fisher: Tensor, pattern: NMPattern) -> str | No
     return _search_limit(weight, fisher, pattern, "combinatorial")  # D = m on every backend: the op checks it
 
 
+def _sweep_limit(
+    weight: Tensor, hessian: Tensor, row_scale: Tensor | None, pattern: Pattern, method: str
+) -> str | None:
+    if method != "combinatorial" or not isinstance(pattern, NMPattern):
+        return f"it sweeps by method='combinatorial' only, got {method!r}"
+    if any(t is not None and t.dtype == torch.float64 for t in (weight, hessian, row_scale)):
+        return "it takes a float32 hessian, and a weight and a row_scale of at most 32 bits, got float64 among them"
+    panels = isinstance(pattern, VNMPattern)
+    if pattern.m > MAX_SWEEP_SIZE or (pattern.n > 2 and (panels or pattern.m > MAX_SWEEP_SETS_SIZE)):
+        return (
+            f"it takes m <= {MAX_SWEEP_SIZE} with n <= 2, and without panels m <= {MAX_SWEEP_SETS_SIZE} with any n, "
+            f"got {pattern}"
+        )
+    if isinstance(pattern, VNMPattern) and pattern.v > MAX_SWEEP_ROWS:
+        return f"it takes panels of at most {MAX_SWEEP_ROWS} rows, got {pattern}"
+    return None
+
+
 def _update_limit(weight: Tensor, fisher: Tensor | None = None) -> str | None:
     if weight.dtype == torch.float64 or (fisher is not None and fisher.dtype != torch.float32):
         kind = "" if fisher is None else f" and a {fisher.dtype} fisher"
@@ -124,6 +150,7 @@ LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("search_vnm", "cuda"): _search_limit,
     ("prune_nm", "cuda"): _prune_limit,
     ("prune_vnm", "cuda"): _prune_limit,
+    ("sweep_rows", "cuda"): _sweep_limit,
     ("obs_update", "cuda"): _update_limit,
     ("loss_increase", "cuda"): _update_limit,
     ("block_saliency", "cuda"): _saliency_limit,
@@ -186,7 +213,12 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
 
     Autocast is off inside, the ops choose their own arithmetic.
     """
-    function = getattr(import_module(MODULES[backend]), op)
+    module = import_module(MODULES[backend])
+    if op in STEPS:
+        frame, step = STEPS[op]
+        function = partial(getattr(import_module(MODULES["reference"]), frame), getattr(module, step))
+    else:
+        function = getattr(module, op)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -84,7 +84,7 @@ def sweep_rows(
         mask,
         num_columns,
         resolve,
-        backend=dispatch.resolve("sweep_rows", backend, weight, hessian, parsed, method),
+        backend=dispatch.resolve("sweep_rows", backend, weight, hessian, row_scale, parsed, method),
     )
     return Selection(chosen, saliency, columns if isinstance(parsed, VNMPattern) else None, new)
 

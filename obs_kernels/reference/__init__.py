@@ -10,7 +10,9 @@ from obs_kernels.reference.matmul import sparse_linear
 from obs_kernels.reference.packing import pack, unpack
 from obs_kernels.reference.prune import prune_nm, prune_vnm
 from obs_kernels.reference.search import search_nm, search_vnm
+from obs_kernels.reference.sweep import sweep_groups as sweep_groups  # a step, no op: not in __all__
 from obs_kernels.reference.sweep import sweep_rows
+from obs_kernels.reference.sweep import sweep_rows_by as sweep_rows_by
 from obs_kernels.reference.update import block_saliency, loss_increase, obs_update
 
 __all__ = [

@@ -20,6 +20,8 @@ settled, and the loss of the compensation it then gives up is in the saliency.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,10 @@ from obs_kernels.reference.sparsegpt import sweep_columns, without_dead_inputs
 BLOCK = 128
 """Columns whose changes reach the later columns in one matrix product."""
 
+Sweep = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+"""``sweep_groups``, of this or of another backend."""
 
-@exact_products()
+
 def sweep_rows(
     weight: Tensor,
     hessian: Tensor,
@@ -52,6 +56,35 @@ def sweep_rows(
     resolve: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mask [R, C], new weight [R, C], saliency and columns ([0] without panels); arguments as in ``ops.sweep_rows``."""
+    return sweep_rows_by(
+        sweep_groups,
+        weight,
+        hessian,
+        pattern,
+        row_scale=row_scale,
+        damp=damp,
+        method=method,
+        mask=mask,
+        num_columns=num_columns,
+        resolve=resolve,
+    )
+
+
+@exact_products()
+def sweep_rows_by(
+    sweep: Sweep,
+    weight: Tensor,
+    hessian: Tensor,
+    pattern: str,
+    *,
+    row_scale: Tensor | None,
+    damp: Tensor,
+    method: str,
+    mask: Tensor | None,
+    num_columns: int,
+    resolve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``sweep_rows`` around the ``sweep_groups`` of any backend: what comes before and after is the same for all."""
     check_finite("weight", weight)
     check_finite("hessian", hessian)
     check_damp_values(damp)
@@ -71,15 +104,27 @@ def sweep_rows(
         kept, new, saliency = sweep_columns(live, factor, parsed, alive, BLOCK)
     else:
         scale = None if row_scale is None else row_scale.to(dtype)
-        kept, new, saliency, columns = sweep_groups(live, factor, parsed, scale, alive, num_columns)
+        own, curvature, unit = diagonal_groups(factor, parsed.m)
+        kept, new, saliency, columns = sweep(live, factor, own, curvature, unit, parsed, scale, alive, num_columns)
     if resolve:
         new = resolve_rows(live, new, shared, kept)
     return kept, new.to(weight.dtype), saliency, columns
 
 
+def diagonal_groups(factor: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``R_gg / sqrt(unit)`` and ``S = R_gg R_gg^T / unit`` of each group [C/m, m, m], and unit [C/m], powers of 4."""
+    wide = factor.shape[0] // m
+    own = factor.unflatten(0, (wide, m)).unflatten(2, (wide, m)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    curvature, unit = rescale(own @ own.mT, torch.ones_like(own[:, 0], dtype=torch.bool))
+    return own / unit.sqrt()[:, None, None], curvature, unit
+
+
 def sweep_groups(
     live: Tensor,
     factor: Tensor,
+    own: Tensor,
+    curvature: Tensor,
+    unit: Tensor,
     pattern: NMPattern,
     row_scale: Tensor | None,
     alive: Tensor | None,
@@ -87,7 +132,8 @@ def sweep_groups(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kept [R, C], weights [R, C], saliency and columns of the sweep of ``live`` [R, C] with ``factor`` R [C, C].
 
-    All in one dtype; ``row_scale`` [R] or None, ``alive`` [R, C] or None, where ``live`` must be 0 if False.
+    All in one dtype; ``own``, ``curvature`` and ``unit`` as ``diagonal_groups`` gives them; ``row_scale`` [R] or None,
+    ``alive`` [R, C] or None, where ``live`` must be 0 if False.
     """
     rows, cols = live.shape
     n, m = pattern.n, pattern.m
@@ -102,9 +148,6 @@ def sweep_groups(
     if live.numel() == 0:
         return kept, new, loss.view(panels, v, wide).sum(1), columns
 
-    own = factor.unflatten(0, (wide, m)).unflatten(2, (wide, m)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    curvature, unit = rescale(own @ own.mT, torch.ones_like(own[:, 0], dtype=torch.bool))
-    own = own / unit.sqrt()[:, None, None]  # a power of two
     units = unit.tolist()
     pushed = torch.zeros_like(live)  # (dw of the settled columns) R
     change = torch.zeros_like(live)

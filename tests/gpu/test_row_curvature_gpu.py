@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row curvature on a GPU: what the CPU chooses, also where the process lets its model multiply in TF32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from obs_kernels.ops import accumulate_hessian_, sweep_rows
+from obs_kernels.reference.hessian import row_loss
+
+pytestmark = pytest.mark.gpu
+
+
+def problem(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * cols, cols, generator=gen, dtype=torch.float64) + 0.5
+    return torch.randn(rows, cols, generator=gen, dtype=torch.float64), x.T @ x / (2 * cols)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "method"),
+    [(p, "combinatorial") for p in ("2:4", "4:8", "16:2:8")]
+    + [("2:4", "sparsegpt"), ("unstructured:0.5", "sparsegpt")],
+)
+def test_the_choice_of_the_cpu(pattern, method, masked):
+    weight, hessian = problem(64, 384)
+    mask = torch.rand(64, 384, generator=torch.Generator().manual_seed(1)).lt(0.7) if masked else None
+    wanted = sweep_rows(weight, hessian, pattern, damp=0.01, method=method, mask=mask)
+    found = sweep_rows(
+        weight.cuda(), hessian.cuda(), pattern, damp=0.01, method=method, mask=None if mask is None else mask.cuda()
+    )
+    assert torch.equal(found.mask.cpu(), wanted.mask)
+    torch.testing.assert_close(found.weight.cpu(), wanted.weight, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.saliency.cpu(), wanted.saliency, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "16:2:8"])
+def test_f32_is_f32(pattern, monkeypatch):
+    """The saliency adds up to the loss of the weights, to the rounding of f32 and not of TF32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    weight, hessian = problem(64, 2304)  # kept width 1152 at 2:4: conjugate gradients
+    sel = sweep_rows(weight.float().cuda(), hessian.float().cuda(), pattern, damp=0.01, resolve=False)
+    loss = row_loss(sel.weight.double().cpu() - weight.float().double(), hessian.float().double(), damp=0.01)
+    torch.testing.assert_close(sel.saliency.double().cpu().sum(), loss.sum(), rtol=2e-5, atol=0.0)
+    solved = sweep_rows(weight.float().cuda(), hessian.float().cuda(), pattern, damp=0.01)
+    after = row_loss(solved.weight.double().cpu() - weight.float().double(), hessian.float().double(), damp=0.01)
+    assert (after <= loss * (1 + 1e-5)).all() and after.sum() < 0.999 * loss.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_accumulation_is_f32(dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    x = torch.randn(3, 500, 1100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = torch.rand(3, 500, generator=torch.Generator().manual_seed(1))
+    hessian = accumulate_hessian_(torch.zeros(1100, 1100).cuda(), x.cuda(), token_weight=q.cuda(), scale=0.01)
+    assert torch.equal(hessian, hessian.T)
+    flat = x.double().flatten(0, 1)
+    wanted = 0.01 * flat.T @ (q.double().flatten()[:, None] * flat)
+    error = (hessian.double().cpu() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+    assert error < 1e-6
