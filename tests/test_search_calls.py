@@ -142,6 +142,7 @@ def test_search_vnm_in_several_launches(
     wanted = reference.search_vnm(weight, fisher, pattern, mask=None, num_columns=num_columns, **OPTIONS)
     for limit in (1, 4 * 2 * 2 * 28 * 4, 1 << 20):
         monkeypatch.setattr(search, "GAINS_BYTES", limit)
+        monkeypatch.setattr(search, "MOST_GAINS_BYTES", limit)
         found = search.search_vnm(weight, fisher, pattern, mask=None, num_columns=num_columns, **OPTIONS)
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)

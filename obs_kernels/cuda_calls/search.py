@@ -25,6 +25,9 @@ from obs_kernels.patterns import NMPattern, VNMPattern
 
 GAINS_BYTES = 128 << 20
 """Scratch for the gains of the panels of one launch: some waves of blocks, and much of it stays in the cache."""
+MOST_GAINS_BYTES = 1 << 30
+PANELS_AT_ONCE = 528
+"""As many panels as keep a large GPU busy, where they fit ``MOST_GAINS_BYTES``: 64 rows of 9:16 take 2.9 MB each."""
 
 
 def search_nm(
@@ -191,7 +194,9 @@ def _run_vnm(
     arguments = group_arguments(w, blocks, alive, group_damp, kept, each, new, info, pattern)
     tables = column_tables(n, m, num_columns, device)
     row_floats = v * wide * (-(-comb(m, n) // 4) * 4)
-    at_once = max(1, min(panels, GAINS_BYTES // 4 // max(1, row_floats)))
+    row_bytes = max(1, 4 * row_floats)
+    busy = min(-(-PANELS_AT_ONCE // max(1, wide)), MOST_GAINS_BYTES // row_bytes)
+    at_once = max(1, min(panels, max(busy, GAINS_BYTES // row_bytes)))
     gains = torch.empty(at_once * row_floats, dtype=torch.float32, device=device)
     native.search_vnm(
         **arguments,

@@ -52,7 +52,7 @@ def sweep_rows(
             be pruned, it counts as free until its group is reached.
         num_columns: columns that a panel keeps, n to m; without panels it has no meaning.
         resolve: solve ``w_K = H_KK^-1 (H w)_K`` of each row at the end. Never raises the loss of a row, as computed in
-            the arithmetic at hand: a row that does not gain keeps its swept weights. Rows that keep at most 1,024
+            the arithmetic at hand: a row that does not gain keeps its swept weights. Rows that keep at most 128
             entries are factorised; wider ones take conjugate gradients until the residual is 1e-6 (f64: 1e-12) of
             ``(H w)_K``, or at most 300 products by H.
         backend: None, or a name of ``dispatch.BACKENDS``.

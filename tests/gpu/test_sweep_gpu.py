@@ -21,7 +21,7 @@ PATTERNS = ["2:4", "2:8", "4:8", "64:2:8", "128:2:8", "64:2:16"]
 OTHERS = ["1:4", "2:3", "1:16", "2:12", "3:8", "5:8", "7:8", "16:2:4", "16:1:8", "5:2:8", "256:2:8", "256:2:16"]
 LOSS = 1e-4
 """Relative; reported losses against those of the weights."""
-CHOICE = 2e-3
+CHOICE = 5e-3
 """Relative; loss of the whole sweep against f64: near ties fall either way, and later groups go on from there."""
 
 
@@ -63,7 +63,7 @@ def assert_is_reference(weight: Tensor, hessian: Tensor, pattern: str, **options
     # the first groups are chosen on the weights as given
     first, wanted = found.saliency[:, 0].double(), best.saliency[:, 0]
     assert (first <= wanted * (1 + LOSS) + 1e-6).all()
-    assert (found.mask == best.mask).float().mean() >= 0.97
+    assert (found.mask == best.mask).float().mean() >= 0.9
     assert mask is None or not (found.mask & ~mask).any()  # type: ignore[operator]
     assert not found.weight[~found.mask].any()  # type: ignore[index]
     parsed.validate_mask(found.mask)
