@@ -171,8 +171,7 @@ def test_alignment_and_in_place(
     assert found.weight is None or torch.equal(found.weight, plain.weight)
 
 
-@pytest.mark.parametrize("by_greedy", [False, True])
-@pytest.mark.parametrize("m", [8, 16, 32])
+@pytest.mark.parametrize(("m", "by_greedy"), [(8, False), (8, True), (16, False), (16, True), (32, False)])
 def test_bad_groups_are_named_and_keep_nothing(program: Path, gen: torch.Generator, m: int, by_greedy: bool) -> None:
     """Their weight stays, and the groups beside them do not notice."""
     weight, fisher = integer_problem(gen, 12, m, m)
@@ -199,20 +198,20 @@ def test_bad_groups_are_named_and_keep_nothing(program: Path, gen: torch.Generat
 # pairwise
 
 
-SIZES = [2, 4, 6, 8, 12, 16, 20, 32]
+SIZES = [2, 4, 6, 8, 16, 20, 32]
 
 
 @pytest.mark.parametrize("m", SIZES)
 def test_pairs_of_exact_numbers_are_the_reference(program: Path, gen: torch.Generator, m: int) -> None:
     """Ties by the dozen: dense, with dead entries, coupled pairs, equal weights, zeros; more groups than threads."""
-    for n in sorted({1, 2, m // 2, m - 1} & set(range(1, m))):
-        for high, coupled in ((3, True), (1, False), (0, True)):
-            for mask in (None, live_mask(gen, 131, m, m)):
-                weight, fisher, inverse = pair_problem(gen, 131, m, mask, high, coupled=coupled)
-                found = pairs(program, weight, inverse, n, mask)
-                wanted = keep_of_pairs(weight, fisher, n, mask)
-                differ = (found != wanted).any(1).nonzero().flatten()
-                assert not len(differ), f"{n}:{m}, the first group that differs is {int(differ[0])}"
+    kinds = ((3, True, False), (3, True, True), (1, False, True), (0, True, False))
+    for n, (high, coupled, masked) in itertools.product(sorted({2 % m, m // 2, m - 1} - {0}), kinds):
+        mask = live_mask(gen, 131, m, m) if masked else None
+        weight, fisher, inverse = pair_problem(gen, 131, m, mask, high, coupled=coupled)
+        found = pairs(program, weight, inverse, n, mask)
+        wanted = keep_of_pairs(weight, fisher, n, mask)
+        differ = (found != wanted).any(1).nonzero().flatten()
+        assert not len(differ), f"{n}:{m}, the first group that differs is {int(differ[0])}"
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 6), (2, 8), (4, 8), (5, 8), (3, 10), (5, 12)])
@@ -301,11 +300,11 @@ def test_greedy_of_exact_numbers_is_the_reference(program: Path, gen: torch.Gene
     for n in sorted({m // 2, m - 1}):
         for high, masked in ((3, True), (1, False), (1, True), (0, False)):
             weight, fisher = power_problem(gen, 4, m, high)
-            for mask in (live_mask(gen, 4, m, m) if masked else None,):
-                found = emulate(program, weight, fisher, n, mask=mask)
-                wanted = keep_of_greedy(weight, fisher, n, mask, torch.zeros(1))
-                assert torch.equal(found.mask, wanted), f"{n}:{m}"
-                assert_finished(found, weight, fisher, wanted, torch.zeros(1), mask)
+            mask = live_mask(gen, 4, m, m) if masked else None
+            found = emulate(program, weight, fisher, n, mask=mask)
+            wanted = keep_of_greedy(weight, fisher, n, mask, torch.zeros(1))
+            assert torch.equal(found.mask, wanted), f"{n}:{m}"
+            assert_finished(found, weight, fisher, wanted, torch.zeros(1), mask)
 
 
 def rivals(gen: torch.Generator, n: int, m: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
