@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import search_quality
+from bench import choices_squad, search_quality
 from bench.oneshot_squad import CORE, RESULTS
-from bench.oneshot_table import recomputation_table, summary_table
+from bench.oneshot_table import summary_table
 from obs_kernels.files import write_text
 from obs_kernels.ops.dispatch import TABLE
 
@@ -112,7 +112,7 @@ def _share(rows: list[dict[str, Any]], sizes: dict[str, int], dtype: str) -> str
 
 
 def oneshot_table() -> str:
-    """F1 by pattern, method and curvature, and by recomputations, from the stored results."""
+    """F1 by pattern, method and curvature, from the stored results."""
     stored = json.loads(RESULTS.read_text())
     header, dense, cells = stored["header"], stored["dense"], list(stored["cells"].values())
     lines = [
@@ -121,10 +121,6 @@ def oneshot_table() -> str:
         f"{header['fisher_block_size']}, {header['device']}, seed {header['seed']}:",
         "",
         *summary_table(cells, CORE),
-        "",
-        "The block Fisher (combinatorial, joint) in parts, with new gradients for each (n:m takes at most m - n):",
-        "",
-        *recomputation_table(cells),
     ]
     return "\n".join(lines)
 
@@ -140,7 +136,33 @@ def search_table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"support": support_table, "kernels": kernel_tables, "oneshot": oneshot_table, "search": search_table}
+def choices_line() -> str:
+    """F1 without and with passes, from the stored results: the largest block for which all of them were run."""
+    cells = [c for c in json.loads(choices_squad.RESULTS.read_text())["cells"].values() if c["study"] == "passes"]
+    found: dict[tuple[int, str, int], list[float]] = {}
+    for c in cells:
+        found.setdefault((c["D"], c["pattern"], c["value"]), []).append(c["f1"])
+
+    def whole(size: int) -> bool:
+        wanted = ((size, p, n) for p in choices_squad.PASSES_PATTERNS for n in choices_squad.PASSES)
+        return all(key in found for key in wanted)
+
+    size = max(filter(whole, {c["D"] for c in cells}))
+    mean = {key: f"{sum(values) / len(values):.2f}" for key, values in found.items()}
+    parts = [
+        f"{pattern} {', '.join(mean[size, pattern, passes] for passes in choices_squad.PASSES)}"
+        for pattern in choices_squad.PASSES_PATTERNS
+    ]
+    return f"F1 at D = {size} with {', '.join(map(str, choices_squad.PASSES))} passes: {'; '.join(parts)}."
+
+
+PARTS = {
+    "choices": choices_line,
+    "support": support_table,
+    "kernels": kernel_tables,
+    "oneshot": oneshot_table,
+    "search": search_table,
+}
 
 
 def render(text: str) -> str:
