@@ -51,6 +51,7 @@ LESS = {
     ("obs_update", "cuda"): "D up to 128, not f64",
     ("block_saliency", "cuda"): f"D up to 128; {_SEARCH}",
     ("loss_increase", "cuda"): "D up to 128, not f64",
+    ("sweep_rows", "cuda"): f"m up to 16 for n up to 2, panels of up to 256 rows, else m up to 8; {_SEARCH}",
 }
 
 
