@@ -50,6 +50,7 @@ LESS = {
     ("obs_update", "cuda"): "D up to 128, not f64",
     ("block_saliency", "cuda"): "D up to 128; combinatorial, not f64",
     ("loss_increase", "cuda"): "D up to 128, not f64",
+    ("sweep_rows", "cuda"): "m up to 16 for n up to 2, else 8; panels of up to 256 rows; combinatorial, not f64",
 }
 
 
