@@ -11,6 +11,8 @@ struct alignas(sizeof(T) * kCount) Piece {
   T at[kCount];
 };
 
+using Four = Piece<float, 4>;
+
 // Neighbours of one row of a matrix from column `first`, kVector at once; those at or beyond
 // `size` are not touched.
 template <int kVector, int kCount>

@@ -18,7 +18,7 @@ struct ThreadConfig {
   static constexpr int kWordsAhead = 32;
   static constexpr int kLoadsAhead = 16;
   static constexpr int kPiecesAhead = 8;  // of F
-  // Asking for F at the start costs 10 to 20 % at all sizes (H100, accumulate_variants.cu).
+  // Asking for F at the start costs 5 to 24 % at almost all sizes (H100, accumulate_variants.cu).
   static constexpr bool kPrefetch = false;
 };
 inline constexpr int kMaxThreadSize = 8;

@@ -74,8 +74,7 @@ using Group16 = GroupConfig<9, 4, 2, 4, 8, 64, 12>;
 // 0.98; eight lanes of 8 x 16 reach 0.97 with 129 registers in place of 86.
 using Group32 = GroupConfig<17, 4, 4, 8, 8, 64, 8>;
 using Group48 = GroupConfig<33, 8, 4, 6, 12, 64, 8>;
-// 0.74 at D = 50, where Group64 reached 0.5: an eighth of its rows and a fifth of its columns would
-// be padding.
+// 0.74 at D = 50; of Group64 an eighth of the rows and a fifth of the columns would be padding.
 using Group52 = GroupConfig<49, 8, 4, 7, 13, 64, 7>;
 using Group64 = GroupConfig<53, 8, 4, 8, 16, 64, 6>;
 // 0.44 both. 64 threads gain little, and spill or run with half the warps.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/device.cuh"
+#include "common/pieces.cuh"
 #include "search/gains.cuh"
 #include "search/search_config.h"
 
@@ -22,10 +23,6 @@ struct Group {
   __device__ static constexpr int at(int row, int col) {
     return row * kSize - row * (row - 1) / 2 + col - row;
   }
-};
-
-struct alignas(16) Four {
-  float at[4];
 };
 
 // body(0), body(1), ... with constants: a triangle of registers may be indexed by nothing else, and

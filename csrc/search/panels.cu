@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/launch.h"
+#include "common/pieces.cuh"
 #include "search/gains.cuh"
 #include "search/launches.h"
 #include "search/search_config.h"
@@ -52,9 +53,7 @@ __device__ __forceinline__ const float* gains_of_row(const PanelParams& p,
 
 // An entry of the tables of kRows rows: one address and one load for all of them.
 template <int kRows>
-struct alignas(kRows < 4 ? sizeof(float) * kRows : 16) Entry {
-  float of[kRows];
-};
+using Entry = Piece<float, kRows>;
 
 // Gain `entry` of the rows from `row` on.
 template <int kRows>
@@ -64,7 +63,7 @@ __device__ __forceinline__ Entry<kRows> load_entry(
   const float* const gains = gains_of_row(p, panel, stride, row) + entry;
 #pragma unroll
   for (int line = 0; line < kRows; ++line) {
-    if (row + line < p.v) all.of[line] = gains[line * p.wide * stride];
+    if (row + line < p.v) all.at[line] = gains[line * p.wide * stride];
   }
   return all;
 }
@@ -86,7 +85,7 @@ __device__ __forceinline__ void derive_entries(const PanelParams& p,
     const Entry<kRows> third = table[parts[2 * derived]];
 #pragma unroll
     for (int line = 0; line < kRows; ++line) {
-      all.of[line] = fmaxf(fmaxf(all.of[line], second.of[line]), third.of[line]);
+      all.at[line] = fmaxf(fmaxf(all.at[line], second.at[line]), third.at[line]);
     }
     table[base + entry] = all;
   }
@@ -134,7 +133,7 @@ __device__ __forceinline__ Entry<kRows> best_inside(const PanelParams& p,
     const Entry<kRows> entry = table[list.at(p, item, set)];
 #pragma unroll
     for (int line = 0; line < kRows; ++line) {
-      most.of[line] = fmaxf(most.of[line], entry.of[line]);
+      most.at[line] = fmaxf(most.at[line], entry.at[line]);
     }
   }
   return most;
@@ -196,7 +195,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void columns_
 #pragma unroll
         for (int line = 0; line < kRows; ++line) {
           if (line < rows) {
-            const float gain = kDead ? without_dead(most.of[line]) : most.of[line];
+            const float gain = kDead ? without_dead(most.at[line]) : most.at[line];
             total[turn] = __fadd_rn(total[turn], gain);
           }
         }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/pieces.cuh"
 #include "obs_kernels/update.h"
 
 namespace obs_kernels::update {
@@ -60,10 +61,6 @@ __device__ __forceinline__ void sync_group() {
     __syncthreads();
   }
 }
-
-struct alignas(16) Four {
-  float at[4];
-};
 
 // A size that is known when compiling. The addresses of all loads are then one register and what
 // an instruction holds itself, and no load asks whether there is such a row.
