@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rows == ["auto"]:
         rows = ["64:2:8"]
     header = _header(args, device)
-    stored = _resume(args.json, header, force=args.force)
+    stored = _resume(args.json, header, force=args.force, keep_stale=args.keep_stale)
     wanted = all_cells(rows, args.methods.split(","), args.updates.split(","))
     cells = [c for c in wanted if c.key not in stored["cells"]]
     if args.rows == "auto" and device.type == "cpu":
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"time is up with {len(cells) - number + 1} cells to go; run the same command again", file=sys.stderr)
             break
         result = table.run_cell(cell)
-        stored["cells"][cell.key] = result.to_dict()
+        stored["cells"][cell.key] = result.to_dict() | {"commit": header["commit"]}
         stored["seconds_gradients"] = table.seconds_gradients or stored["seconds_gradients"]
         _save(args.json, stored)
         print(
@@ -199,8 +199,8 @@ def method_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any]:
-    """Stored results of the same settings, or an empty table."""
+def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool) -> dict[str, Any]:
+    """Stored results of the same settings (and the same code, unless ``keep_stale``), or an empty table."""
     fresh: dict[str, Any] = {"schema": 1, "header": header, "dense": None, "seconds_gradients": 0.0, "cells": {}}
     if force or not path.exists():
         return fresh
@@ -215,13 +215,15 @@ def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any
         "passes",
         "seed",
         "device",
-        "method_hash",
+        *(() if keep_stale else ("method_hash",)),
     )
     differing = [k for k in identity if stored["header"].get(k) != header[k]]
     if differing:
         print(f"stored results differ in {', '.join(differing)}; starting anew", file=sys.stderr)
         return fresh
-    return stored
+    for cell in stored["cells"].values():
+        cell.setdefault("commit", stored["header"]["commit"])
+    return stored | {"header": header}
 
 
 def _save(path: Path, stored: dict[str, Any]) -> None:
@@ -271,6 +273,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
     parser.add_argument("--commit", default="", help="commit to record where there is no git")
+    parser.add_argument("--keep-stale", action="store_true", help="keep cells of older code; each names its commit")
     parser.add_argument("--force", action="store_true", help="measure all cells again")
     return parser.parse_args(argv)
 

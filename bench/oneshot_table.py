@@ -22,7 +22,7 @@ def to_markdown(stored: dict[str, Any]) -> str:
         f"Nothing is trained. {header['num_grads']} per-sample gradients, Fisher block D = {block_size}, damping "
         f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {header['device']}, torch "
         f"{header['torch']}, "
-        f"commit {header['commit']}. Gradients for one block size: {stored['seconds_gradients']:.1f} s.",
+        f"commits {', '.join(dict.fromkeys(c.get('commit', header['commit']) for c in cells))}. Gradients for one block size: {stored['seconds_gradients']:.1f} s.",
         "",
         f"Made by `{header['command']}`.",
         "",
@@ -41,8 +41,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "## Every cell",
         "",
         "| pattern | method | update | parts | curvature | EM | F1 | % of dense F1 | predicted loss increase | "
-        "sparsity | violations | prune s | eval s |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "sparsity | violations | prune s | eval s | commit |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for c in cells:
         lines.append(
@@ -51,7 +51,7 @@ def to_markdown(stored: dict[str, Any]) -> str:
             f"| {c['f1']:.2f} | "
             f"{c['f1_share']:.1f} | {c['predicted_loss']:.4g} | {c['sparsity']:.4f} | {c['violations']} | "
             f"{c['seconds_prune']:.1f} | "
-            f"{c['seconds_eval']:.1f} |"
+            f"{c['seconds_eval']:.1f} | {c.get('commit', header['commit'])} |"
         )
     return "\n".join(lines) + "\n"
 
