@@ -18,11 +18,12 @@ def to_markdown(stored: dict[str, Any]) -> str:
     if dense:
         lines += [f"Dense: EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} on {dense['total']:,} questions.", ""]
     block_size = header["fisher_block_size"] or "by pattern"
+    commits = dict.fromkeys(c.get("commit", header["commit"]) for c in cells)
     lines += [
         f"Nothing is trained. {header['num_grads']} per-sample gradients, Fisher block D = {block_size}, damping "
         f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {header['device']}, torch "
-        f"{header['torch']}, "
-        f"commits {', '.join(dict.fromkeys(c.get('commit', header['commit']) for c in cells))}. Gradients for one block size: {stored['seconds_gradients']:.1f} s.",
+        f"{header['torch']}, commits {', '.join(commits)}. Gradients for one block size: "
+        f"{stored['seconds_gradients']:.1f} s.",
         "",
         f"Made by `{header['command']}`.",
         "",
