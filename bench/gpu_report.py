@@ -14,28 +14,22 @@ import hashlib
 import json
 import os
 import platform
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.sanitizers import LAUNCHES, ROOT, TOOLS, command_of_tests, run_command, run_sanitizers
+
 REPORT = ROOT / "bench" / "gpu_report.json"
 SCHEMA = 1
 SOURCES = ("csrc", "python_bindings", "CMakeLists.txt", "obs_kernels/triton_kernels", "obs_kernels/cuda_calls")
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS_LIMIT_S = 1800
-TOOL_LIMIT_S = 480
-TOOL_ERROR_STATUS = 99
 LOG_VARIABLE = "OBS_KERNELS_GPU_REPORT_LOG"
-LAUNCHES = "obs_kernels launches:"
 
 
 def source_files(root: Path = ROOT) -> dict[str, str]:
@@ -112,26 +106,6 @@ def verdict(report: Any, files: Mapping[str, str]) -> str:
         f"GPU-verified at {where}: {len(report['passed'])} passed, {len(report['skipped'])} skipped; "
         f"sanitizers passed: {', '.join(clean) or 'none'}"
     )
-
-
-def judge_sanitizer(status: int, output: str) -> str:
-    """Outcome of one tool's run: ``passed``, ``failed: ...`` or ``not run: ...``.
-
-    Passed needs exit status 0, the tool's own summary with zero errors, and at least one kernel of ours launched.
-    """
-    summary = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)]
-    launches = [int(count) for count in re.findall(rf"{LAUNCHES} (\d+)", output)]
-    lines = [line.strip("= ") for line in output.splitlines() if line.startswith("=========")]
-    said = next((f": {line}" for line in lines if re.search(r"error:|not supported|unable|fail", line, re.I)), "")
-    if not summary:
-        return f"not run: no summary from the tool (exit status {status}){said}"
-    if not any(launches):
-        return f"not run: no kernel of ours was launched (exit status {status}){said}"
-    if any(summary) or status == TOOL_ERROR_STATUS:
-        return f"failed: {max(summary)} errors (exit status {status})"
-    if status:
-        return f"failed: the tests under the tool ended with exit status {status}"
-    return "passed"
 
 
 def read_results(lines: list[str]) -> dict[str, Any]:
@@ -221,7 +195,7 @@ def run_tests(jobs: int) -> dict[str, Any]:
         env = {LOG_VARIABLE: str(log), "OBS_KERNELS_REQUIRE_GPU": "1"}
 
         def run(marker: str, *options: str) -> int:
-            return _run([*_pytest(marker), *options], env, TESTS_LIMIT_S, echo=True)[0]
+            return run_command([*command_of_tests(marker), *options], env, TESTS_LIMIT_S, echo=True)[0]
 
         def results() -> dict[str, Any]:
             return read_results(log.read_text(encoding="utf-8").splitlines())
@@ -232,64 +206,11 @@ def run_tests(jobs: int) -> dict[str, Any]:
             states = [run("gpu and not big", "-n", str(jobs)), run("gpu and big")]
             short = [skip["test"] for skip in results()["skipped"] if "free GPU memory" in skip["reason"]]
             if short:
-                states.append(_run([*_pytest("gpu")[:-1], *short], env, TESTS_LIMIT_S, echo=True)[0])
+                states.append(run_command(command_of_tests("gpu", *short), env, TESTS_LIMIT_S, echo=True)[0])
         found = results()
     # 1 = tests failed, and they are in the list
     found["failed"] += [f"pytest ended with exit status {status}" for status in states if status not in (0, 1)]
     return found
-
-
-def run_sanitizer(tool: str) -> str:
-    """Run the tests marked ``sanitizer`` under one tool."""
-    binary = find_sanitizer(os.environ)
-    if binary is None:
-        return "not run: compute-sanitizer was not found on PATH or in CUDA_HOME"
-    options = ["--tool", tool, "--error-exitcode", str(TOOL_ERROR_STATUS), "--target-processes", "all"]
-    # Each tensor an allocation of its own: inside torch's cached blocks the tool cannot see an overrun.
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    status, output = _run([binary, *options, *_pytest("gpu and sanitizer")], env, TOOL_LIMIT_S, echo=False)
-    state = judge_sanitizer(status, output)
-    if state != "passed":
-        print("\n".join(output.splitlines()[-40:]), flush=True)
-    return state
-
-
-def find_sanitizer(env: Mapping[str, str]) -> str | None:
-    """compute-sanitizer on PATH, or in the toolkit."""
-    found = shutil.which("compute-sanitizer", path=env.get("PATH"))
-    for home in (env.get("CUDA_HOME"), "/usr/local/cuda"):
-        for place in ("bin", "compute-sanitizer"):
-            candidate = Path(home or "/nonexistent") / place / "compute-sanitizer"
-            found = found or (str(candidate) if candidate.is_file() else None)
-    return found
-
-
-def _pytest(marker: str) -> list[str]:
-    # No option of pyproject.toml and no cache: this machine may lack the plugins that they name.
-    plain = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rs"]
-    return [sys.executable, "-m", "pytest", "-p", "bench.gpu_report", *plain, "-m", marker, "tests/gpu"]
-
-
-def _run(command: list[str], env: Mapping[str, str], limit_s: int, *, echo: bool) -> tuple[int, str]:
-    print("+", " ".join(command), flush=True)
-    stdout = None if echo else subprocess.PIPE
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **env},
-            stdout=stdout,
-            stderr=None if echo else subprocess.STDOUT,
-            timeout=limit_s,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"========= failed to end within {limit_s} s"
-    except OSError as error:
-        return 126, f"========= failed to start: {error}"
-    return done.returncode, done.stdout or ""
 
 
 def describe_tree(commit: str | None) -> dict[str, Any]:
@@ -363,8 +284,7 @@ def make_report(path: Path, *, commit: str | None, with_build: bool, jobs: int) 
     results = run_tests(jobs)
     if problem:
         results["failed"].insert(0, problem)
-    with ThreadPoolExecutor(len(TOOLS)) as pool:  # side by side: a tool keeps one core busy, and little of the GPU
-        sanitizer = dict(zip(TOOLS, pool.map(run_sanitizer, TOOLS), strict=True))
+    sanitizer = run_sanitizers(jobs)
     report = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -217,6 +217,7 @@ def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool
         "device",
         *(() if keep_stale else ("method_hash",)),
     )
+    stored["header"].setdefault("passes", 0)  # of a file that is older than them
     differing = [k for k in identity if stored["header"].get(k) != header[k]]
     if differing:
         print(f"stored results differ in {', '.join(differing)}; starting anew", file=sys.stderr)

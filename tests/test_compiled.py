@@ -23,7 +23,7 @@ import torch
 from emulation import SANITIZERS, build
 from torch import Tensor
 
-from bench import gpu_report
+from bench import gpu_report, sanitizers
 from obs_kernels import _ext, cuda_calls, reference
 from obs_kernels.errors import BackendUnavailableError, ConfigError, DeviceMismatchError
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
@@ -713,7 +713,20 @@ NO_KERNEL = "not run: no kernel of ours was launched"
     ],
 )
 def test_judge_sanitizer(status: int, output: str, wanted: str) -> None:
-    assert gpu_report.judge_sanitizer(status, output) == wanted
+    assert sanitizers.judge_sanitizer(status, output) == wanted
+
+
+def test_a_tool_is_as_good_as_its_worst_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sanitizers.worst({"a": "passed", "b": "passed"}) == "passed"
+    states = {"a": "passed", "b": "not run: x", "c": "failed: 2 errors"}
+    assert sanitizers.worst(states) == "failed: 2 errors in c"
+    assert sanitizers.worst({"a": "passed", "b": "not run: x"}) == "not run: x in b"
+    assert sanitizers.worst({}).startswith("not run")
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(sanitizers, "run_sanitizer", lambda tool, tests: asked.append((tool, tests)) or "passed")
+    found = sanitizers.run_sanitizers(3)
+    assert found == dict.fromkeys(sanitizers.TOOLS, "passed")
+    assert ("memcheck", "tests/gpu/test_search_gpu.py") in asked and len(asked) == len(set(asked))
 
 
 def test_results_count_a_crash_as_failure() -> None:
@@ -744,7 +757,7 @@ def test_what_found_no_memory_beside_others_runs_again_alone(monkeypatch: pytest
                 log.write(json.dumps(note) + "\n")
         return 0, ""
 
-    monkeypatch.setattr(gpu_report, "_run", played)
+    monkeypatch.setattr(gpu_report, "run_command", played)
     results = gpu_report.run_tests(4)
     assert results["passed"] == ["tests/gpu/a.py::a", "tests/gpu/a.py::wide"] and not results["failed"]
     assert [skip["test"] for skip in results["skipped"]] == ["tests/gpu/a.py::two"]
@@ -773,4 +786,4 @@ def test_plugin_notes_what_pytest_says(tmp_path: Path) -> None:
     assert results["failed"] == ["test_import.py", "test_it.py::test_bad", "test_it.py::test_teardown"]
     assert results["skipped"][0] == {"test": "test_it.py::test_skip", "reason": "no reason to run"}
     assert [skip["test"] for skip in results["skipped"]] == ["test_it.py::test_skip", "test_it.py::test_xfail"]
-    assert re.search(rf"{gpu_report.LAUNCHES} \d+", done.stdout)
+    assert re.search(rf"{sanitizers.LAUNCHES} \d+", done.stdout)
