@@ -129,7 +129,7 @@ def add_parameter_gradients(buffer: GradientBuffer, batch: int) -> None:
             raise ConfigError(
                 f"{layer.parameter_name}.grad is None; call accumulate() after loss.backward() and before zero_grad()"
             )
-        found.append(grad.detach())
+        found.append(layer.as_matrix(grad.detach()))
     with no_autocast():
         require_finite_gradients(buffer.layers, found, batch)
     _push_gradients(buffer, found)
@@ -172,9 +172,11 @@ def _add_batch_gradient(
             found = torch.autograd.grad(loss, [layer.weight for layer in buffer.layers], allow_unused=True)
         if all(grad is None for grad in found):
             raise ConfigError("the loss reaches no selected layer; check targets, ignore and loss_fn")
-        weights = (layer.weight for layer in buffer.layers)
-        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
-        return loss.detach(), [grad.detach() for grad in grads]
+        grads = [
+            torch.zeros_like(layer.matrix) if grad is None else layer.as_matrix(grad.detach())
+            for layer, grad in zip(buffer.layers, found, strict=True)
+        ]
+        return loss.detach(), grads
 
     loss, grads = _with_memory(buffer, work)
     with phase(timings, "check"), no_autocast():

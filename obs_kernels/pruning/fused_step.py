@@ -53,7 +53,7 @@ def prune_fused(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig) -> LayerSt
         NonFiniteError: NaN or Inf in weight or Fisher. ConfigError: no gradients.
     """
     assert isinstance(pattern, NMPattern)
-    weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0)).contiguous()
+    weight = layer.pad(layer.matrix.masked_fill(~layer.mask, 0.0)).contiguous()
     fisher, alive = layer.require_sum(), layer.pad(layer.mask)
     base = layer.live_damp(cfg)
     damp = (base * layer.num_grads).to(compute_dtype(weight, fisher))

@@ -36,6 +36,8 @@ class PrunedLayer:
     """[R, C] bool on the weight's device; from ``w != 0`` once, afterwards only the mask counts."""
     first_mask: Tensor
     """[R, C] bool: the mask before any pruning."""
+    transposed: bool = False
+    """Whether the module stores [C, R], inputs first: GPT-2's Conv1D."""
     _sum: Tensor | None = field(default=None, init=False, repr=False)
     _added: int = field(default=0, init=False, repr=False)
     """Gradients in ``_sum``."""
@@ -64,6 +66,15 @@ class PrunedLayer:
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [R, C], outputs first: a view without gradient, through which the weight is written."""
+        return self.as_matrix(self.weight.detach())
+
+    def as_matrix(self, values: Tensor) -> Tensor:
+        """A tensor of the weight's shape, its gradient say, as [R, C]."""
+        return values.mT if self.transposed else values
 
     @property
     def parameter_name(self) -> str:
@@ -182,7 +193,7 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
         weight = getattr(module, "weight", None)
         if not hits or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
-        shape = tuple(weight.shape)
+        shape = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
         shared = (
             [other for other in owners[weight.data_ptr(), weight.numel()] if other != name] if weight.numel() else []
         )
@@ -212,7 +223,9 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
 def _make_layer(
     name: str, module: nn.Module, weight: nn.Parameter, pattern: Pattern, cfg: OBSConfig
 ) -> PrunedLayer | SkippedLayer:
-    shape = (int(weight.shape[0]), int(weight.shape[1]))
+    transposed = is_transposed(module)
+    values = weight.detach().mT if transposed else weight.detach()
+    shape = (int(values.shape[0]), int(values.shape[1]))
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise DTypeNotSupportedError(f"{name}.weight must be a float tensor, got {weight.dtype}; ignore this layer")
     padded = shape
@@ -228,16 +241,24 @@ def _make_layer(
         size = cfg.block_size
         rows, cols = pattern.padded_shape(shape)
         padded = (rows, -(-cols // size) * size if pattern.fixed_count and not whole_rows else cols)
-    values = weight.detach()
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model"
         )
+    alive = (values != 0).contiguous()
     if whole_rows:
         from obs_kernels.pruning.row_layer import RowLayer  # of which this module knows nothing else
 
-        return RowLayer(name, module, padded, padded[1], values != 0, values != 0, cfg.curvature == "row")
-    return PrunedLayer(name, module, padded, size, values != 0, values != 0)
+        made: PrunedLayer = RowLayer(
+            name, module, padded, padded[1], alive, alive.clone(), transposed, weighted=cfg.curvature == "row"
+        )
+        return made
+    return PrunedLayer(name, module, padded, size, alive, alive.clone(), transposed)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight [inputs, outputs]: transformers' Conv1D, which GPT-2 is made of."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: str) -> int:

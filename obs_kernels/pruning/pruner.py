@@ -185,7 +185,7 @@ class OBSPruner:
         with torch.no_grad():
             for item in staged:
                 item.layer.mask = item.mask
-                item.layer.weight.copy_(item.weight)
+                item.layer.matrix.copy_(item.weight)
         reports = [self._layer_report(item, str(pattern)) for item in staged]
         self._num_grads = max((item.num_grads for item in staged), default=0)
         if not keep_fisher:
@@ -215,7 +215,7 @@ class OBSPruner:
     def apply_masks(self) -> None:
         """Set pruned weights to +0 again; after each optimizer step, since momentum and decay let them grow back."""
         for layer in self.layers:
-            layer.weight.masked_fill_(~layer.mask, 0.0)
+            layer.matrix.masked_fill_(~layer.mask, 0.0)
 
     def masks(self) -> dict[str, Tensor]:
         """{parameter name: [R, C] bool, True = kept}."""
@@ -229,7 +229,7 @@ class OBSPruner:
         pattern = self.stages[min(self.stage, len(self.stages)) - 1] if self.stage else None
         total = 0
         for layer in self.layers:
-            total += int((layer.weight.detach().masked_fill(layer.mask, 0.0) != 0).sum())
+            total += int((layer.matrix.masked_fill(layer.mask, 0.0) != 0).sum())
             report = self._reports.get(layer.name)
             if pattern is not None and report is not None and not report.outcome.startswith("skipped"):
                 total += pattern.count_violations(layer.pad(layer.mask), dead=~layer.pad(layer.first_mask))

@@ -20,7 +20,7 @@ def prune_rows(layer: RowLayer, pattern: Pattern, cfg: OBSConfig) -> LayerStep:
     Raises:
         SingularBlockError: H is not positive definite, also after raised damping if ``cfg`` asks for it.
     """
-    weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0))
+    weight = layer.pad(layer.matrix.masked_fill(~layer.mask, 0.0))
     alive = layer.pad(layer.mask)
     hessian = layer.mean_fisher()[0]
     scale = layer.row_scale()

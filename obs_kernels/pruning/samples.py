@@ -211,7 +211,7 @@ def _gaps_to_autograd(
     """Ask for |sum of samples - autograd's gradient| and |autograd's gradient| of each layer, to be compared later."""
     gaps = []
     for layer, grad in zip(layers, weight_grads, strict=bool(weight_grads)):
-        wanted = torch.zeros_like(layer.weight, dtype=torch.float32) if grad is None else grad.float()
+        wanted = torch.zeros_like(layer.matrix, dtype=torch.float32) if grad is None else layer.as_matrix(grad).float()
         total = torch.zeros_like(wanted)
         for use, dy in zip(captured.uses, dys, strict=True):
             if use.layer is not layer or dy is None:

@@ -118,7 +118,7 @@ def _in_order(pruner: OBSPruner, loader: Iterable[Any], loss_fn: LossFn) -> list
 def _write_weights(staged: Iterable[StagedLayer]) -> None:
     """What the layers that run later shall see; masks and reports follow when all of the stage is done."""
     for item in staged:
-        item.layer.weight.copy_(item.weight)
+        item.layer.matrix.copy_(item.weight)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor |
 def _step(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | None) -> LayerStep:
     """Choice (none if a threshold made ``keep`` [R, C]), then update, on a copy of the mean Fisher."""
     fisher, damping = _fisher_of(layer, cfg)
-    weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0))
+    weight = layer.pad(layer.matrix.masked_fill(~layer.mask, 0.0))
     mask = _choose(layer, weight, fisher, damping, pattern, cfg) if keep is None else layer.pad(keep)
     new = ops.obs_update(weight, fisher, mask, damp=damping.value, update=cfg.update)
     loss = float("nan")
@@ -116,7 +116,7 @@ def _step(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor | N
 
 def _skipped(layer: PrunedLayer, reason: str) -> StagedLayer:
     """A layer that stays as it is."""
-    weight = layer.weight.detach()
+    weight = layer.matrix
     return StagedLayer(layer, layer.mask, weight, 0.0, 0.0, 0, f"skipped: {reason}", layer.num_grads, 0.0)
 
 
@@ -175,7 +175,7 @@ def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSCo
 def _unit_saliency(layer: PrunedLayer, block: int, cfg: OBSConfig) -> Tensor:
     """Saliency of the layer's units; -inf where all of a unit is pruned already, so that masks nest."""
     alive = layer.pad(layer.mask)
-    weight = layer.pad(layer.weight.detach().masked_fill(~layer.mask, 0.0))
+    weight = layer.pad(layer.matrix.masked_fill(~layer.mask, 0.0))
     fisher, damping = _fisher_of(layer, cfg)
     scores = ops.block_saliency(weight, fisher, block, damp=damping.value, method=cfg.method, mask=alive)
     return scores.masked_fill(~alive.reshape(-1, block).any(1), -torch.inf)

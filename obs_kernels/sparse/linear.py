@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from obs_kernels.errors import ConfigError, SparsityPatternError
 from obs_kernels.ops import SparseWeight, pack, sparse_linear
 from obs_kernels.patterns import NMPattern, Pattern, VNMPattern, parse_pattern
 
+log = logging.getLogger("obs_kernels")
 PRUNED_ATTRIBUTE = "obs_kernels_pruned"
 """Set by ``OBSPruner.finalize``: {"pattern": text, "masks": {module name: mask}}."""
 
@@ -130,6 +132,9 @@ def compress_(model: nn.Module, tokens: int | None = None, *, pattern: str | Non
             raise SparsityPatternError(f"{name}: {error}") from None
     if not packed:
         raise ConfigError("no pruned nn.Linear in the model; prune it first, or give pattern=")
+    left = [name for name in known.get("masks", {}) if type(model.get_submodule(name)) is not nn.Linear]
+    if left:
+        log.warning("%d pruned layers are no nn.Linear and stay dense, with zeros: %s", len(left), ", ".join(left[:3]))
     for name, sparse in packed.items():
         replace_module(model, model.get_submodule(name), sparse)
     return {name: str(sparse.pattern) for name, sparse in packed.items()}
