@@ -80,7 +80,7 @@ def test_texts_and_tokens(tmp_path: Path) -> None:
 def test_bench_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole run on made text: every cell, and a second call measures nothing again."""
     pytest.importorskip("transformers")
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     gen = torch.Generator().manual_seed(0)
     picks = torch.randint(0, 8, (3000,), generator=gen).tolist()
     (tmp_path / "text.txt").write_text(" ".join(words[i] for i in picks))
