@@ -21,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "tests/test_search_on_cpu.py"
+CHOICE = "tests/test_choice_on_cpu.py"
+SWEEP = "tests/test_sweep_on_cpu.py"
 UPDATE = "tests/test_update_on_cpu.py"
 QUADRATIC = "tests/test_quadratic_on_cpu.py"
 INVERSE = "tests/test_inverse_on_cpu.py"
@@ -29,79 +31,86 @@ ACCUMULATE = "tests/test_accumulate_on_cpu.py"
 
 @dataclass(frozen=True)
 class Fault:
-    """One change of one file: ``old`` stands in it exactly ``times`` times."""
+    """One change of one file of csrc/: ``old`` stands in it exactly once."""
 
     what: str
     file: str
     old: str
     new: str
     tests: str
-    times: int = 1
 
 
 FAULTS = (
-    # search: the gains of pairs
-    Fault("sign of the cross term", "search/gains.cuh", "__fsub_rn(first, cross)", "__fadd_rn(first, cross)", SEARCH),
-    Fault("determinant without the coupling", "search/gains.cuh", "__fmul_rn(fab, fab)", "0.0f", SEARCH),
+    # gains of pairs
+    Fault(
+        "sign of the cross term", "common/pair_gain.cuh", "__fsub_rn(first, cross)", "__fadd_rn(first, cross)", SEARCH
+    ),
+    Fault("determinant without coupling", "common/pair_gain.cuh", "__fmul_rn(fab, fab)", "0.0f", SEARCH),
     Fault("dead entries not told apart", "search/gains.cuh", "return dead ? -", "return false ? -", SEARCH),
     Fault("closed columns left open", "search/gains.cuh", "column_bits == nullptr", "column_bits != nullptr", SEARCH),
-    Fault(
-        "later pairs win ties, m to 16",
-        "search/indexed.cuh",
-        "!(pairs.gain[e] <= best)",
-        "!(pairs.gain[e] < best)",
-        SEARCH,
-    ),
+    Fault("higher set wins ties", "search/gains.cuh", "key > best.key", "key < best.key", SEARCH),
+    Fault("later pairs win", "search/indexed.cuh", "!(pairs.gain[e] <= best)", "!(pairs.gain[e] < best)", SEARCH),
     Fault("weight that is not finite passes", "search/pairs.cuh", "if (weight_poison != 0.0f)", "if (false)", SEARCH),
     Fault("bad group keeps something", "search/pairs.cuh", "kept = 0u;", "", SEARCH),
-    Fault("later pairs win ties, m to 32", "search/wide.cu", "if (!(gain <= best))", "if (!(gain < best))", SEARCH),
+    Fault("later pairs win, m to 32", "search/wide.cu", "if (!(gain <= best))", "if (!(gain < best))", SEARCH),
     Fault("higher code wins between lanes", "search/wide.cu", "other_code < code)", "other_code > code)", SEARCH),
-    # search: sets of more than two
+    # sets of more than two
     Fault("sign of the elimination", "search/sets.cuh", "next.u[i] = fmaf(-part", "next.u[i] = fmaf(part", SEARCH),
-    Fault("later sets win ties", "search/sets.cuh", "key > best.key", "key < best.key", SEARCH),
     Fault(
-        "gain without the first half",
-        "search/sets.cuh",
-        "gain = grown(gain, value, pivot, inverse[k]);",
-        "gain = grown(0.0f, value, pivot, inverse[k]);",
-        SEARCH,
+        "first half counts nothing", "search/sets.cuh", "gain = grown(gain, value", "gain = grown(0.0f, value", SEARCH
+    ),
+    Fault("closed columns couple", "search/sets.cu", "if (open != row.live) {", "if (false) {", SEARCH),
+    Fault("sign of the pruned side", "search/wide_sets.cu", "by_kept ? 1.0f : -1.0f", "by_kept ? 1.0f : 1.0f", SEARCH),
+    Fault("tie rule of the pruned side", "search/wide_sets.cu", "by_kept ? 0u : 0xFFFFFFFFu", "0u", SEARCH),
+    Fault(
+        "sign of the growth", "search/wide_sets.cu", "fmaf(-ratio[kCount], value", "fmaf(ratio[kCount], value", SEARCH
     ),
     Fault(
-        "kept weights of the wrong sign",
-        "search/rows.cuh",
-        "const float change = value - row.w;",
-        "const float change = -value - row.w;",
-        SEARCH,
+        "kept weights of the wrong sign", "search/rows.cuh", "change = value - row.w", "change = -value - row.w", SEARCH
     ),
-    # search: panels
+    # panels
     Fault(
-        "rows of a panel summed wrong",
-        "search/panels.cu",
-        "total[turn] = __fadd_rn(total[turn], gain);",
-        "total[turn] = __fsub_rn(total[turn], gain);",
-        SEARCH,
+        "rows of a panel taken off", "search/panels.cu", "total[turn] = __fadd_rn(", "total[turn] = __fsub_rn(", SEARCH
     ),
     Fault(
-        "higher column set wins ties",
-        "search/panels.cu",
-        "other_set < sets[thread]",
-        "other_set > sets[thread]",
-        SEARCH,
-    ),
-    Fault(
-        "columns without a live entry first",
+        "unused columns first",
         "search/panels.cu",
         "used ? __popc(bits & below)",
         "!used ? __popc(bits & below)",
         SEARCH,
     ),
     Fault(
-        "saliency of the last row left out",
+        "a row left out of the saliency",
         "search/panels.cu",
-        "for (int64_t line = 0; line < p.v; ++line) sum",
-        "for (int64_t line = 1; line < p.v; ++line) sum",
+        "(int64_t line = 0; line < p.v",
+        "(int64_t line = 1; line < p.v",
         SEARCH,
     ),
+    Fault(
+        "largest of two, not three",
+        "search/panels.cu",
+        "fmaxf(fmaxf(all.at[line], second.at[line]), third.at[line])",
+        "fmaxf(all.at[line], second.at[line])",
+        SEARCH,
+    ),
+    Fault("next rows loaded twice", "search/panels.cu", "stride, row + kRows, thread)", "stride, row, thread)", SEARCH),
+    # other choices
+    Fault("dead entries of a given choice kept", "search/given.cu", "given) & row.live", "given)", CHOICE),
+    Fault("one pruned wins ties", "search/pairwise.cu", "if (with_one < best)", "if (with_one <= best)", CHOICE),
+    Fault("two pruned win ties", "search/pairwise.cu", "if (with_two < best)", "if (with_two <= best)", CHOICE),
+    Fault("dead entries count as kept", "search/pairwise.cu", "m - min(__popc(live), n)", "m - n", CHOICE),
+    Fault(
+        "sign of a sweep",
+        "search/greedy.cu",
+        "fmaf(is_pivot ? sign : -across",
+        "fmaf(is_pivot ? sign : across",
+        CHOICE,
+    ),
+    Fault("sign of the residual", "search/greedy.cu", "fmaf(-share_of_row, s.b", "fmaf(share_of_row, s.b", CHOICE),
+    # row curvature
+    Fault("higher set wins ties", "sweep/sweep.cuh", "other_set < set)", "other_set > set)", SWEEP),
+    Fault("errors not passed on", "sweep/sweep.cuh", "pushed[i] = fmaf(four.at[e]", "pushed[i] = fmaf(0.0f", SWEEP),
+    Fault("scale of a row left out", "sweep/panels.cu", "if (p.row_scale != nullptr)", "if (false)", SWEEP),
     # update
     Fault(
         "sign of the elimination",
@@ -112,48 +121,28 @@ FAULTS = (
     ),
     Fault("damping left out", "update/joint.cuh", "rank] += damp;", "rank] += 0.0f;", UPDATE),
     Fault("pruned weights stay", "update/joint.cuh", "own >= 0 ? after : 0.0f", "after", UPDATE),
+    Fault("bad pivot passes", "update/joint.cuh", "!(pivot > 0.0f && pivot <= FLT_MAX), place", "false, place", UPDATE),
+    Fault("sign of a single update", "update/quadratic.cu", "weight - change;", "weight + change;", QUADRATIC),
     Fault(
-        "bad pivot passes",
-        "update/joint.cuh",
-        "!(pivot > 0.0f && pivot <= FLT_MAX), place.group",
-        "false, place.group",
-        UPDATE,
-    ),
-    Fault(
-        "single updates added, not taken off", "update/quadratic.cu", "weight - change;", "weight + change;", QUADRATIC
-    ),
-    Fault(
-        "loss without the damping",
+        "loss without damping",
         "update/quadratic.cu",
         "change * fmaf(damp, change, product)",
         "change * product",
         QUADRATIC,
     ),
     # inverse and accumulation
+    Fault("sign, a thread a matrix", "fisher/inverse_solo.cuh", "a[i][j] = fmaf(-w[i]", "a[i][j] = fmaf(w[i]", INVERSE),
     Fault(
-        "sign of the solo elimination",
-        "fisher/inverse_solo.cuh",
-        "a[i][j] = fmaf(-w[i]",
-        "a[i][j] = fmaf(w[i]",
-        INVERSE,
-    ),
-    Fault(
-        "sign of the step of four pivots",
+        "sign of four pivots",
         "fisher/inverse_step.cuh",
         "block.lower[i][j] = fmaf(-block",
         "block.lower[i][j] = fmaf(block",
         INVERSE,
     ),
     Fault(
-        "scale left out, a thread a block",
-        "fisher/accumulate_thread.cuh",
-        "fmaf(scale, sum.at[e]",
-        "fmaf(1.0f, sum.at[e]",
-        ACCUMULATE,
+        "scale left out", "fisher/accumulate_thread.cuh", "fmaf(scale, sum.at[e]", "fmaf(1.0f, sum.at[e]", ACCUMULATE
     ),
-    Fault(
-        "scale left out, tiles", "fisher/accumulate_tiles.cuh", "fmaf(scale, row[f]", "fmaf(1.0f, row[f]", ACCUMULATE
-    ),
+    Fault("scale left out", "fisher/accumulate_tiles.cuh", "fmaf(scale, row[f]", "fmaf(1.0f, row[f]", ACCUMULATE),
 )
 
 
@@ -166,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [fault for fault in FAULTS if args.only in f"{fault.file} {fault.what}"]
     for fault in chosen:
         count = (ROOT / "csrc" / fault.file).read_text().count(fault.old)
-        if count != fault.times:
-            print(f"{fault.file}: {fault.old!r} stands there {count} times, not {fault.times}", file=sys.stderr)
+        if count != 1:
+            print(f"{fault.file}: {fault.old!r} stands there {count} times, not once", file=sys.stderr)
             return 1
     if args.list:
         print("\n".join(f"{fault.file}: {fault.what}" for fault in chosen))
