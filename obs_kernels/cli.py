@@ -53,6 +53,13 @@ Method = Annotated[str | None, typer.Option(help="combinatorial, pairwise, greed
 Update = Annotated[str | None, typer.Option(help="joint, single or none.")]
 NumGrads = Annotated[int | None, typer.Option(help="Gradients for the Fisher.")]
 Gradients = Annotated[str | None, typer.Option(help="sample or batch.")]
+Curvature = Annotated[
+    str | None, typer.Option(help="block, row (whole rows, weighted by the loss) or layer (SparseGPT).")
+]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--no-sequential", help="Each layer's curvature from the model pruned so far."),
+]
 BlockSize = Annotated[int | None, typer.Option("--fisher-block-size", help="D; left out: the pattern's own.")]
 Damp = Annotated[float | None, typer.Option(help="Absolute value added to the diagonal of the Fisher.")]
 DampeningFrac = Annotated[float | None, typer.Option(help="Damping as a share of the mean diagonal.")]
@@ -104,6 +111,8 @@ def prune(
     update: Update = None,
     num_grads: NumGrads = None,
     gradients: Gradients = None,
+    curvature: Curvature = None,
+    sequential: Sequential = None,
     fisher_block_size: BlockSize = None,
     damp: Damp = None,
     dampening_frac: DampeningFrac = None,
@@ -191,6 +200,8 @@ def plan(
     pattern: Pattern = None,
     method: Method = None,
     update: Update = None,
+    curvature: Curvature = None,
+    sequential: Sequential = None,
     fisher_block_size: BlockSize = None,
     recomputations: Recomputations = None,
     passes: Passes = None,

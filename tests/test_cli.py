@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import obs_kernels
 from obs_kernels.cli import app
 from obs_kernels.errors import ConfigError
+from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning import OBSConfig, OBSPruner
 from obs_kernels.training import prune_job
 from obs_kernels.training.demo_corpus import make_corpus
@@ -190,6 +191,19 @@ def test_prune_further_from_a_packed_folder(pruned: Any, command: Any, tmp_path:
     first, second = rows_of(pruned[0] / "dense"), rows_of(tmp_path / "out" / "dense")
     name = next(key for key in first if "query.weight" in key)
     assert not bool(((first[name] == 0) & (second[name] != 0)).any())
+
+
+@pytest.mark.parametrize("options", [["--curvature", "row", "--sequential"], ["--curvature", "layer"]])
+def test_other_curvatures(options: list[str], command: Callable[..., list[object]], tmp_path: Path):
+    pattern = PATTERN if "row" in options else "2:4"
+    report = run_json(*command(pattern=pattern), *options)
+    config = report["pruning"]["config"]
+    assert (config["curvature"], config["sequential"]) == (options[1], "--sequential" in options)
+    assert report["pruning"]["sparsity"] == pytest.approx(parse_pattern(pattern).sparsity, abs=0.02)
+    assert all(layer["outcome"] == "pruned" for layer in report["pruning"]["layers"])
+    assert (tmp_path / "out" / "packed" / "model.safetensors").is_file()
+    planned = run_json("plan", *command(pattern=pattern)[1:3], "--pattern", pattern, *options)
+    assert planned["config"]["curvature"] == options[1]
 
 
 def test_settings_from_a_file_and_options_in_front(command: Callable[..., list[object]], tmp_path: Path):
