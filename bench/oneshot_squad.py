@@ -60,7 +60,7 @@ CORE = (
     ("combinatorial", "joint"),
 )
 """Method and update of the README's columns."""
-CURVATURES = (("layer", False), ("layer", True), ("row", False), ("row", True))
+CURVATURES = (("row", True), ("row", False), ("layer", False), ("layer", True))
 """Beside the block Fisher; True: sequential over the layers."""
 
 
