@@ -87,8 +87,9 @@ def kernel_tables() -> str:
         "BERT-base": [row["pattern"] for row in rows],
         "exact, with update, ms": [f"{row['us'] / 1000:.1f}" for row in rows],
         "share of the floor": [f"{row['limit_share']:.0%}" for row in rows],
-        "pairwise, no update, ms": [pairwise.get(row["pattern"], "-") for row in rows],
     }
+    if pairwise:
+        step["pairwise, no update, ms"] = [pairwise.get(row["pattern"], "-") for row in rows]
     first, *others = (f"| {name} | {' | '.join(cells)} |" for name, cells in step.items())
     lines += ["", first, f"|---{'|---:' * len(rows)}|", *others]
     collected = json.loads((RESULTS.parent / "calibration.json").read_text())["rows"]

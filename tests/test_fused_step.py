@@ -238,16 +238,16 @@ def test_damping_beyond_f32_is_refused():
 
 def test_a_kept_part_that_fails_gets_more_damping(monkeypatch):
     """The factor of F may pass by rounding and that of F_KK fail: that is a bad block like any other."""
-    real, calls = update.factor_spd, []
+    real, calls = update.solve_kept, []
 
-    def fail_once(matrices: Tensor) -> tuple[Tensor, Tensor]:
-        factor, info = real(matrices)
-        calls.append(len(matrices))
+    def fail_once(kept: Tensor, rhs: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        change, info = real(kept, rhs, valid)
+        calls.append(len(kept))
         if len(calls) == 1:
             info[7] = 2
-        return factor, info
+        return change, info
 
-    monkeypatch.setattr(update, "factor_spd", fail_once)
+    monkeypatch.setattr(update, "solve_kept", fail_once)
     pruner = collected(mlp(), config("2:8", on_singular="increase_damp"))
     rows = pruner.prune().layers
     assert [row.blocks_raised for row in rows] == [1, 0, 0] and calls == [64, 1, 192, 96]

@@ -27,7 +27,7 @@ from obs_kernels.errors import (
     SingularBlockError,
 )
 from obs_kernels.ops import dispatch
-from obs_kernels.patterns import parse_pattern
+from obs_kernels.patterns import VNMPattern, parse_pattern
 
 SEARCH = ("pairs.cu", "wide.cu", "sets.cu", "wide_sets.cu", "panels.cu", "search.cpp")
 CHOICE = ("given.cu", "greedy.cu", "pairwise.cu", "choice.cpp")
@@ -316,18 +316,22 @@ def test_methods_of_wider_blocks(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "size"), [("4:2:8", 8), ("2:2:8", 16), ("2:1:4", 8), ("2:2:16", 16), ("3:2:4", 12)]
+    ("pattern", "size"),
+    [("4:2:8", 8), ("2:2:8", 16), ("2:1:4", 8), ("2:2:16", 16), ("3:2:4", 12), ("2:3:8", 8), ("2:5:8", 16)],
 )
 def test_panels_by_pairs(gen: torch.Generator, pattern: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows of panels at a time."""
-    v, _, m = (int(part) for part in pattern.split(":"))
+    parsed = parse_pattern(pattern)
+    assert isinstance(parsed, VNMPattern)
+    v = parsed.v
     rows, cols = 3 * v, 2 * size
     weight, fisher = problem(gen, rows, cols, size)
     mask = torch.rand(rows, cols, generator=gen) < 0.8
     for limit in (1, 2 * v * cols // size * 4 * size * size):
         monkeypatch.setattr(conditional, "BYTES_AT_ONCE", limit)
         for alive in (None, mask):
-            options = {"damp": torch.tensor([0.01]), "method": "pairwise", "mask": alive, "num_columns": min(4, m)}
+            options = {"damp": torch.tensor([0.01]), "method": "pairwise", "mask": alive}
+            options["num_columns"] = parsed.num_columns
             wanted = reference.search_vnm(weight, fisher, pattern, **options)
             found = search.search_vnm(weight, fisher, pattern, **options)
             assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
@@ -411,8 +415,9 @@ def test_what_the_kernels_do_not_take(gen: torch.Generator) -> None:
     [
         ("2:8", "diagonal", 8, torch.float32, "'combinatorial' or 'pairwise' or 'greedy' only, got 'diagonal'"),
         ("2:2:8", "greedy", 8, torch.float32, "2:2:8 by method='combinatorial' or 'pairwise' only, got 'greedy'"),
-        ("16:40", "greedy", 40, torch.float32, "it takes m <= 32 by method='greedy', got 16:40"),
-        ("2:3:8", "pairwise", 8, torch.float32, "got 2:3:8"),
+        ("16:40", "greedy", 40, torch.float32, "it takes m <= 32, and m <= 16 for panels of n > 2, got 16:40"),
+        ("2:3:20", "pairwise", 20, torch.float32, "got 2:3:20"),
+        ("2:3:8", "pairwise", 8, torch.float32, None),
         ("16:32", "greedy", 32, torch.float32, None),
         ("16:32", "pairwise", 64, torch.float32, None),
         ("2:2:8", "pairwise", 8, torch.float32, None),

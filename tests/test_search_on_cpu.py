@@ -420,8 +420,8 @@ def test_panels_of_larger_sets_are_the_reference(
         mask = live_mask(gen, rows, cols, m) if masked else None
         options = {"damp": damp, "mask": mask, "num_columns": num_columns}
         found = emulate(program, weight, fisher, pattern, panel_rows=1 + masked, **options)
-        few = {True: "panels_small", False: "panels_medium"}[m <= 8]
-        assert found.path == (few if math.comb(m, n) <= 768 else "panels_large")
+        path = "panels_small" if math.comb(m, num_columns) <= 128 else "panels_medium"
+        assert found.path == (path if math.comb(m, n) <= 768 else "panels_large")
         assert_is_reference(found, weight, fisher, pattern, **options)
 
 
