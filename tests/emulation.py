@@ -35,12 +35,12 @@ def build(
     *,
     sanitizer: str | None,
     empty: Sequence[str] = (),
-    replaced: Mapping[str, tuple[str, str, int]] | None = None,
+    replaced: Mapping[str, Sequence[tuple[str, str, int]]] | None = None,
 ) -> Path:
     """Program of ``csrc/source`` (a file or several) and ``tests/main`` in ``folder``; skips where a tool is missing.
 
     Without a sanitizer a shared library. ``empty`` are arguments that ask for no work; ``replaced`` maps a file of
-    csrc/ to (regular expression, new text, times that it must be found).
+    csrc/ to changes, each (regular expression, new text, times that it must be found).
     """
     compiler = shutil.which("g++")
     if compiler is None:
@@ -49,10 +49,11 @@ def build(
     shutil.copytree(CSRC, folder / "csrc")
     for name in ("cuda_runtime.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"):
         (folder / name).write_text(f'#pragma once\n#include "{ROOT}/tests/cuda_on_cpu.h"\n')
-    for name, (old, new, times) in (replaced or {}).items():
-        text, count = re.subn(old, new, (folder / "csrc" / name).read_text())
-        assert count == times
-        (folder / "csrc" / name).write_text(text)
+    for name, changes in (replaced or {}).items():
+        for old, new, times in changes:
+            text, count = re.subn(old, new, (folder / "csrc" / name).read_text())
+            assert count == times
+            (folder / "csrc" / name).write_text(text)
     hosts = []
     for name in [source] if isinstance(source, str) else source:
         hosts.append((folder / "csrc" / name).with_suffix(".host.cpp"))

@@ -35,7 +35,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         sanitizer=request.param,
         empty=["finish", "0", "2", "4", "1", "0", "0", "0"],
         # so that few entries walk in strides too
-        replaced={"search/choice.h": (r"kMaxBlocks = \d+", "kMaxBlocks = 2", 1)},
+        replaced={"search/choice.h": [(r"kMaxBlocks = \d+", "kMaxBlocks = 2", 1)]},
     )
 
 

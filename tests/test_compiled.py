@@ -469,7 +469,7 @@ def pack_on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         sanitizer=request.param,
         empty=["0", "8", "0", "2", "4", "2", "0", "0", "0"],
         # so that small weights walk in strides too
-        replaced={"packing/packing_config.h": (r"kMaxBlocks = \d+", "kMaxBlocks = 2", 2)},
+        replaced={"packing/packing_config.h": [(r"kMaxBlocks = \d+", "kMaxBlocks = 2", 2)]},
     )
 
 

@@ -38,7 +38,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         tmp_path_factory.mktemp("emulation") / "sweep",
         sanitizer=request.param,
         empty=["0", "0", "0", "0", "0", "2", "4", "0", "0", "0", "0", "0", "0", "0", "0"],
-        replaced={"sweep/sweep_config.h": (r"kSweepWidth = \d+", f"kSweepWidth = {WIDTH}", 1)},
+        replaced={"sweep/sweep_config.h": [(r"kSweepWidth = \d+", f"kSweepWidth = {WIDTH}", 1)]},
     )
 
 
