@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of faults: each can be seeded into the kernels as they are, and its tests exist. Running them takes minutes."""
+"""The list of faults: each can be seeded into the kernels as they are, and its tests exist. Running takes minutes."""
 
 from __future__ import annotations
 

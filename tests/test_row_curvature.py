@@ -104,6 +104,27 @@ def test_sums_are_those_of_the_definition(net: Net, batches: list[Batch], name: 
     torch.testing.assert_close(layer.row_scale().double(), rows / rows.sum(), rtol=1e-5, atol=1e-8)
 
 
+def test_layers_that_share_an_output_gradient(batches: list[Batch]) -> None:
+    """Outputs that are added have one gradient tensor between them: no layer may change it for the next."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.left(x) + self.right(x)
+            return y
+
+    torch.manual_seed(2)
+    net = Sum()
+    pruner = obs.OBSPruner(net, obs.OBSConfig(pattern="2:4", curvature="row", num_grads=12))
+    pruner.collect(batches, loss_fn)
+    for name in ("left", "right"):
+        hessian, _ = expected(net, batches, name, 12)  # type: ignore[arg-type]
+        torch.testing.assert_close(pruner.fishers()[f"{name}.weight"][0].double(), hessian, rtol=1e-5, atol=1e-6)
+
+
 def test_a_mean_loss_gives_the_same_sums(net: Net, batches: list[Batch]) -> None:
     each, mean = (obs.OBSPruner(net, config()) for _ in range(2))
     each.collect(batches, loss_fn)

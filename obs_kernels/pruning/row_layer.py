@@ -61,7 +61,8 @@ class RowLayer(PrunedLayer):
         weights = None
         assert self.row_sum is not None
         if self.weighted:
-            squares = dy.reshape(-1, rows).float().square_().mul_(scale * scale)
+            # a new tensor: layers whose outputs are added get one and the same dy
+            squares = dy.reshape(-1, rows).float().square().mul_(scale * scale)
             weights = squares.sum(1)
             self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
         else:
