@@ -27,7 +27,7 @@ class Linears(nn.Module):
 
 
 class Convs(Linears):
-    """The same function, weights transposed."""
+    """The same function, weights transposed, called by name."""
 
     def __init__(self, other: Linears) -> None:
         super().__init__()
@@ -37,6 +37,10 @@ class Convs(Linears):
                 mine, theirs = getattr(self, name), getattr(other, name)
                 mine.weight.copy_(theirs.weight.T)
                 mine.bias.copy_(theirs.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(x=self.up(x=x).tanh())
+        return y
 
 
 def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def capture(layers: Sequence[PrunedLayer]) -> Iterator[Captured]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not output.requires_grad:
                 return None
-            x = args[0] if args else kwargs["input"]
+            x = input_of(args, kwargs)
             output = _own_edge(module, output)
             _, place = places.setdefault((id(x), x._version), (x, len(captured.inputs)))
             if place == len(captured.inputs):
@@ -64,6 +64,12 @@ def capture(layers: Sequence[PrunedLayer]) -> Iterator[Captured]:
         for handle in handles:
             handle.remove()
         places.clear()
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with, by place or by whatever name its module gives it."""
+    x: Tensor = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+    return x
 
 
 def _own_edge(module: nn.Module, output: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.calibration import LossFn, move
+from obs_kernels.pruning.capture import input_of
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.modes import eval_mode
 
@@ -34,7 +35,7 @@ def execution_groups(
             if layer.name in seen:
                 return
             seen.add(layer.name)
-            x = args[0] if args else kwargs["input"]
+            x = input_of(args, kwargs)
             if inputs and inputs[-1][0] is x and inputs[-1][1] == x._version:
                 groups[-1].append(layer.name)
             else:
