@@ -32,6 +32,7 @@ FIELDS = {
     "on_unsupported": "raise",
     "on_nonfinite": "raise",
     "sequential": False,
+    "sweep_order": "given",
 }
 
 
@@ -62,6 +63,8 @@ def test_fields_and_defaults_of_the_design():
         ({"curvature": "layer", "pattern": "64:2:8"}, ["n:m and unstructured", "64:2:8"]),
         ({"curvature": "layer", "pattern": "block4:0.8"}, ["n:m and unstructured", "block4:0.8"]),
         ({"sequential": True}, ["sequential", "curvature='row' or 'layer'", "'block'"]),
+        ({"sweep_order": "diagonal"}, ["sweep_order", "curvature='row' or 'layer'", "'block'"]),
+        ({"sweep_order": "random", "curvature": "row"}, ["sweep_order", "'given', 'diagonal'", "got 'random'"]),
         ({"sequential": "yes", "curvature": "row"}, ["sequential must be true or false", "'yes'"]),
         ({"fisher_block_size": 0}, ["fisher_block_size", "at least 1", "got 0"]),
         ({"fisher_block_size": 8.0}, ["fisher_block_size", "got 8.0"]),

@@ -165,6 +165,39 @@ def test_prune_is_the_sweep(net: Net, batches: list[Batch], pattern: str) -> Non
     assert pruner.verify() == 0 and report.sparsity == pytest.approx(obs.parse_pattern(pattern).sparsity)
 
 
+@pytest.mark.parametrize(("curvature", "pattern"), [("row", "2:4"), ("row", "4:2:8"), ("layer", "2:4")])
+def test_groups_with_the_largest_curvature_first(net: Net, batches: list[Batch], curvature: str, pattern: str) -> None:
+    """The sweep of the columns in that order, put back; groups and panels stay those of the pattern."""
+    cfg = obs.OBSConfig(pattern=pattern, curvature=curvature, num_grads=12, ignore=("idle",), sweep_order="diagonal")
+    with torch.no_grad():
+        net.right.weight.mul_(4.0)  # the later inputs of ``last`` are the larger ones
+    pruner = obs.OBSPruner(net, cfg)
+    pruner.collect(batches, loss_fn)
+    layer = next(x for x in pruner.layers if x.name == "last")
+    assert isinstance(layer, RowLayer)
+    before, hessian, scale = layer.matrix.clone(), layer.mean_fisher()[0], layer.row_scale()
+    m = obs.parse_pattern(pattern).m
+    sums = hessian.diagonal().view(-1, m).sum(1).tolist()
+    groups = sorted(range(len(sums)), key=lambda g: -sums[g])
+    assert groups != sorted(groups), "this Hessian has another order"
+    order = [g * m + i for g in groups for i in range(m)]
+    exact = curvature == "row"
+    wanted = obs.ops.sweep_rows(
+        before[:, order],
+        hessian[order][:, order],
+        pattern,
+        row_scale=scale if exact else None,
+        damp=0.01 * float(hessian.diagonal().mean()),
+        method="combinatorial" if exact else "sparsegpt",
+        resolve=exact,
+    )
+    assert wanted.weight is not None
+    pruner.prune()
+    assert torch.equal(net.last.weight[:, order] != 0, wanted.mask)
+    torch.testing.assert_close(net.last.weight[:, order].detach(), wanted.weight, rtol=1e-4, atol=1e-6)
+    assert pruner.verify() == 0
+
+
 def test_order_of_execution(net: Net, batches: list[Batch]) -> None:
     """As they run, not as they are defined; what shares an input together; what never runs last."""
     pruner = obs.OBSPruner(net, obs.OBSConfig(pattern="2:4", curvature="row"))

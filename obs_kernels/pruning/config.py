@@ -15,6 +15,7 @@ from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, UnstructuredP
 
 GRADIENTS = ("sample", "batch")
 CURVATURES = ("block", "row", "layer")
+SWEEP_ORDERS = ("given", "diagonal")
 ON_SINGULAR = ("raise", "increase_damp", "skip")
 ON_UNSUPPORTED = ("raise", "skip", "pad")
 ON_NONFINITE = ("raise", "skip_batch")
@@ -60,6 +61,8 @@ class OBSConfig:
         on_nonfinite: "raise" or "skip_batch" for NaN or Inf in gradients.
         sequential: prune layers in the order they run, each with the curvature of the model pruned so far (more passes
             over the data); False takes all curvature from the model as it was. For "row" and "layer".
+        sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
+            first. For "row" and "layer".
     """
 
     pattern: str
@@ -81,6 +84,7 @@ class OBSConfig:
     on_unsupported: str = "raise"
     on_nonfinite: str = "raise"
     sequential: bool = False
+    sweep_order: str = "given"
 
     def __post_init__(self) -> None:
         """Validate and normalise; strings such as "1e-7" are read as numbers."""
@@ -105,6 +109,7 @@ class OBSConfig:
         for name, choices in (
             ("curvature", CURVATURES),
             ("gradients", GRADIENTS),
+            ("sweep_order", SWEEP_ORDERS),
             ("method", checks.METHODS),
             ("update", checks.UPDATES),
             ("on_singular", ON_SINGULAR),
@@ -144,10 +149,12 @@ class OBSConfig:
 
     def _check_block(self, pattern: Pattern) -> None:
         size = self.block_size
-        if self.sequential:
-            raise ConfigError(
-                "sequential needs curvature='row' or 'layer', got curvature='block'; use sequential=False"
-            )
+        for name, value in (("sequential", False), ("sweep_order", "given")):
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"{name} needs curvature='row' or 'layer', got {getattr(self, name)!r} with 'block'; use "
+                    f"{name}={value!r}"
+                )
         if self.passes and not (pattern.fixed_count and self.method == "combinatorial"):
             raise ConfigError(
                 f"passes needs an n:m or v:n:m pattern and method='combinatorial', got passes = {self.passes} with "
