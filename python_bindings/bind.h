@@ -19,7 +19,15 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-inline py::tuple plan_tuple(const LaunchPlan& plan) {
+// What function(params, device, stream) launched. Without the lock: the first launch loads the
+// kernels, which takes long enough for other threads to care.
+template <typename Function, typename Params>
+py::tuple launch(Function function, const Params& params, int device, uintptr_t stream) {
+  LaunchPlan plan{};
+  {
+    const py::gil_scoped_release unlocked;
+    plan = function(params, device, pointer<CUstream_st>(stream));
+  }
   return py::make_tuple(plan.op, plan.path, plan.blocks, plan.threads);
 }
 

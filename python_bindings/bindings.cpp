@@ -15,7 +15,7 @@
 #include "obs_kernels/packing.h"
 
 namespace py = pybind11;
-using obs_kernels::bindings::plan_tuple;
+using obs_kernels::bindings::launch;
 using obs_kernels::bindings::pointer;
 
 namespace {
@@ -49,13 +49,7 @@ py::tuple pack(uintptr_t weight,
   params.n = n;
   params.m = m;
   params.element_size = element_size;
-  obs_kernels::LaunchPlan plan{};
-  {
-    // The first launch loads the kernels, which takes long enough for other threads to care.
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::pack(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::pack, params, device, stream);
 }
 
 py::tuple invert_spd(uintptr_t matrices,
@@ -75,12 +69,7 @@ py::tuple invert_spd(uintptr_t matrices,
   params.info = pointer<int32_t>(info);
   params.num_blocks = num_blocks;
   params.size = size;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::invert_spd(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::invert_spd, params, device, stream);
 }
 
 py::tuple accumulate_fisher(uintptr_t grads,
@@ -102,12 +91,7 @@ py::tuple accumulate_fisher(uintptr_t grads,
   params.size = size;
   params.num_samples = num_samples;
   params.scale = scale;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::accumulate_fisher(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::accumulate_fisher, params, device, stream);
 }
 
 py::dict build_info() {

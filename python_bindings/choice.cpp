@@ -26,12 +26,7 @@ py::tuple search_pairwise(uintptr_t weight,
   params.num_groups = num_groups;
   params.n = n;
   params.m = m;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::search_pairwise(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::search_pairwise, params, device, stream);
 }
 
 py::tuple pair_models(uintptr_t inverse,
@@ -47,12 +42,7 @@ py::tuple pair_models(uintptr_t inverse,
   params.model = pointer<float>(model);
   params.num_groups = num_groups;
   params.m = m;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::pair_models(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::pair_models, params, device, stream);
 }
 
 py::tuple sum_panels(uintptr_t each,
@@ -68,12 +58,7 @@ py::tuple sum_panels(uintptr_t each,
   params.saliency = pointer<float>(sums);
   params.v = v;
   params.wide = wide;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::sum_panels(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::sum_panels, params, device, stream);
 }
 
 }  // namespace

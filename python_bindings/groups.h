@@ -56,19 +56,19 @@ py::tuple call_groups(uintptr_t weight,
                       uintptr_t stream) {
   const obs_kernels::SearchParams params = search_params(
       weight, fisher, damp, damp_each, alive, mask, saliency, new_weight, info, num_groups, n, m);
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = kFunction(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(kFunction, params, device, stream);
 }
 
-template <GroupsFunction kFunction>
-void def_groups(py::module_& module, const char* name) {
+// Defines a function of groups, whose own arguments `more` stand before device and stream.
+template <typename Function, typename... More>
+void def_of_groups(py::module_& module,
+                   const char* name,
+                   Function function,
+                   const char* doc,
+                   const More&... more) {
   module.def(name,
-             &call_groups<kFunction>,
-             "(op, path, blocks, threads) of the launch; see obs_kernels/search.h and choice.h.",
+             function,
+             doc,
              py::kw_only(),
              py::arg("weight"),
              py::arg("fisher"),
@@ -82,8 +82,18 @@ void def_groups(py::module_& module, const char* name) {
              py::arg("num_groups"),
              py::arg("n"),
              py::arg("m"),
+             more...,
              py::arg("device"),
              py::arg("stream"));
+}
+
+template <GroupsFunction kFunction>
+void def_groups(py::module_& module, const char* name) {
+  def_of_groups(
+      module,
+      name,
+      &call_groups<kFunction>,
+      "(op, path, blocks, threads) of the launch; see obs_kernels/search.h and choice.h.");
 }
 
 }  // namespace obs_kernels::bindings

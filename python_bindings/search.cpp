@@ -54,50 +54,31 @@ py::tuple search_vnm(uintptr_t weight,
   params.v = v;
   params.wide = wide;
   params.num_columns = num_columns;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::search_vnm(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::search_vnm, params, device, stream);
 }
 
 }  // namespace
 
 void bind_search(py::module_& module) {
   def_groups<obs_kernels::search_nm>(module, "search_nm");
-  module.def("search_vnm",
-             &search_vnm,
-             "(op, path, blocks, threads) of the last large launch; see obs_kernels/search.h.",
-             py::kw_only(),
-             py::arg("weight"),
-             py::arg("fisher"),
-             py::arg("damp"),
-             py::arg("damp_each"),
-             py::arg("alive"),
-             py::arg("mask"),
-             py::arg("saliency"),
-             py::arg("new_weight"),
-             py::arg("info"),
-             py::arg("num_groups"),
-             py::arg("n"),
-             py::arg("m"),
-             py::arg("derived"),
-             py::arg("lists"),
-             py::arg("column_sets"),
-             py::arg("num_derived"),
-             py::arg("length"),
-             py::arg("num_sets"),
-             py::arg("columns"),
-             py::arg("panel_saliency"),
-             py::arg("column_bits"),
-             py::arg("gains"),
-             py::arg("gains_bytes"),
-             py::arg("v"),
-             py::arg("wide"),
-             py::arg("num_columns"),
-             py::arg("device"),
-             py::arg("stream"));
+  def_of_groups(module,
+                "search_vnm",
+                &search_vnm,
+                "(op, path, blocks, threads) of the last large launch; see obs_kernels/search.h.",
+                py::arg("derived"),
+                py::arg("lists"),
+                py::arg("column_sets"),
+                py::arg("num_derived"),
+                py::arg("length"),
+                py::arg("num_sets"),
+                py::arg("columns"),
+                py::arg("panel_saliency"),
+                py::arg("column_bits"),
+                py::arg("gains"),
+                py::arg("gains_bytes"),
+                py::arg("v"),
+                py::arg("wide"),
+                py::arg("num_columns"));
 }
 
 }  // namespace obs_kernels::bindings

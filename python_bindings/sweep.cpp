@@ -75,12 +75,7 @@ py::tuple sweep_columns(uintptr_t live,
   params.n = n;
   params.m = m;
   params.num_columns = num_columns;
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::sweep_columns(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::sweep_columns, params, device, stream);
 }
 
 }  // namespace

@@ -33,12 +33,7 @@ py::tuple update_joint(uintptr_t weight,
   params.num_blocks = num_blocks;
   params.size = size;
   params.type = static_cast<obs_kernels::WeightType>(type);
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::update_joint(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::update_joint, params, device, stream);
 }
 
 py::tuple update_single(uintptr_t weight,
@@ -60,12 +55,7 @@ py::tuple update_single(uintptr_t weight,
   params.num_blocks = num_blocks;
   params.size = size;
   params.type = static_cast<obs_kernels::WeightType>(type);
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::update_single(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::update_single, params, device, stream);
 }
 
 py::tuple loss_increase(uintptr_t change,
@@ -89,12 +79,7 @@ py::tuple loss_increase(uintptr_t change,
   params.num_blocks = num_blocks;
   params.size = size;
   params.type = static_cast<obs_kernels::WeightType>(type);
-  obs_kernels::LaunchPlan plan{};
-  {
-    const py::gil_scoped_release unlocked;
-    plan = obs_kernels::loss_increase(params, device, pointer<CUstream_st>(stream));
-  }
-  return plan_tuple(plan);
+  return launch(obs_kernels::loss_increase, params, device, stream);
 }
 
 }  // namespace
