@@ -25,11 +25,10 @@ import torch
 from torch import nn
 
 from bench.gpu_report import describe_tree
-from bench.oneshot_squad import digest
 from bench.permutation import reorder_channels_
+from bench.stored import digest, save
 from obs_kernels import OBSConfig
 from obs_kernels.errors import ObsKernelsError
-from obs_kernels.files import write_text
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, OneShotTable
@@ -98,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 | tree
             )
             stored["dense_f1"] = table.dense_result().f1
-            _save(args.json, stored)
+            save(args.json, stored, to_markdown)
             print(f"{key}: F1 {result.f1:.2f} predicted {result.predicted_loss:.4g}", file=sys.stderr, flush=True)
-    _save(args.json, stored)
+    save(args.json, stored, to_markdown)
     print(to_markdown(stored))
     return 0
 
@@ -174,11 +173,6 @@ def _resume(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     return {"header": header, "dense_f1": None, "cells": {}}
 
 
-def _save(path: Path, stored: dict[str, Any]) -> None:
-    write_text(path, json.dumps(stored, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), to_markdown(stored))
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench.choices_squad", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -196,7 +190,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no cell after that long")
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default="", help="commit to record where there is no git")
+    parser.add_argument("--commit", default=None, help="commit to record where there is no git")
     return parser.parse_args(argv)
 
 

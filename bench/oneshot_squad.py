@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from bench.oneshot_table import to_markdown
+from bench.stored import digest, save
 from obs_kernels import OBSConfig, __version__
 from obs_kernels.errors import ConfigError, ObsKernelsError
-from obs_kernels.files import write_text
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, OneShotTable, standard_cells
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = all_cells(rows, args.methods.split(","), args.updates.split(","))
     cells = [c for c in wanted if c.key not in stored["cells"]]
     if args.rows == "auto" and device.type == "cpu":
-        cells = [c for c in cells if (c.method, c.update, c.recomputations) == ("combinatorial", "joint", 1)]
+        cells = [c for c in cells if c == Cell(c.pattern, "combinatorial", "joint")]
     model, tokenizer = load_qa_model(args.model, device=device)
     dev = prepare_windows(load_squad(args.data, split="validation"), tokenizer, with_labels=False)
     train = prepare_windows(load_squad(args.train, split="train"), tokenizer, with_labels=True)
@@ -130,14 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = table.run_cell(cell)
         stored["cells"][cell.key] = result.to_dict() | {"commit": header["commit"]}
         stored["seconds_gradients"] = table.seconds_gradients or stored["seconds_gradients"]
-        _save(args.json, stored)
+        save(args.json, stored, to_markdown)
         print(
             f"[{number}/{len(cells)}] {cell.key}: EM {result.exact_match:.2f} F1 {result.f1:.2f} predicted "
             f"{result.predicted_loss:.4g} "
             f"prune {result.seconds_prune:.1f} s eval {result.seconds_eval:.1f} s violations {result.violations}",
             flush=True,
         )
-    _save(args.json, stored)
+    save(args.json, stored, to_markdown)
     print(to_markdown(stored))
     return 0
 
@@ -185,9 +185,9 @@ def _command(args: argparse.Namespace) -> str:
 def method_hash() -> str:
     """Hash of the code that decides the figures, without docstrings; a change makes stored cells stale."""
     root = Path(__file__).parents[1] / "obs_kernels"
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for path in sorted((root.parent / "csrc").rglob("*.*")):
-        digest.update(path.read_bytes())
+        found.update(path.read_bytes())
     for folder in ("ops", "reference", "cuda_calls", "triton_kernels", "pruning"):
         for path in sorted((root / folder).rglob("*.py")):
             tree = ast.parse(path.read_text())
@@ -195,8 +195,8 @@ def method_hash() -> str:
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     texts = [n for n in node.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
                     node.body = [n for n in node.body if n not in texts]
-            digest.update(f"{path.relative_to(root).as_posix()}\n{ast.dump(tree)}".encode())
-    return digest.hexdigest()[:16]
+            found.update(f"{path.relative_to(root).as_posix()}\n{ast.dump(tree)}".encode())
+    return found.hexdigest()[:16]
 
 
 def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool) -> dict[str, Any]:
@@ -225,16 +225,6 @@ def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool
     for cell in stored["cells"].values():
         cell.setdefault("commit", stored["header"]["commit"])
     return stored | {"header": header}
-
-
-def _save(path: Path, stored: dict[str, Any]) -> None:
-    write_text(path, json.dumps(stored, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), to_markdown(stored))
-
-
-def digest(path: Path) -> str:
-    """Hash of a file; the name itself where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(path)
 
 
 def _commit() -> str:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.stored import table_row
+
 METHOD_ORDER = ("magnitude", "diagonal", "pairwise", "combinatorial")
 UPDATE_ORDER = ("none", "single", "joint")
 CURVATURE_ORDER = ("block", "layer", "layer, sequential", "row", "row, sequential")
@@ -66,9 +68,7 @@ def f1_table(cells: list[dict[str, Any]]) -> list[str]:
     lines = ["| pattern | " + " | ".join(f"{m}, {u}" for m, u in columns) + " |", "|---|" + "---:|" * len(columns)]
     for pattern in patterns:
         values = [single.get((pattern, m, u)) for m, u in columns]
-        best = max((v for v in values if v is not None), default=None)
-        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
-        lines.append(f"| {pattern} | " + " | ".join(shown) + " |")
+        lines.append(table_row(pattern, values, max((v for v in values if v is not None), default=None)))
     return lines
 
 
@@ -86,7 +86,7 @@ def recomputation_table(cells: list[dict[str, Any]]) -> list[str]:
     ]
     for pattern in dict.fromkeys(p for p, r in found if r > 1):
         values = [found.get((pattern, r)) for r in parts]
-        lines.append(f"| {pattern} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
+        lines.append(table_row(pattern, values, None))
     return lines
 
 
@@ -103,9 +103,7 @@ def curvature_table(cells: list[dict[str, Any]]) -> list[str]:
     lines = ["| pattern | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for pattern in dict.fromkeys(p for p, kind in found if kind != "block"):
         values = [found.get((pattern, kind)) for kind in columns]
-        best = max(v for v in values if v is not None)
-        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
-        lines.append(f"| {pattern} | " + " | ".join(shown) + " |")
+        lines.append(table_row(pattern, values, max(v for v in values if v is not None)))
     return lines
 
 
@@ -121,9 +119,7 @@ def summary_table(cells: list[dict[str, Any]], core: Sequence[tuple[str, str]]) 
     lines = ["| pattern | " + " | ".join(names) + " |", "|---|" + "---:|" * len(columns)]
     for pattern in dict.fromkeys(key[0] for key in found):
         values = [found.get((pattern, *column)) for column in columns]
-        best = max(v for v in values if v is not None)
-        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
-        lines.append(f"| {pattern} | " + " | ".join(shown) + " |")
+        lines.append(table_row(pattern, values, max(v for v in values if v is not None)))
     return lines
 
 

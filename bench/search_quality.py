@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu_report import describe_tree
+from bench.stored import save
 from obs_kernels import OBSConfig, OBSPruner, ops
 from obs_kernels.errors import ConfigError, ObsKernelsError
-from obs_kernels.files import write_text
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.reference.passes import improve_choice
 from obs_kernels.training.models import load_qa_model, pick_device
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def add(kind: str, cells: list[dict[str, Any]], key: str) -> None:
         document[kind] += [cell | tree for cell in cells]
-        _save(args.json, document)
+        save(args.json, document, to_markdown)
         shown = " ".join(f"{cell[key]} {cell.get('x_optimum', cell.get('x_first')):.3f}" for cell in cells)
         print(f"{kind}: {cells[0]['pattern']} D = {cells[0]['D']}: {shown}", file=sys.stderr, flush=True)
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for pattern in args.passes_patterns.split(","):
             if (pattern, size) not in {(c["pattern"], c["D"]) for c in document["passes"]}:
                 add("passes", measure_passes(layers, pattern, size, dampening_frac=args.dampening_frac), "passes")
-    _save(args.json, document)
+    save(args.json, document, to_markdown)
     print(to_markdown(document))
     return 0
 
@@ -103,11 +103,6 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if {key: stored.get(key) for key in settings} == settings:
         return dict(stored)
     return settings | {"cells": [], "passes": []}
-
-
-def _save(path: Path, document: dict[str, Any]) -> None:
-    write_text(path, json.dumps(document, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), to_markdown(document))
 
 
 def measure(layers: Sequence[Layer], pattern: str, *, dampening_frac: float) -> list[dict[str, Any]]:

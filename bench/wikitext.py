@@ -24,10 +24,9 @@ import torch
 from torch import nn
 
 from bench.gpu_report import describe_tree
-from bench.oneshot_squad import digest
+from bench.stored import digest, save, table_row
 from obs_kernels import OBSConfig, sparsify_
 from obs_kernels.errors import ObsKernelsError
-from obs_kernels.files import write_text
 from obs_kernels.patterns import VNMPattern, parse_pattern
 from obs_kernels.training.language import TextBlocks, causal_lm_loss, perplexity, read_text, train_tokenizer
 from obs_kernels.training.models import pick_device
@@ -92,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "sparsity": report.sparsity,
                 "seconds_prune": round(seconds, 2),
             } | describe_tree(args.commit)
-            _save(args.json, stored)
+            save(args.json, stored, to_markdown)
             print(f"{key}: {stored['cells'][key]['perplexity']:.2f}", file=sys.stderr, flush=True)
-    _save(args.json, stored)
+    save(args.json, stored, to_markdown)
     print(to_markdown(stored))
     return 0
 
@@ -175,14 +174,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
     for pattern in dict.fromkeys(cell["pattern"] for cell in cells.values()):
         row = {name: cells.get(f"{pattern}/{name}", {}).get("perplexity") for name in METHODS}
         best = min(value for value in row.values() if value is not None)
-        shown = ["-" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in row.values()]
-        lines.append(f"| {pattern} | {' | '.join(shown)} |")
+        lines.append(table_row(pattern, list(row.values()), best))
     return "\n".join(lines) + "\n"
-
-
-def _save(path: Path, stored: dict[str, Any]) -> None:
-    write_text(path, json.dumps(stored, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), to_markdown(stored))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,7 +17,19 @@ PACKAGE = ROOT / "obs_kernels"
 
 LEVELS = {
     **dict.fromkeys(
-        ("patterns", "packed_format", "checks", "errors", "files", "launch_plan", "timing", "_ext", "report"), 0
+        (
+            "patterns",
+            "packed_format",
+            "checks",
+            "row_checks",
+            "errors",
+            "files",
+            "launch_plan",
+            "timing",
+            "_ext",
+            "report",
+        ),
+        0,
     ),
     **dict.fromkeys(("reference", "triton_kernels", "cuda_calls"), 1),
     "ops": 2,
@@ -35,8 +47,8 @@ COMPILED = {"triton", "obs_kernels._C"}
 
 STORAGE_IDENTITY = {
     ("sparse/checkpoint.py", "_unshared"): "which tensors of a state dict are one storage",
-    ("pruning/layer.py", "find_layers"): "whether another module holds the same weight",
-    ("pruning/layer.py", "_weight_owners"): "which modules hold a weight",
+    ("pruning/find_layers.py", "find_layers"): "whether another module holds the same weight",
+    ("pruning/find_layers.py", "_weight_owners"): "which modules hold a weight",
 }
 """(file, function) that may ask for ``data_ptr()`` outside of cuda_calls, and what for."""
 

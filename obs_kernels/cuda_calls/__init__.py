@@ -8,9 +8,10 @@ that side streams and CUDA graphs behave as they do for torch's own ops.
 
 from obs_kernels.cuda_calls.device import runs_on
 from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_fisher
+from obs_kernels.cuda_calls.group_launches import launch_groups
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
 from obs_kernels.cuda_calls.packing import launch_pack, pack
-from obs_kernels.cuda_calls.search import launch_search_nm, prune_nm, prune_vnm, search_nm, search_vnm
+from obs_kernels.cuda_calls.search import prune_nm, prune_vnm, search_nm, search_vnm
 from obs_kernels.cuda_calls.sweep import launch_sweep_columns, sweep_groups
 from obs_kernels.cuda_calls.update import block_saliency, loss_increase, obs_update
 from obs_kernels.cuda_calls.update_launches import launch_loss_increase, launch_update_joint, launch_update_single
@@ -24,7 +25,7 @@ __all__ = [
     "launch_invert_spd",
     "launch_loss_increase",
     "launch_pack",
-    "launch_search_nm",
+    "launch_groups",
     "launch_sweep_columns",
     "launch_update_joint",
     "launch_update_single",

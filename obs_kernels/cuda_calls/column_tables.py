@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST_TABLE = 5632
-"""Entries of a row's table that fit the shared memory of a block: pairs and triples of 32 columns."""
-
 
 class ColumnTables(NamedTuple):
     """Which entries of a row's table hold its best gain inside a column set.

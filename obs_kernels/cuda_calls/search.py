@@ -20,7 +20,6 @@ from obs_kernels.cuda_calls.device import check_on_cuda
 from obs_kernels.cuda_calls.group_launches import group_arguments, launch_groups
 from obs_kernels.cuda_calls.pairwise import choose_groups_by_pairs, choose_panels_by_pairs
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError
-from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.patterns import NMPattern, VNMPattern
 
 GAINS_BYTES = 128 << 20
@@ -93,22 +92,6 @@ def prune_vnm(
     assert isinstance(parsed, VNMPattern)
     check_own_blocks(fisher, parsed)
     return _run_vnm(weight, fisher, parsed, damp, mask, num_columns, update=True)
-
-
-def launch_search_nm(
-    weight: Tensor,
-    fisher: Tensor,
-    mask: Tensor | None,
-    damp: Tensor,
-    kept: Tensor,
-    saliency: Tensor,
-    new_weight: Tensor | None,
-    info: Tensor,
-    *,
-    pattern: NMPattern,
-) -> LaunchPlan:
-    """Fill the outputs for groups with a block [m, m] each: f32 ``weight``, ``fisher`` [R * C / m, m, m], ``damp``."""
-    return launch_groups("search_nm", weight, fisher, mask, damp, kept, saliency, new_weight, info, pattern=pattern)
 
 
 def raise_for(info: Tensor, weight: Tensor, fisher: Tensor, damp: Tensor) -> None:

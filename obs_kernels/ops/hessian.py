@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from obs_kernels import checks
+from obs_kernels import checks, row_checks
 from obs_kernels.ops.dispatch import kernel, resolve
 
 
@@ -39,7 +39,7 @@ def accumulate_hessian_(
 
     Source: Frantar and Alistarh 2023 (SparseGPT), section 3, with a weight a token.
     """
-    checks.check_hessian(hessian)
+    row_checks.check_hessian(hessian)
     checks.check_dtype("x", x, checks.FLOAT_DTYPES)
     if token_weight is not None:
         checks.check_dtype("token_weight", token_weight, checks.FLOAT_DTYPES)
@@ -47,7 +47,7 @@ def accumulate_hessian_(
             token_weight = token_weight.reshape(-1)
     if x.dim() != 2 and x.dim() > 0:
         x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    checks.check_accumulate_hessian(hessian, x, token_weight)
+    row_checks.check_accumulate_hessian(hessian, x, token_weight)
     torch.ops.obs_kernels.accumulate_hessian_(
         hessian,
         x,
@@ -65,4 +65,4 @@ def _accumulate_hessian(hessian: Tensor, x: Tensor, token_weight: Tensor | None,
 
 @_accumulate_hessian.register_fake
 def _(hessian: Tensor, x: Tensor, token_weight: Tensor | None, *, scale: float, backend: str) -> None:
-    checks.check_accumulate_hessian(hessian, x, token_weight)
+    row_checks.check_accumulate_hessian(hessian, x, token_weight)

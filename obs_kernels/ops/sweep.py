@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from obs_kernels import checks
+from obs_kernels import checks, row_checks
 from obs_kernels.ops import dispatch
 from obs_kernels.ops.fisher import damp_tensor
 from obs_kernels.ops.search import Selection
@@ -71,7 +71,7 @@ def sweep_rows(
     Source: sweep over columns of Frantar and Alistarh 2023 (SparseGPT, algorithm 1), with the set choice of oBERT
     (Kurtic et al. 2022, eq. 7) inside a group; the shared H with a scale a row is this package's.
     """
-    parsed = checks.check_sweep(weight, hessian, pattern, row_scale, damp, method, mask, num_columns)
+    parsed = row_checks.check_sweep(weight, hessian, pattern, row_scale, damp, method, mask, num_columns)
     if isinstance(damp, Tensor):
         checks.check_same_device(damp=damp, hessian=hessian)
     chosen, new, saliency, columns = torch.ops.obs_kernels.sweep_rows(
@@ -130,7 +130,7 @@ def _(
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parsed = checks.check_sweep(weight, hessian, pattern, row_scale, damp, method, mask, num_columns)
+    parsed = row_checks.check_sweep(weight, hessian, pattern, row_scale, damp, method, mask, num_columns)
     rows, cols = weight.shape
     panels = parsed if isinstance(parsed, VNMPattern) else None
     units, wide = (

@@ -138,7 +138,11 @@ class GradientBuffer:
         Raises:
             MemoryBudgetError: not even one gradient at a time fits.
         """
-        self._allocate_sums()
+        # before the rows take their memory
+        advice = (
+            " beside a batch; use a smaller batch, lower fisher_block_size, or collect fewer layers at a time (layers=)"
+        )
+        allocate_sums(self.layers, "Fisher", advice)
         if not self.rows_at_most:
             device = self.layers[0].weight.device
             sized_for = self._sized_for if device.type == "cpu" else self.layers
@@ -250,21 +254,19 @@ class GradientBuffer:
                 f"collect again with a lower fisher_block_size or fewer layers at a time ({error})"
             ) from None
 
-    def _allocate_sums(self) -> None:
-        """Memory of all Fisher sums, before the rows take theirs; of none if not all of it is there."""
-        try:
-            for layer in self.layers:
-                layer.allocate()
-            return
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
-        for layer in self.layers:
-            layer.drop_empty()
-        size = readable(sum(layer.fisher_bytes for layer in self.layers))
-        raise MemoryBudgetError(
-            f"the Fisher of {len(self.layers)} layers needs {size} and did not fit beside a batch; use a smaller "
-            f"batch, lower fisher_block_size, or collect fewer layers at a time (layers=) ({reason})"
-        )
+
+def allocate_sums(layers: Sequence[PrunedLayer], what: str, advice: str) -> None:
+    """Memory of the sums of all layers, or of none if not all of it is there: ``MemoryBudgetError`` with ``advice``."""
+    try:
+        for layer in layers:
+            layer.allocate()
+        return
+    except torch.OutOfMemoryError as error:
+        reason = str(error)
+    for layer in layers:
+        layer.drop_empty()
+    size = readable(sum(layer.fisher_bytes for layer in layers))
+    raise MemoryBudgetError(f"the {what} of {len(layers)} layers needs {size} and did not fit{advice} ({reason})")
 
 
 def _new_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, zeros: bool) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
 from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.find_layers import find_layers
 from obs_kernels.pruning.gradient_buffer import GradientBuffer
-from obs_kernels.pruning.layer import PrunedLayer, find_layers
+from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
 from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency

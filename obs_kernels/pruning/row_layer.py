@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from obs_kernels.errors import ConfigError, MemoryBudgetError
+from obs_kernels.errors import ConfigError
 from obs_kernels.ops import accumulate_hessian_
 from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
-from obs_kernels.pruning.memory import readable
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.samples import Samples
 
@@ -105,18 +105,7 @@ class RowSums:
     def __init__(self, layers: Sequence[RowLayer], timings: PhaseTimes | None = None) -> None:
         self.layers = tuple(layers)
         self._timings = timings
-        try:
-            for layer in self.layers:
-                layer.allocate()
-            return
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
-        for layer in self.layers:
-            layer.drop_empty()
-        raise MemoryBudgetError(
-            f"the Hessians of {len(self.layers)} layers need {readable(sum(x.fisher_bytes for x in self.layers))} and "
-            f"did not fit; collect fewer layers at a time (layers=) ({reason})"
-        )
+        allocate_sums(self.layers, "Hessian", "; collect fewer layers at a time (layers=)")
 
     def push_samples(self, count: int, samples: Samples) -> None:
         """Take the first ``count`` samples of a batch."""

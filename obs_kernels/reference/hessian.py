@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from obs_kernels.checks import check_column_pivot
 from obs_kernels.reference.fisher import add_damp, chunks, factor_spd
 from obs_kernels.reference.precision import exact_products
+from obs_kernels.row_checks import check_column_pivot
 
 STRIP = 1024
 """Rows of H that one product computes, from the diagonal on: the part left of it is mirrored, not computed."""

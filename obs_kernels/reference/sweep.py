@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from obs_kernels.checks import check_damp_values, check_finite, check_info, check_scale_values
+from obs_kernels.checks import check_damp_values, check_finite, check_info
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.reference.blocks import Groups, compute_dtype, decouple_, rescale
 from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets, sets_inside_columns
@@ -35,6 +35,7 @@ from obs_kernels.reference.precision import exact_products
 from obs_kernels.reference.resolve import resolve_rows
 from obs_kernels.reference.search import as_mask, choose_panels, fewest_dead, live_first
 from obs_kernels.reference.sparsegpt import sweep_columns, without_dead_inputs
+from obs_kernels.row_checks import check_scale_values
 
 BLOCK = 128
 """Columns whose changes reach the later columns in one matrix product."""

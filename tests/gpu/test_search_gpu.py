@@ -200,8 +200,8 @@ def test_between_guards(pattern: str, shift: int | None) -> None:
     ]  # fmt: skip
     kept, saliency, new, info = (guarded.tensor for guarded in out)
     kept = kept.view(torch.bool)
-    plan = cuda_calls.launch_search_nm(
-        given[0].tensor, given[1].tensor, None, torch.zeros(1, device=DEVICE), kept, saliency, new, info,
+    plan = cuda_calls.launch_groups(
+        "search_nm", given[0].tensor, given[1].tensor, None, torch.zeros(1, device=DEVICE), kept, saliency, new, info,
         pattern=parse_pattern(pattern),
     )  # fmt: skip
     assert plan.path.removesuffix("_ragged") == PATHS[pattern].removesuffix("_ragged")

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model a configuration selects, and which it leaves out and why."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from obs_kernels.errors import ConfigError, DTypeNotSupportedError, NonFiniteError, ShapeNotSupportedError
+from obs_kernels.patterns import Pattern
+from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
+from obs_kernels.pruning.row_layer import RowLayer
+
+
+def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], list[SkippedLayer]]:
+    """Layers of ``model`` that ``cfg`` selects, in the order of their names in the model, and those left out with the
+    reason.
+
+    A shared module is counted once. A weight that an embedding or another module also holds is left out.
+
+    Raises:
+        ConfigError: a target matches nothing, or all is ignored. ShapeNotSupportedError, NonFiniteError: as named.
+    """
+    pattern: Pattern = cfg.parsed_pattern
+    modules = dict(model.named_modules())
+    owners = _weight_owners(modules)
+    layers: list[PrunedLayer] = []
+    skipped: list[SkippedLayer] = []
+    matched: set[str] = set()
+    for name, module in modules.items():
+        hits = {t for t in cfg.targets if _matches(t, name, module)}
+        matched |= hits
+        weight = getattr(module, "weight", None)
+        if not hits or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+            continue
+        shape = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
+        shared = (
+            [other for other in owners[weight.data_ptr(), weight.numel()] if other != name] if weight.numel() else []
+        )
+        if any(_matches(t, name, module) for t in cfg.ignore):
+            skipped.append(SkippedLayer(name, shape, "ignored"))
+        elif isinstance(module, nn.Embedding) or shared:
+            skipped.append(SkippedLayer(name, shape, f"tied with {shared[0]}" if shared else "embedding"))
+        elif not weight.numel():
+            skipped.append(SkippedLayer(name, shape, "empty"))
+        else:
+            layer = _make_layer(name, module, weight, pattern, cfg)
+            layers.append(layer) if isinstance(layer, PrunedLayer) else skipped.append(layer)
+    missing = [t for t in cfg.targets if t not in matched]
+    if missing:
+        kinds = sorted(
+            {type(m).__name__ for m in modules.values() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+        )
+        raise ConfigError(
+            f"targets {missing} match nothing in {type(model).__name__}; modules with weights: {', '.join(kinds)}"
+        )
+    if not layers:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3])
+        raise ConfigError(f"no layer is left to prune in {type(model).__name__} ({reasons}); change targets or ignore")
+    return layers, skipped
+
+
+def _make_layer(
+    name: str, module: nn.Module, weight: nn.Parameter, pattern: Pattern, cfg: OBSConfig
+) -> PrunedLayer | SkippedLayer:
+    transposed = is_transposed(module)
+    values = weight.detach().mT if transposed else weight.detach()
+    shape = (int(values.shape[0]), int(values.shape[1]))
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise DTypeNotSupportedError(f"{name}.weight must be a float tensor, got {weight.dtype}; ignore this layer")
+    padded = shape
+    whole_rows = cfg.curvature != "block"
+    try:
+        pattern.check_shape(shape, name=f"{name}.weight")
+        size = shape[1] if whole_rows else _block_size(shape, pattern, cfg, name)
+    except ShapeNotSupportedError as error:
+        if cfg.on_unsupported == "raise":
+            raise
+        if cfg.on_unsupported == "skip":
+            return SkippedLayer(name, shape, str(error))
+        size = cfg.block_size
+        rows, cols = pattern.padded_shape(shape)
+        padded = (rows, -(-cols // size) * size if pattern.fixed_count and not whole_rows else cols)
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(
+            f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model"
+        )
+    alive = (values != 0).contiguous()
+    if whole_rows:
+        return RowLayer(
+            name, module, padded, padded[1], alive, alive.clone(), transposed, weighted=cfg.curvature == "row"
+        )
+    return PrunedLayer(name, module, padded, size, alive, alive.clone(), transposed)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight [inputs, outputs]: transformers' Conv1D, which GPT-2 is made of."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: str) -> int:
+    size = cfg.block_size
+    if pattern.fixed_count and shape[1] % size:
+        raise ShapeNotSupportedError(
+            f"{name}.weight is [{shape[0]}, {shape[1]}]; fisher_block_size = {size} must divide cols for "
+            f"pattern {pattern}. "
+            f"Fix: fisher_block_size = {cfg.parsed_pattern.multiples()[1]}, or on_unsupported='pad' or 'skip'"
+        )
+    return size
+
+
+def _weight_owners(modules: dict[str, nn.Module]) -> dict[tuple[int, int], list[str]]:
+    owners: dict[tuple[int, int], list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault((parameter.data_ptr(), parameter.numel()), []).append(name)
+    return owners
+
+
+def _matches(rule: str, name: str, module: nn.Module) -> bool:
+    """A rule is a class name, a module name (also below a data-parallel ``module.``), or ``re:`` and a regular
+    expression.
+    """
+    bare = name.removeprefix("module.")
+    if rule.startswith("re:"):
+        try:
+            return re.fullmatch(rule[3:], name) is not None or re.fullmatch(rule[3:], bare) is not None
+        except re.error as error:
+            raise ConfigError(f"{rule!r} is no regular expression: {error}") from None
+    return rule in (type(module).__name__, name, bare, f"{bare}.weight")
