@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tolerances import EXAMPLE_F32, EXAMPLE_F64
 from torch import Tensor
 
 Kept = tuple[int, ...]
@@ -386,3 +387,16 @@ def pack(weight: list[list[float]], mask: list[list[bool]], v: int, n: int, m: i
         else:
             codes.append(places)
     return values, codes, columns
+
+
+def assert_worked_numbers(actual: Tensor, expected: list[float], dtype: torch.dtype) -> None:
+    """A worked number of math.md."""
+    tolerance = {"rtol": EXAMPLE_F32, "atol": 0.0} if dtype == torch.float32 else {"rtol": 0.0, "atol": EXAMPLE_F64}
+    torch.testing.assert_close(actual.reshape(-1), torch.tensor(expected, dtype=dtype), **tolerance)
+
+
+def row_problem(rows: int, cols: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weight [rows, cols] and a correlated Hessian, both exact in ``dtype``."""
+    gen = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=gen, dtype=torch.float64).to(dtype)
+    return weight, random_spd(gen, 1, cols, floor=0.2)[0].to(dtype)

@@ -242,9 +242,8 @@ def test_fused_step_of_panels() -> None:
     assert float(loss) == pytest.approx(839.487105, rel=EXAMPLE_F32) and int(mask.sum()) == 8
 
 
-@pytest.mark.parametrize("size", [8, 16])
-def test_bad_values_raise_as_in_the_reference(gen: torch.Generator, size: int) -> None:
-    weight, fisher = problem(gen, 4, 16, size)
+def bad_values(weight: Tensor, fisher: Tensor) -> list[tuple[type[Exception], Tensor, Tensor, Tensor]]:
+    """Error, weight, Fisher and damping: what no choice is made of."""
     cases: list[tuple[type[Exception], Tensor, Tensor, Tensor]] = []
     for bad in (float("nan"), float("inf")):
         wrong, blocks = weight.clone(), fisher.clone()
@@ -254,7 +253,12 @@ def test_bad_values_raise_as_in_the_reference(gen: torch.Generator, size: int) -
     singular[2] = 0.0
     cases.append((SingularBlockError, weight, singular, torch.zeros(1)))
     cases.append((ConfigError, weight, fisher, torch.tensor([-1.0])))
-    for error, w, f, damp in cases:
+    return cases
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_bad_values_raise_as_in_the_reference(gen: torch.Generator, size: int) -> None:
+    for error, w, f, damp in bad_values(*problem(gen, 4, 16, size)):
         options = {"damp": damp, "method": "combinatorial", "mask": None}
         with pytest.raises(error) as wanted:
             reference.search_nm(w, f, "2:8", **options)
@@ -366,16 +370,8 @@ def test_bad_values_by_other_methods(
 ) -> None:
     """What the reference raises; and where nothing may be read, bad groups keep nothing."""
     weight, fisher = problem(gen, 4, 16, size)
-    cases: list[tuple[type[Exception], Tensor, Tensor, Tensor]] = []
-    for bad in (float("nan"), float("inf")):
-        wrong, blocks = weight.clone(), fisher.clone()
-        wrong[2, 3], blocks[1, 0, 5] = bad, bad
-        cases += [(NonFiniteError, wrong, fisher, OPTIONS["damp"]), (NonFiniteError, weight, blocks, OPTIONS["damp"])]
-    singular = fisher.clone()
-    singular[2] = 0.0
-    cases.append((SingularBlockError, weight, singular, torch.zeros(1)))
-    cases.append((ConfigError, weight, fisher, torch.tensor([-1.0])))
     good = search.search_nm(weight, fisher, "2:8", damp=OPTIONS["damp"], method=method, mask=None)
+    cases = bad_values(weight, fisher)
     for error, w, f, damp in cases:
         options = {"damp": damp, "method": method, "mask": None}
         with pytest.raises(error) as wanted:

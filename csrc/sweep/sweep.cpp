@@ -10,11 +10,10 @@
 #include "common/device_guard.h"
 #include "common/launch.h"
 #include "sweep/launches.h"
+#include "sweep/sweep_config.h"
 
 namespace obs_kernels {
 namespace {
-
-constexpr int64_t kMaxSets = 128;
 
 void check_sizes(const SweepParams& params) {
   const bool panels = params.v > 0;

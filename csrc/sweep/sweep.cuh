@@ -16,7 +16,6 @@ namespace obs_kernels::sweep {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
-constexpr int kMaxSets = 128;                             // kept sets of a group
 constexpr uint64_t kEveryColumn = 0xFEDCBA9876543210ull;  // place i is column i
 
 // What the rows of a block hand from one to the other. Groups narrower than kM are filled up with

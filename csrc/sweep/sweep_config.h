@@ -6,6 +6,7 @@ namespace obs_kernels {
 
 inline constexpr int kSweepWidth = 128;  // columns of a step at most, and threads side by side
 inline constexpr int kRowLanes = 8;      // threads that choose for a row together
+inline constexpr int kMaxSets = 128;     // kept sets of a group
 
 // A thread owns a column of the step and kRowsOfThread rows of it, whose part of dw R it keeps in
 // registers; for the choice of a group the same threads stand kRowLanes to a row.
