@@ -94,8 +94,8 @@ class OBSPruner:
         """
         if self.config.sequential and layers is None:
             raise ConfigError(
-                "sequential takes the layers one after the other, got layers=None; use sparsify_, or "
-                "collect(layers=...), stage_layers and commit in the order they run"
+                "sequential takes the layers one after the other as they run, got layers=None; use sparsify_, which "
+                "writes the weights of each before it collects for the next"
             )
         chosen = self._named(layers)
         check_fits(
