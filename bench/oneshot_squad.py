@@ -60,8 +60,16 @@ CORE = (
     ("combinatorial", "joint"),
 )
 """Method and update of the README's columns."""
-CURVATURES = (("row", True), ("row", False), ("layer", False), ("layer", True))
-"""Beside the block Fisher; True: sequential over the layers."""
+CURVATURES = (
+    ("row", True, "outputs"),
+    ("row", True, "labels"),
+    ("layer", False, "labels"),
+    ("row", False, "outputs"),
+    ("layer", True, "labels"),
+    ("block", False, "outputs"),
+    ("row", False, "labels"),
+)
+"""Beside the block Fisher of the labels; True: sequential over the layers."""
 
 
 def all_cells(rows: Sequence[str], methods: Sequence[str] = METHODS, updates: Sequence[str] = UPDATES) -> list[Cell]:
@@ -74,8 +82,8 @@ def all_cells(rows: Sequence[str], methods: Sequence[str] = METHODS, updates: Se
         return block
     first = [cell for cell in block if (cell.method, cell.update) in CORE]
     curved = [
-        Cell(row, "combinatorial", "joint", 1, curvature, sequential)
-        for curvature, sequential in CURVATURES
+        Cell(row, "combinatorial", "joint", 1, curvature, sequential, loss)
+        for curvature, sequential, loss in CURVATURES
         for row in rows
         if takes(row, curvature)
     ]

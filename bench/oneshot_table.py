@@ -10,7 +10,16 @@ from bench.stored import table_row
 
 METHOD_ORDER = ("magnitude", "diagonal", "pairwise", "combinatorial")
 UPDATE_ORDER = ("none", "single", "joint")
-CURVATURE_ORDER = ("block", "layer", "layer, sequential", "row", "row, sequential")
+CURVATURE_ORDER = (
+    "block",
+    "block, outputs",
+    "layer",
+    "layer, sequential",
+    "row",
+    "row, sequential",
+    "row, outputs",
+    "row, sequential, outputs",
+)
 
 
 def to_markdown(stored: dict[str, Any]) -> str:
@@ -124,4 +133,7 @@ def summary_table(cells: list[dict[str, Any]], core: Sequence[tuple[str, str]]) 
 
 
 def _curvature(cell: dict[str, Any]) -> str:
-    return cell.get("curvature", "block") + (", sequential" if cell.get("sequential") else "")
+    """Its name in the tables; "outputs": of the model's own distribution instead of the labels'."""
+    loss = cell.get("loss", "labels")
+    parts = [cell.get("curvature", "block"), "sequential" if cell.get("sequential") else "", loss]
+    return ", ".join(part for part in parts if part not in ("", "labels"))

@@ -7,7 +7,7 @@ Importing the package needs neither a GPU nor compiled code, and never initialis
 
 from obs_kernels import errors, ops
 from obs_kernels.patterns import parse_pattern
-from obs_kernels.pruning import OBSConfig, OBSPruner, PruningPlan, PruningReport, sparsify_
+from obs_kernels.pruning import OBSConfig, OBSPruner, PruningPlan, PruningReport, output_probe, sparsify_
 from obs_kernels.sparse import SparseLinear, SparseWeight, compress_, decompress_, load, save_pretrained
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "errors",
     "load",
     "ops",
+    "output_probe",
     "parse_pattern",
     "save_pretrained",
     "sparsify_",

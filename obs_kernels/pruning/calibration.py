@@ -9,7 +9,7 @@ buffer, and only when all are there do they count. So a batch is added whole or 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from obs_kernels.pruning.modes import eval_mode, require_grad
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.row_layer import RowLayer, RowSums, require_row_layers
 from obs_kernels.pruning.samples import Samples, batch_size, check_samples, host_padding, padding_of
+from obs_kernels.pruning.token_weights import TokenWeights
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 T = TypeVar("T")
@@ -41,6 +42,8 @@ def collect_gradients(
     num_grads: int,
     gradients: str,
     on_nonfinite: str,
+    seed: int = 0,
+    sink: TokenWeights | None = None,
     sized_for: Sequence[PrunedLayer] | None = None,
     timings: PhaseTimes | None = None,
     progress: bool = True,
@@ -55,6 +58,8 @@ def collect_gradients(
         loss_fn: ``loss_fn(model, batch)``, the mean loss over the samples, or per-sample losses [B].
         gradients: "sample" or "batch".
         on_nonfinite: "raise" or "skip_batch".
+        seed: of torch's global generator while this runs; a ``loss_fn`` may draw from it. It comes back as it was.
+        sink: where samples go instead of the sums of ``layers``.
         sized_for: see ``GradientBuffer``.
         timings: seconds of each phase are added to it.
 
@@ -70,19 +75,21 @@ def collect_gradients(
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         stack.enter_context(require_grad([layer.weight for layer in layers]))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(seeded(device, seed))
         bar = stack.enter_context(
             tqdm(
                 total=num_grads, desc="gradients", unit="grad", leave=False, disable=None if progress else True, delay=2
             )
         )
-        buffer: GradientBuffer | RowSums
-        if isinstance(layers[0], RowLayer):
+        buffer: GradientBuffer | RowSums | TokenWeights
+        if sink is not None:
+            buffer = sink
+        elif isinstance(layers[0], RowLayer):
             buffer = RowSums(require_row_layers(layers), timings)
         else:
             buffer = GradientBuffer(layers, limit=num_grads, sized_for=sized_for, timings=timings)
         stack.callback(buffer.close)
-        batches = _batches(loader, device, timings)
+        batches = device_batches(loader, device, timings)
         while received < num_grads and (item := next(batches, None)) is not None:
             index, batch, padding = item
             try:
@@ -101,6 +108,17 @@ def collect_gradients(
             "only once)"
         )
     return received
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators, that of ``device`` included, at ``seed``; afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def move(batch: Any, device: torch.device) -> Any:
@@ -135,7 +153,7 @@ def add_parameter_gradients(buffer: GradientBuffer, batch: int) -> None:
     _push_gradients(buffer, found)
 
 
-def _batches(
+def device_batches(
     loader: Iterable[Any], device: torch.device, timings: PhaseTimes | None
 ) -> Iterator[tuple[int, Any, Tensor | None]]:
     """Number, batch on ``device``, and its padding [N, T] bool where there may be any."""
@@ -197,7 +215,7 @@ def _push_gradients(buffer: GradientBuffer, grads: Sequence[Tensor]) -> None:
 
 def _add_samples(
     model: nn.Module,
-    buffer: GradientBuffer | RowSums,
+    buffer: GradientBuffer | RowSums | TokenWeights,
     batch: Any,
     padding: Tensor | None,
     loss_fn: LossFn,
@@ -207,7 +225,8 @@ def _add_samples(
 ) -> int:
     layers = buffer.layers
     # autograd's own weight gradients of the first batch, to compare with: a weight may be used where no hook sees it
-    compared = [layer.weight for layer in layers] if layers[0].num_grads == 0 else []
+    first = len(buffer) == 0 if isinstance(buffer, TokenWeights) else layers[0].num_grads == 0
+    compared = [layer.weight for layer in layers] if first else []
 
     def work() -> tuple[int, Samples]:
         with phase(timings, "forward"), capture(layers) as captured:
@@ -239,11 +258,11 @@ def _add_samples(
 
     samples, found = _with_memory(buffer, work)
     count = min(samples, room)
-    buffer.push_samples(count, found)
+    buffer.push_samples(count, found, index)
     return count
 
 
-def _with_memory(buffer: GradientBuffer | RowSums, work: Callable[[], T]) -> T:
+def _with_memory(buffer: GradientBuffer | RowSums | TokenWeights, work: Callable[[], T]) -> T:
     """``work()``, which adds nothing anywhere; done again with a smaller buffer while memory runs out."""
     while True:
         try:

@@ -59,8 +59,12 @@ class OBSConfig:
         on_singular: "raise", "increase_damp" (ten times for the block, repeated) or "skip" the layer.
         on_unsupported: "raise", "skip" or "pad" layers whose shape does not fit the pattern.
         on_nonfinite: "raise" or "skip_batch" for NaN or Inf in gradients.
-        sequential: prune layers in the order they run, each with the curvature of the model pruned so far (more passes
-            over the data); False takes all curvature from the model as it was. For "row" and "layer".
+        sequential: prune layers in the order they run, each with the inputs of the model pruned so far (more passes
+            over the data); False takes all from the model as it was. For "row" and "layer". Under "row" tokens weigh as
+            in the dense model, and weights and bias also make up for the error that the layers before left, in the
+            residual stream too where an output goes into one.
+        refit_bias: move the biases of pruned layers to make up for the mean of what is lost. For "row"; the others
+            leave them alone.
         sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
             first. For "row" and "layer".
     """
@@ -84,6 +88,7 @@ class OBSConfig:
     on_unsupported: str = "raise"
     on_nonfinite: str = "raise"
     sequential: bool = False
+    refit_bias: bool = True
     sweep_order: str = "given"
 
     def __post_init__(self) -> None:
@@ -103,7 +108,7 @@ class OBSConfig:
             raise ConfigError(
                 "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
             )
-        for name in ("global_sparsity", "sequential"):
+        for name in ("global_sparsity", "sequential", "refit_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, choices in (

@@ -90,8 +90,17 @@ def _make_layer(
         )
     alive = (values != 0).contiguous()
     if whole_rows:
+        row = cfg.curvature == "row"
         return RowLayer(
-            name, module, padded, padded[1], alive, alive.clone(), transposed, weighted=cfg.curvature == "row"
+            name,
+            module,
+            padded,
+            padded[1],
+            alive,
+            alive.clone(),
+            transposed,
+            weighted=row,
+            has_target=row and cfg.sequential,
         )
     return PrunedLayer(name, module, padded, size, alive, alive.clone(), transposed)
 

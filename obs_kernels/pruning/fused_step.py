@@ -37,6 +37,8 @@ class LayerStep:
     blocks_raised: int
     finite: bool
     """Whether all of ``weight`` is."""
+    bias: Tensor | None = None
+    """[R] of the layer, where the step moves it."""
 
 
 def is_fused(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig) -> bool:

@@ -163,8 +163,8 @@ class GradientBuffer:
                 )
             self.shrink()
 
-    def push_samples(self, count: int, samples: Samples) -> None:
-        """Take the first ``count`` samples of a batch, a gradient each."""
+    def push_samples(self, count: int, samples: Samples, batch: int) -> None:
+        """Take the first ``count`` samples of batch number ``batch``, a gradient each."""
         self.push(count, samples.dtypes, samples.write)
 
     def shrink(self) -> bool:

@@ -66,6 +66,12 @@ class PrunedLayer:
         return weight
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """The parameter [R] beside the weight, if there is one."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, nn.Parameter) and bias.shape == self.mask.shape[:1] else None
+
+    @property
     def matrix(self) -> Tensor:
         """The weight as [R, C], outputs first: a view without gradient, through which the weight is written."""
         return self.as_matrix(self.weight.detach())

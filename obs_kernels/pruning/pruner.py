@@ -112,6 +112,7 @@ class OBSPruner:
             num_grads=self.config.num_grads,
             gradients=self.config.gradients,
             on_nonfinite=self.config.on_nonfinite,
+            seed=self.config.seed,
             sized_for=self.layers,
             timings=timings,
         )
@@ -183,10 +184,9 @@ class OBSPruner:
         """Write staged masks and weights into the model and go to the next stage."""
         start = time.perf_counter()
         pattern = self.stages[self.stage]
-        with torch.no_grad():
-            for item in staged:
-                item.layer.mask = item.mask
-                item.layer.matrix.copy_(item.weight)
+        for item in staged:
+            item.layer.mask = item.mask
+            item.write()
         reports = [self._layer_report(item, str(pattern)) for item in staged]
         self._num_grads = max((item.num_grads for item in staged), default=0)
         if not keep_fisher:
@@ -265,6 +265,7 @@ class OBSPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, position in the stages, Fisher sums and counts: tensors and plain values only."""
+        rows = [layer for layer in self.layers if isinstance(layer, RowLayer)]
         return {
             "config": self.config.to_dict(),
             "stage": self.stage,
@@ -276,11 +277,8 @@ class OBSPruner:
             "fisher_sums": {
                 layer.name: fisher.clone() for layer in self.layers if (fisher := layer.fisher_sum) is not None
             },
-            "row_sums": {
-                layer.name: layer.row_sum.clone()
-                for layer in self.layers
-                if isinstance(layer, RowLayer) and layer.row_sum is not None
-            },
+            "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
+            "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
             "num_grads": {layer.name: layer.num_grads for layer in self.layers},
             "reports": {
                 name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
@@ -303,6 +301,7 @@ class OBSPruner:
             layer.set_fisher(fisher, state["num_grads"][layer.name])
             if isinstance(layer, RowLayer) and fisher is not None:
                 layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
+                layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
         self.stage, self._saliency = state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}

@@ -21,6 +21,32 @@ from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.samples import Samples
+from obs_kernels.reference.precision import exact_products
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """What a step needs of the tokens: means over the samples, of the padded shape.
+
+    With e the error of an output that weights or bias are to make up for, 0 without a target: the loss of a change dW,
+    db is ``1/2 sum_t |dy_t|^2 |dW x_t + db - e_t|^2``.
+    """
+
+    hessian: Tensor
+    """[C, C] mean of ``|dy|^2 x x^T``; of x less its mean where the bias is free."""
+    pull: Tensor | None
+    """[R, C] mean of ``|dy|^2 e x^T``, both less their means where the bias is free; None without a target."""
+    mean_input: Tensor | None
+    """[C] mean of x by the weights of the tokens; None where the bias stays."""
+    mean_error: Tensor | None
+    """[R] mean of e by the weights of the tokens; None where the bias stays or without a target."""
+
+    def bias_change(self, change: Tensor) -> Tensor | None:
+        """[R]: the best db for a change [R, C] of the weights; None where the bias stays."""
+        if self.mean_input is None:
+            return None
+        moved = -(change.to(self.mean_input.dtype) @ self.mean_input)
+        return moved if self.mean_error is None else moved + self.mean_error
 
 
 @dataclass(eq=False)
@@ -29,49 +55,81 @@ class RowLayer(PrunedLayer):
 
     weighted: bool = True
     """Whether tokens and rows weigh as the loss says, or all alike (``curvature="layer"``)."""
+    has_target: bool = False
+    """Whether the outputs of the dense model are aimed at, for which ``target_sum`` takes memory."""
     row_sum: Tensor | None = field(default=None, init=False, repr=False)
+    input_sum: Tensor | None = field(default=None, init=False, repr=False)
+    """[C + 1] f64, sum of ``|dy|^2 (x, 1)``."""
+    target_sum: Tensor | None = field(default=None, init=False, repr=False)
+    """[R, C + 1] f32, sum of ``|dy|^2 e (x, 1)^T``; None before the first target."""
 
     @property
     def num_blocks(self) -> int:
         """One matrix for all rows."""
         return 1
 
+    @property
+    def fisher_bytes(self) -> int:
+        """Bytes of the Hessian, and of the sum of targets where there are any."""
+        rows, cols = self.padded
+        return super().fisher_bytes + (4 * rows * (cols + 1) if self.has_target else 0)
+
     def allocate(self) -> Tensor:
-        """Memory of both sums."""
+        """Memory of the sums that every token goes into."""
         if self.row_sum is None:
-            self.row_sum = torch.zeros(self.padded[0], dtype=torch.float64, device=self.weight.device)
+            rows, cols = self.padded
+            self.row_sum = torch.zeros(rows, dtype=torch.float64, device=self.weight.device)
+            self.input_sum = torch.zeros(cols + 1, dtype=torch.float64, device=self.weight.device)
         return super().allocate()
 
     def drop_empty(self) -> None:
         """Give back the memory of sums that hold nothing."""
         super().drop_empty()
         if not self.has_fisher:
-            self.row_sum = None
+            self.row_sum = self.input_sum = self.target_sum = None
 
     def set_fisher(self, fisher_sum: Tensor | None, num_grads: int) -> None:
-        """Take a sum [1, C, C]; that of the rows goes to ``row_sum``."""
+        """Take a sum [1, C, C]; those of rows and inputs go to ``row_sum`` and ``input_sum``."""
         super().set_fisher(fisher_sum, num_grads)
-        self.row_sum = None
+        self.row_sum = self.input_sum = self.target_sum = None
 
     def add_tokens(self, x: Tensor, dy: Tensor, scale: float) -> None:
         """Add tokens x [N, T, C] whose outputs have the gradients ``scale * dy`` [N, T, R]."""
+        self.allocate()
+        rows, cols = self.mask.shape
+        assert self.row_sum is not None
+        if not self.weighted:
+            self.row_sum[:rows] += 1.0
+            self.add_inputs(x.reshape(-1, cols), None)
+            return
+        # a new tensor: layers whose outputs are added get one and the same dy
+        squares = dy.reshape(-1, rows).float().square().mul_(scale * scale)
+        self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
+        self.add_inputs(x.reshape(-1, cols), squares.sum(1))
+
+    @exact_products()
+    def add_inputs(self, x: Tensor, token_weight: Tensor | None, error: Tensor | None = None) -> None:
+        """Add inputs x [t, C] of weight [t] f32 (None: 1), and the errors [t, R] f32 of their outputs."""
         hessian = self.allocate()[0]
         rows, cols = self.mask.shape
-        inputs = x.reshape(-1, cols)
-        weights = None
-        assert self.row_sum is not None
-        if self.weighted:
-            # a new tensor: layers whose outputs are added get one and the same dy
-            squares = dy.reshape(-1, rows).float().square().mul_(scale * scale)
-            weights = squares.sum(1)
-            self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
-        else:
-            self.row_sum[:rows] += 1.0
         if cols == hessian.shape[0]:
-            accumulate_hessian_(hessian, inputs, token_weight=weights, scale=1.0)
+            accumulate_hessian_(hessian, x, token_weight=token_weight, scale=1.0)
         else:  # columns that the pattern pads are never used
             part = hessian[:cols, :cols].contiguous()
-            hessian[:cols, :cols] = accumulate_hessian_(part, inputs, token_weight=weights, scale=1.0)
+            hessian[:cols, :cols] = accumulate_hessian_(part, x, token_weight=token_weight, scale=1.0)
+        assert self.input_sum is not None
+        weight = x.new_ones(x.shape[0], dtype=torch.float32) if token_weight is None else token_weight
+        self.input_sum[:cols] += weight @ x.float()
+        self.input_sum[-1] += weight.sum()
+        if error is None:
+            return
+        if self.target_sum is None:
+            self.target_sum = torch.zeros(
+                self.padded[0], self.padded[1] + 1, dtype=torch.float32, device=self.weight.device
+            )
+        weighted = error * weight[:, None]
+        self.target_sum[:rows, :cols] += weighted.mT @ x.float()
+        self.target_sum[:rows, -1] += weighted.sum(0)
 
     @property
     def is_reached(self) -> bool:
@@ -90,13 +148,30 @@ class RowLayer(PrunedLayer):
             return torch.ones_like(self.row_sum, dtype=torch.float32)
         return (self.row_sum / self.row_sum.sum().clamp_min(1e-300)).float()
 
-    def live_damp(self, cfg: OBSConfig) -> Tensor:
-        """Absolute damping of the mean Hessian: ``cfg.damp``, or the share of its mean diagonal (tiny if that is 0)."""
+    def moments(self, *, free_bias: bool) -> RowMoments:
+        """Means of what was collected; new tensors."""
+        hessian = self.require_sum()[0] / self.num_grads
+        assert self.input_sum is not None
+        target = None if self.target_sum is None else self.target_sum / self.num_grads
+        pull = None if target is None else target[:, :-1].contiguous()
+        if not free_bias or float(self.input_sum[-1]) <= 0:
+            return RowMoments(hessian, pull, None, None)
+        total = self.input_sum[-1]
+        x = self.input_sum[:-1] / total
+        hessian = (hessian - torch.outer(x, x) * (total / self.num_grads)).float()
+        hessian = 0.5 * (hessian + hessian.mT)
+        error = None
+        if target is not None and pull is not None:
+            error = target[:, -1].double() * (self.num_grads / total)
+            pull = (pull - torch.outer(target[:, -1].double(), x)).float()
+        return RowMoments(hessian, pull, x, error)
+
+    def damp_of(self, hessian: Tensor, cfg: OBSConfig) -> float:
+        """Absolute damping of a mean Hessian: ``cfg.damp``, or the share of its mean diagonal (tiny if that is 0)."""
         if cfg.damp is not None:
-            return torch.full((), cfg.damp, dtype=torch.float64, device=self.weight.device)
-        diagonal = self.require_sum()[0].diagonal()[: self.mask.shape[1]]
-        damp = cfg.dampening_frac * diagonal.double().mean() / self.num_grads
-        return torch.where(damp > 0, damp, 1e-12)
+            return cfg.damp
+        damp = cfg.dampening_frac * float(hessian.diagonal()[: self.mask.shape[1]].double().mean())
+        return damp if damp > 0 else 1e-12
 
 
 class RowSums:
@@ -107,8 +182,8 @@ class RowSums:
         self._timings = timings
         allocate_sums(self.layers, "Hessian", "; collect fewer layers at a time (layers=)")
 
-    def push_samples(self, count: int, samples: Samples) -> None:
-        """Take the first ``count`` samples of a batch."""
+    def push_samples(self, count: int, samples: Samples, batch: int) -> None:
+        """Take the first ``count`` samples of batch number ``batch``."""
         with phase(self._timings, "accumulate"):
             for layer in self.layers:
                 for piece in samples.pieces[layer]:

@@ -131,12 +131,12 @@ def check_samples(
     readings = Readings()
     gaps = _gaps_to_autograd(layers, captured, dys, weight_grads, readings)
     for place in {captured.uses[i].input for i in reached}:
-        inputs[place] = _tokens(inputs[place], samples, padding)
+        inputs[place] = as_tokens(inputs[place], samples, padding)
     pieces: dict[PrunedLayer, list[Piece]] = {layer: [] for layer in layers}
     for i in reached:
         dy, dys[i] = dys[i], None  # of a padded batch only the copy lives on
         assert dy is not None
-        pieces[captured.uses[i].layer].append(Piece(captured.uses[i].input, _tokens(dy, samples, padding)))
+        pieces[captured.uses[i].layer].append(Piece(captured.uses[i].input, as_tokens(dy, samples, padding)))
     found = Samples(inputs, pieces, scale)
     bounds = {
         layer: [
@@ -194,7 +194,7 @@ def _require_batch_first(layer: PrunedLayer, x: Tensor, samples: int) -> None:
         )
 
 
-def _tokens(values: Tensor, samples: int, padding: Tensor | None) -> Tensor:
+def as_tokens(values: Tensor, samples: int, padding: Tensor | None) -> Tensor:
     """[N, T, :] of an input or output gradient, zero at padded tokens whatever they hold."""
     if padding is not None and values.dim() == 3 and padding.shape == values.shape[:2]:
         values = values.masked_fill(padding[..., None], 0.0)

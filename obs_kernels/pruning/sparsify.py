@@ -20,7 +20,9 @@ from obs_kernels.pruning.calibration import LossFn
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.execution import execution_groups
 from obs_kernels.pruning.layer import PrunedLayer
+from obs_kernels.pruning.layerwise import DenseModel, Snapshot
 from obs_kernels.pruning.memory import readable
+from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
 from obs_kernels.pruning.step import StagedLayer
@@ -68,6 +70,7 @@ def run_stages(
     *,
     work_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    timings: PhaseTimes | None = None,
 ) -> PruningReport:
     """All stages of ``pruner``; what ``sparsify_`` does after building it."""
     cfg = pruner.config
@@ -84,21 +87,27 @@ def run_stages(
         groups = _in_order(pruner, loader, loss_fn)
     with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
         folder = None if held is None else _WorkDir(held, pruner, resume=resume)
+        dense: DenseModel | None = None
+        if cfg.sequential and cfg.curvature == "row" and loader is not None and loss_fn is not None:
+            dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, Snapshot(pruner.layers), timings)
         while pruner.stage < len(pruner.stages):
             staged: list[StagedLayer] = []
-            with _weights_restored_on_error(pruner) if cfg.sequential else nullcontext():
+            with _restored_on_error(pruner) if cfg.sequential else nullcontext():
                 for names in groups:
                     done = None if folder is None else folder.load(pruner, names)
                     if done is None:
-                        if cfg.needs_fisher and loader is not None and loss_fn is not None:
-                            pruner.collect(loader, loss_fn, layers=names)
+                        if dense is not None:
+                            dense.collect(pruner._named(names))
+                        elif cfg.needs_fisher and loader is not None and loss_fn is not None:
+                            pruner.collect(loader, loss_fn, layers=names, timings=timings)
                         done = pruner.stage_layers(names)
                         if folder is not None:
                             folder.store(pruner, done)
                         for item in done:
                             item.layer.clear()
-                    if cfg.sequential:
-                        _write_weights(done)
+                    if cfg.sequential:  # for the layers that run later; masks and reports follow with the stage
+                        for item in done:
+                            item.write()
                     staged += done
             pruner.commit(staged)
     return pruner.finalize()
@@ -114,22 +123,13 @@ def _in_order(pruner: OBSPruner, loader: Iterable[Any], loss_fn: LossFn) -> list
     return groups
 
 
-@torch.no_grad()
-def _write_weights(staged: Iterable[StagedLayer]) -> None:
-    """What the layers that run later shall see; masks and reports follow when all of the stage is done."""
-    for item in staged:
-        item.layer.matrix.copy_(item.weight)
-
-
 @contextmanager
-def _weights_restored_on_error(pruner: OBSPruner) -> Iterator[None]:
-    before = [layer.weight.detach().clone() for layer in pruner.layers]
+def _restored_on_error(pruner: OBSPruner) -> Iterator[None]:
+    before = Snapshot(pruner.layers)
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for layer, weight in zip(pruner.layers, before, strict=True):
-                layer.weight.copy_(weight)
+        before.restore()
         raise
 
 
@@ -200,6 +200,8 @@ class _WorkDir:
 
         for item in staged:
             tensors = {"mask": item.mask.to(torch.uint8).cpu().contiguous(), "weight": item.weight.cpu().contiguous()}
+            if item.bias is not None:
+                tensors["bias"] = item.bias.cpu().contiguous()
             names = ("saliency", "damp", "blocks_raised", "outcome", "num_grads", "seconds")
             meta = json.dumps({name: getattr(item, name) for name in names})
             write_bytes(self._path(pruner, item.layer.name), save(tensors, metadata={"staged": meta}))
@@ -212,12 +214,15 @@ def _read_layer(path: Path, layer: PrunedLayer) -> StagedLayer:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["staged"])
             mask, weight = (file.get_tensor(k).to(layer.weight.device) for k in ("mask", "weight"))
-        item = StagedLayer(layer=layer, mask=mask.bool(), weight=weight, **meta)
+            bias = file.get_tensor("bias").to(layer.weight.device) if "bias" in file.keys() else None  # noqa: SIM118
+        item = StagedLayer(layer=layer, mask=mask.bool(), weight=weight, bias=bias, **meta)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ResumeMismatchError(
             f"{path} is damaged ({error}); remove the file to have the layer done again"
         ) from None
-    if mask.shape != layer.mask.shape or weight.shape != layer.mask.shape or weight.dtype != layer.weight.dtype:
+    wrong_bias = bias is not None and (layer.bias is None or bias.shape != layer.bias.shape)
+    same = mask.shape == weight.shape == layer.mask.shape and weight.dtype == layer.weight.dtype
+    if wrong_bias or not same:
         raise ResumeMismatchError(
             f"{path} holds a layer of another shape or dtype; remove the file to have it done again"
         )

@@ -42,6 +42,15 @@ class StagedLayer:
     outcome: str
     num_grads: int
     seconds: float
+    bias: Tensor | None = None
+    """[R], where the step moves it."""
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put weight and bias into the model; the mask of the layer is the caller's."""
+        self.layer.matrix.copy_(self.weight)
+        if self.bias is not None and self.layer.bias is not None:
+            self.layer.bias.copy_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor |
         outcome=outcome,
         num_grads=layer.num_grads,
         seconds=time.perf_counter() - start,
+        bias=done.bias,
     )
 
 

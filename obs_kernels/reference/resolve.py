@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from obs_kernels.reference.blocks import solve_kept
-from obs_kernels.reference.fisher import chunks
+from obs_kernels.reference.fisher import chunks, factor_spd
 from obs_kernels.reference.precision import exact_products
+from obs_kernels.row_checks import check_column_pivot
 
 MAX_CHOLESKY_WIDTH = 128
 """Kept entries of a row up to which each row is factorised. Some 25 products by H, shared by all rows, do for wider
@@ -48,6 +49,19 @@ def resolve_rows(weight: Tensor, swept: Tensor, hessian: Tensor, mask: Tensor) -
     moved = change + step
     better = ((moved @ hessian) * moved).sum(1) <= (gradient * change).sum(1)  # False for NaN
     return torch.where(better[:, None], swept + step, swept)
+
+
+def best_rows(pull: Tensor, hessian: Tensor) -> Tensor:
+    """[R, C]: ``pull H^-1``, the change of whole rows that minimises ``1/2 dw^T H dw - pull^T dw``; ``hessian`` damped.
+
+    Solved in f64: the change is the small difference that a layer makes up for, and H may be near singular.
+
+    Raises:
+        SingularBlockError: H is not positive definite; names the column of the failing pivot.
+    """
+    factor, info = factor_spd(hessian.double().flip(0, 1)[None])  # from the last column, as the sweep's own
+    check_column_pivot(info, hessian.shape[0])
+    return torch.cholesky_solve(pull.double().flip(1).mT, factor[0]).mT.flip(1).to(hessian.dtype)
 
 
 def _step_by_cholesky(gradient: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:

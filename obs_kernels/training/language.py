@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
+from obs_kernels.pruning.output_probe import output_probe
 
 Batch = dict[str, Tensor]
 
@@ -64,6 +65,11 @@ def train_tokenizer(text: str, vocab_size: int) -> Any:
 def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     """[B]: mean loss of each block's next tokens, f32; what ``OBSPruner.collect`` takes as ``loss_fn``."""
     return token_losses(model, batch).mean(1)
+
+
+def causal_lm_output_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """[B]: stand-in losses that carry the curvature of the model's own next tokens (``obs_kernels.output_probe``)."""
+    return output_probe(model(input_ids=batch["input_ids"]).logits[:, :-1])
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning import OBSConfig, OBSPruner, PruningReport
 from obs_kernels.pruning.sparsify import run_stages
 from obs_kernels.training.evaluate import SquadResult
-from obs_kernels.training.squad_batches import SquadLoader, squad_loss
+from obs_kernels.training.squad_batches import LOSSES, SquadLoader
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Cell:
     recomputations: int = 1
     curvature: str = "block"
     sequential: bool = False
+    loss: str = "labels"
+    """Whose curvature is taken: "labels" or "outputs", see ``LOSSES``."""
 
     @property
     def key(self) -> str:
@@ -40,6 +42,8 @@ class Cell:
         parts = [self.pattern, self.method, self.update, str(self.recomputations)]
         if self.curvature != "block":
             parts.append(self.curvature + (" sequential" if self.sequential else ""))
+        if self.loss != "labels":
+            parts.append(self.loss)
         return "/".join(parts)
 
 
@@ -90,7 +94,7 @@ class OneShotTable:
         self.dense_weights = {k: v.detach().clone() for k, v in model.named_parameters()}
         self.dense: SquadResult | None = None
         self.seconds_gradients = 0.0
-        self._fishers: tuple[int, dict[str, Tensor], int] | None = None
+        self._fishers: tuple[tuple[int, str], dict[str, Tensor], int] | None = None
 
     def dense_result(self) -> SquadResult:
         """Score of the dense model, measured once."""
@@ -109,9 +113,9 @@ class OneShotTable:
         dense = self.dense_result()
         try:
             if self._is_stored(cfg):
-                self._fishers_of(OBSPruner(self.model, cfg))  # outside of the cell's time
+                self._fishers_of(OBSPruner(self.model, cfg), cell.loss)  # outside of the cell's time
             start = time.perf_counter()
-            pruner, report = self._prune(cfg)
+            pruner, report = self._prune(cfg, cell.loss)
             seconds = time.perf_counter() - start
             violations = pruner.verify()
             scores = self.evaluate(self.model)
@@ -150,7 +154,7 @@ class OneShotTable:
 
     def prune(self, cell: Cell) -> OBSPruner:
         """Prune the model by ``cell`` and leave it so; ``restore`` brings the dense weights back."""
-        return self._prune(self.config(cell))[0]
+        return self._prune(self.config(cell), cell.loss)[0]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -158,27 +162,27 @@ class OneShotTable:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(self.dense_weights[name])
 
-    def _prune(self, cfg: OBSConfig) -> tuple[OBSPruner, PruningReport]:
+    def _prune(self, cfg: OBSConfig, loss: str) -> tuple[OBSPruner, PruningReport]:
         pruner = OBSPruner(self.model, cfg)
         if self._is_stored(cfg):
-            pruner.set_fishers(*self._fishers_of(pruner))
+            pruner.set_fishers(*self._fishers_of(pruner, loss))
             pruner.prune()
             return pruner, pruner.finalize()
         self._fishers = None  # both sets may not fit the memory
-        return pruner, run_stages(pruner, self.calibration, squad_loss)
+        return pruner, run_stages(pruner, self.calibration, LOSSES[loss])
 
     def _is_stored(self, cfg: OBSConfig) -> bool:
         """Whether the cell takes its curvature from what is collected once for all."""
         return cfg.recomputations == 1 and cfg.curvature == "block"
 
-    def _fishers_of(self, pruner: OBSPruner) -> tuple[dict[str, Tensor], int]:
-        """Mean Fishers of the dense model for the block size at hand, on the model's device."""
-        size = pruner.config.block_size
-        if self._fishers is None or self._fishers[0] != size:
+    def _fishers_of(self, pruner: OBSPruner, loss: str) -> tuple[dict[str, Tensor], int]:
+        """Mean Fishers of the dense model for the block size and loss at hand, on the model's device."""
+        kind = (pruner.config.block_size, loss)
+        if self._fishers is None or self._fishers[0] != kind:
             self._fishers = None
             start = time.perf_counter()
-            received = pruner.collect(self.calibration, squad_loss)
-            self._fishers = (size, pruner.fishers(), received)
+            received = pruner.collect(self.calibration, LOSSES[loss])
+            self._fishers = (kind, pruner.fishers(), received)
             self.seconds_gradients += time.perf_counter() - start
         return self._fishers[1], self._fishers[2]
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
+from obs_kernels.pruning.output_probe import TEMPERATURE, output_probe
 from obs_kernels.training.squad import Batch, SquadWindows
 
 _BATCHES_PER_BUCKET = 50
@@ -133,6 +134,22 @@ def squad_loss(model: nn.Module, batch: Batch) -> Tensor:
         for x, key in zip(logits, ("start_positions", "end_positions"), strict=True)
     ]
     return (losses[0] + losses[1]) / 2
+
+
+def squad_output_loss(model: nn.Module, batch: Batch, *, temperature: float = TEMPERATURE) -> Tensor:
+    """Return stand-in losses [B] that carry the curvature of the model's own answers, first and last token.
+
+    Labels are not read; tokens where ``attention_mask`` is 0 are left out. See ``obs_kernels.output_probe``.
+    """
+    inputs = model_inputs(model, batch)
+    start, end = span_logits(model(**inputs))
+    padding = inputs["attention_mask"] == 0
+    first, last = (output_probe(x, temperature=temperature, padding=padding) for x in (start, end))
+    return (first + last) / 2
+
+
+LOSSES: dict[str, Callable[[nn.Module, Batch], Tensor]] = {"labels": squad_loss, "outputs": squad_output_loss}
+"""What curvature may be taken of: the loss on the answers, or the model's own distribution."""
 
 
 def span_logits(outputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row curvature layer by layer: inputs from the model pruned so far, weights of tokens and aims from the dense model.
+
+One pass with gradients over the dense model says how much each token counts for each layer. Then every layer, in the
+order they run, sees each batch twice, once in the dense model and once in the pruned one, both only as far as the layer
+goes: the difference of its outputs is the error that the layers before left, which its weights and bias make up for
+together with its own pruning. Where the output goes into a residual stream it is the error of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obs_kernels.errors import ConfigError, NonFiniteError
+from obs_kernels.ops.dispatch import no_autocast
+from obs_kernels.pruning.calibration import LossFn, collect_gradients, device_batches, move, seeded
+from obs_kernels.pruning.config import OBSConfig
+from obs_kernels.pruning.gradient_buffer import allocate_sums
+from obs_kernels.pruning.layer import PrunedLayer
+from obs_kernels.pruning.modes import eval_mode
+from obs_kernels.pruning.output_watch import Expected, Seen, expected_of, watch
+from obs_kernels.pruning.phase_times import PhaseTimes, phase
+from obs_kernels.pruning.row_layer import RowLayer, require_row_layers
+from obs_kernels.pruning.samples import as_tokens
+from obs_kernels.pruning.token_weights import TokenWeights
+
+
+class Snapshot:
+    """Weights and biases of layers as they are now, to be put back, or put in for a while."""
+
+    def __init__(self, layers: Sequence[PrunedLayer]) -> None:
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the values back."""
+        for parameter, value in self._saved:
+            parameter.copy_(value)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The saved values in the model, without a copy; afterwards those that were there."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, (parameter, value) in enumerate(self._saved):
+            self._saved[i] = (parameter, parameter.data)
+            parameter.data = value
+
+
+class DenseModel:
+    """What the dense model says of tokens and outputs, for a model that is being pruned layer by layer.
+
+    Args:
+        model: still dense.
+        layers: all that will be pruned.
+        loader: the same batches in the same order at every pass.
+        loss_fn: see ``OBSPruner.collect``.
+        snapshot: of ``layers``.
+
+    Raises:
+        What ``collect_gradients`` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[PrunedLayer],
+        loader: Iterable[Any],
+        loss_fn: LossFn,
+        cfg: OBSConfig,
+        snapshot: Snapshot,
+        timings: PhaseTimes | None = None,
+    ) -> None:
+        rows = require_row_layers(layers)
+        self.model, self.loader, self.loss_fn, self.cfg = model, loader, loss_fn, cfg
+        self.snapshot, self.timings = snapshot, timings
+        self.device = layers[0].weight.device
+        self.weights = TokenWeights(rows, timings)
+        self._marks: list[tuple[float, ...]] = []
+        collect_gradients(
+            model,
+            rows,
+            self._marked(loader),
+            loss_fn,
+            num_grads=cfg.num_grads,
+            gradients=cfg.gradients,
+            on_nonfinite=cfg.on_nonfinite,
+            seed=cfg.seed,
+            sink=self.weights,
+            timings=timings,
+        )
+        self.expected: Expected = expected_of(rows, self._first_pass(rows))
+
+    def collect(self, layers: Sequence[PrunedLayer]) -> None:
+        """Sums of ``layers``, with inputs and errors of the model as it is now.
+
+        Raises:
+            ConfigError: other batches than at the first pass, or other tokens in a layer than in the dense model.
+            NonFiniteError: names layer and batch.
+        """
+        from tqdm import tqdm
+
+        rows = require_row_layers(layers)
+        allocate_sums(rows, "Hessian and aims", "; prune fewer layers at a time")
+        finite: list[tuple[int, Tensor]] = []
+        bar = tqdm(total=self.weights.num_grads, desc=rows[0].name, unit="sample", leave=False, disable=None, delay=2)
+        with eval_mode(self.model), seeded(self.device, self.cfg.seed), bar:
+            for index, batch, padding in device_batches(self._checked(self.loader), self.device, self.timings):
+                count = self.weights.counts.get(index)
+                if count is None:
+                    continue
+                with phase(self.timings, "forward"):
+                    with self.snapshot.in_place():
+                        wanted = self._watch(rows, batch)
+                    given = self._watch(rows, batch)
+                with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
+                    finite.append((index, self._add(rows, index, count, padding, wanted, given)))
+                bar.update(count)
+        self._require_finite(rows, finite)
+        for layer in rows:
+            sums = self.weights.row_sums.get(layer)
+            assert layer.row_sum is not None
+            if sums is not None:
+                layer.row_sum[: sums.shape[0]] = sums
+            layer.count(self.weights.num_grads)
+
+    def _watch(self, rows: Sequence[RowLayer], batch: Any) -> list[Seen]:
+        expected: Expected = {row: self.expected[row] for row in rows}
+        return watch(rows, lambda: self.loss_fn(self.model, batch), expected)
+
+    def _add(
+        self,
+        rows: Sequence[RowLayer],
+        index: int,
+        count: int,
+        padding: Tensor | None,
+        wanted: Sequence[Seen],
+        given: Sequence[Seen],
+    ) -> Tensor:
+        """Add a batch to every layer; [layers] bool, whether what came is finite."""
+        finite = []
+        for layer in rows:
+            weights = self.weights.of(index, layer)
+            aims, uses = ([found for found in seen if found.layer is layer] for seen in (wanted, given))
+            good = torch.ones((), dtype=torch.bool, device=layer.weight.device)
+            if weights:
+                _require_same_tokens(layer, index, weights, aims, uses, count)
+            for weight, aim, use in zip(weights, aims, uses, strict=False):
+                x = as_tokens(use.input, use.input.shape[0], padding)[:count]
+                error = as_tokens(aim.output.float() - use.output.float(), use.output.shape[0], padding)[:count]
+                x, error = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
+                good &= torch.isfinite(x.sum(dtype=torch.float32)) & torch.isfinite(error.sum())
+                layer.add_inputs(x, weight.reshape(-1), error)
+            finite.append(good)
+        return torch.stack(finite)
+
+    def _require_finite(self, rows: Sequence[RowLayer], finite: Sequence[tuple[int, Tensor]]) -> None:
+        if not finite:
+            return
+        good = torch.stack([flags for _, flags in finite])  # one wait for all batches
+        if bool(good.all()):
+            return
+        batch, layer = (~good).nonzero()[0].tolist()
+        for row in rows:
+            row.clear()
+        raise NonFiniteError(
+            f"{rows[layer].name}: inputs and outputs must be finite, got NaN or Inf in batch {finite[batch][0]} of the "
+            f"model pruned so far; raise damp, or prune in float32"
+        )
+
+    def _first_pass(self, rows: Sequence[RowLayer]) -> list[Seen]:
+        batch = move(next(iter(self.loader)), self.device)
+        with eval_mode(self.model), seeded(self.device, self.cfg.seed):
+            return watch(rows, lambda: self.loss_fn(self.model, batch))
+
+    def _marked(self, loader: Iterable[Any]) -> Iterator[Any]:
+        for batch in loader:
+            self._marks.append(tuple(_mark(batch)))
+            yield batch
+
+    def _checked(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """As many batches as at the first pass, the same ones."""
+        batches = iter(loader)
+        for index in range(max(self.weights.counts) + 1):
+            batch = next(batches, None)
+            if batch is None or tuple(_mark(batch)) != self._marks[index]:
+                raise ConfigError(
+                    f"loader must give the same batches in the same order at every pass, got "
+                    f"{'none' if batch is None else 'another'} at batch {index}; turn shuffling off, or pass a list"
+                )
+            yield batch
+
+
+def _mark(batch: Any) -> Iterator[float]:
+    """A number for each tensor of a batch that tells it from others, the order of its entries included."""
+    if isinstance(batch, Tensor):
+        values = batch.detach().reshape(-1)
+        # f64: exact for token ids, and the same bits for the same tensor
+        places = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
+        yield float(values.double() @ places)
+    elif hasattr(batch, "values"):
+        for value in batch.values():
+            yield from _mark(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _mark(value)
+
+
+def _require_same_tokens(
+    layer: RowLayer, batch: int, weights: Sequence[Tensor], aims: Sequence[Seen], uses: Sequence[Seen], count: int
+) -> None:
+    counts = [weight.numel() for weight in weights]
+    for seen in (aims, uses):
+        found = [f.output[:count].numel() // f.output.shape[-1] for f in seen]
+        if found != counts:
+            raise ConfigError(
+                f"{layer.name}: the same tokens must reach it in the dense and in the pruned model, got {found} of "
+                f"{counts} at batch {batch}, as where a router chooses; use sequential=False, or ignore the layer"
+            )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers were given and gave in a forward pass that ends as soon as that is known.
+
+Of an output that goes straight into an addition, as into a residual stream, the sum is what counts: an error that
+arrives on the other way can be made up for by this one. Additions are found by watching torch's functions, so nothing
+has to be known of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from obs_kernels.pruning.capture import input_of
+from obs_kernels.pruning.layer import PrunedLayer
+
+ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+
+
+@dataclass(eq=False)
+class Seen:
+    """One call of a layer's module."""
+
+    layer: PrunedLayer
+    input: Tensor
+    output: Tensor
+    """What the module gave, or the sum that it went into; a copy once no more of it is awaited."""
+    is_sum: bool = False
+
+
+Expected = Mapping[PrunedLayer, tuple[bool, ...]]
+"""Of each layer, one entry a call: whether its output goes into an addition."""
+
+
+class _Enough(BaseException):
+    """Ends a forward pass; no ``except Exception`` of a model holds it up."""
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, expected: Expected | None) -> None:
+        super().__init__()
+        self.expected, self.seen = expected, list[Seen]()
+        self._open: list[Seen] = []
+        """Calls whose output may still go into an addition."""
+        self._left = 0 if expected is None else sum(len(calls) for calls in expected.values())
+
+    def hook_of(self, layer: PrunedLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            call = sum(found.layer is layer for found in self.seen)
+            found = Seen(layer, input_of(args, kwargs).detach(), output.detach())
+            self.seen.append(found)
+            calls = (True,) * (call + 1) if self.expected is None else self.expected[layer]
+            if call >= len(calls):  # more than expected: the caller compares the counts
+                return
+            if calls[call]:
+                self._open.append(found)
+            else:
+                self._settle(found, found.output)
+
+        return hook
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self._open or getattr(func, "__name__", "") not in ADDITIONS:
+            return func(*args, **(kwargs or {}))
+        taken = [found for found in self._open if any(_is_same(part, found.output) for part in args[:2])]
+        result = func(*args, **(kwargs or {}))
+        for found in taken:
+            self._open.remove(found)
+            if isinstance(result, Tensor) and result.numel() == found.output.numel():
+                found.is_sum = True
+                self._settle(found, result.reshape(found.output.shape))
+        return result
+
+    def _settle(self, found: Seen, value: Tensor) -> None:
+        if self.expected is None:
+            return
+        found.output = value.detach().clone()  # what comes next may change it in place
+        self._left -= 1
+        if self._left == 0:
+            raise _Enough
+
+
+def _is_same(part: Any, output: Tensor) -> bool:
+    """Whether ``part`` is ``output``, or another shape of the same memory."""
+    return (
+        isinstance(part, Tensor)
+        and part.data_ptr() == output.data_ptr()
+        and part.numel() == output.numel()
+        and part.dtype == output.dtype
+        and part.is_contiguous()
+    )
+
+
+@torch.no_grad()
+def watch(layers: Sequence[PrunedLayer], run: Callable[[], Any], expected: Expected | None = None) -> list[Seen]:
+    """Calls of ``layers`` while ``run()`` runs a model, in their order.
+
+    With ``expected`` the pass ends when all that is expected was seen, and outputs are copies; without it the pass runs
+    to its end, only ``layer`` and ``is_sum`` mean anything, and a first pass finds out so what to expect of others.
+    """
+    watching = _Watch(expected)
+    handles = [
+        layer.module.register_forward_hook(watching.hook_of(layer), with_kwargs=True, always_call=False)
+        for layer in layers
+    ]
+    try:
+        with watching:
+            run()
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watching.seen
+
+
+def expected_of(layers: Sequence[PrunedLayer], seen: Sequence[Seen]) -> dict[PrunedLayer, tuple[bool, ...]]:
+    """What a later pass can expect, from a whole one."""
+    return {layer: tuple(found.is_sum for found in seen if found.layer is layer) for layer in layers}
