@@ -9,8 +9,10 @@ together with its own pruning. Where the output goes into a residual stream it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError, NonFiniteError
 from obs_kernels.ops.dispatch import no_autocast
+from obs_kernels.pruning.block_chain import Batches, KeptActivations, find_chains
 from obs_kernels.pruning.calibration import LossFn, collect_gradients, device_batches, move, seeded
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradient_buffer import allocate_sums
@@ -100,7 +103,11 @@ class DenseModel:
             sink=self.weights,
             timings=timings,
         )
-        self.expected: Expected = expected_of(rows, self._first_pass(rows))
+        first = self._first_run()
+        with eval_mode(model), seeded(self.device, cfg.seed):
+            self.expected: Expected = expected_of(rows, watch(rows, first))
+            chains = find_chains(model, rows, first)
+        self._kept = KeptActivations(chains, self._whole, len(self.weights), snapshot.in_place, self.device)
 
     def collect(self, layers: Sequence[PrunedLayer]) -> None:
         """Sums of ``layers``, with inputs and errors of the model as it is now.
@@ -113,17 +120,16 @@ class DenseModel:
 
         rows = require_row_layers(layers)
         allocate_sums(rows, "Hessian and aims", "; prune fewer layers at a time")
+        expected: Expected = {row: self.expected[row] for row in rows}
         finite: list[tuple[int, Tensor]] = []
         bar = tqdm(total=self.weights.num_grads, desc=rows[0].name, unit="sample", leave=False, disable=None, delay=2)
         with eval_mode(self.model), seeded(self.device, self.cfg.seed), bar:
-            for index, batch, padding in device_batches(self._checked(self.loader), self.device, self.timings):
-                count = self.weights.counts.get(index)
-                if count is None:
-                    continue
+            for index, padding, run in self._kept.batches(rows):
+                count = self.weights.counts[index]
                 with phase(self.timings, "forward"):
                     with self.snapshot.in_place():
-                        wanted = self._watch(rows, batch)
-                    given = self._watch(rows, batch)
+                        wanted = watch(rows, partial(run, dense=True), expected)
+                    given = watch(rows, partial(run, dense=False), expected)
                 with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
                     finite.append((index, self._add(rows, index, count, padding, wanted, given)))
                 bar.update(count)
@@ -134,10 +140,6 @@ class DenseModel:
             if sums is not None:
                 layer.row_sum[: sums.shape[0]] = sums
             layer.count(self.weights.num_grads)
-
-    def _watch(self, rows: Sequence[RowLayer], batch: Any) -> list[Seen]:
-        expected: Expected = {row: self.expected[row] for row in rows}
-        return watch(rows, lambda: self.loss_fn(self.model, batch), expected)
 
     def _add(
         self,
@@ -179,10 +181,14 @@ class DenseModel:
             f"model pruned so far; raise damp, or prune in float32"
         )
 
-    def _first_pass(self, rows: Sequence[RowLayer]) -> list[Seen]:
+    def _first_run(self) -> Callable[[], Tensor]:
         batch = move(next(iter(self.loader)), self.device)
-        with eval_mode(self.model), seeded(self.device, self.cfg.seed):
-            return watch(rows, lambda: self.loss_fn(self.model, batch))
+        return lambda: self.loss_fn(self.model, batch)
+
+    def _whole(self) -> Batches:
+        for index, batch, padding in device_batches(self._checked(self.loader), self.device, self.timings):
+            if index in self.weights.counts:
+                yield index, padding, _WholeRun(self.model, batch, self.loss_fn)
 
     def _marked(self, loader: Iterable[Any]) -> Iterator[Any]:
         for batch in loader:
@@ -200,6 +206,16 @@ class DenseModel:
                     f"{'none' if batch is None else 'another'} at batch {index}; turn shuffling off, or pass a list"
                 )
             yield batch
+
+
+@dataclass(frozen=True, eq=False)
+class _WholeRun:
+    model: nn.Module
+    batch: Any
+    loss_fn: LossFn
+
+    def __call__(self, *, dense: bool) -> Tensor:
+        return self.loss_fn(self.model, self.batch)
 
 
 def _mark(batch: Any) -> Iterator[float]:

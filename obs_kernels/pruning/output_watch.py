@@ -8,8 +8,10 @@ has to be known of the model.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,13 +33,15 @@ class Seen:
     output: Tensor
     """What the module gave, or the sum that it went into; a copy once no more of it is awaited."""
     is_sum: bool = False
+    made_of_it: dict[int, weakref.ref[Tensor]] = field(default_factory=dict, repr=False)
+    """Tensors that the output went into, by id; an id may come back for another tensor, hence the reference."""
 
 
 Expected = Mapping[PrunedLayer, tuple[bool, ...]]
 """Of each layer, one entry a call: whether its output goes into an addition."""
 
 
-class _Enough(BaseException):
+class Enough(BaseException):
     """Ends a forward pass; no ``except Exception`` of a model holds it up."""
 
 
@@ -67,16 +71,31 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self._open or getattr(func, "__name__", "") not in ADDITIONS:
-            return func(*args, **(kwargs or {}))
-        taken = [found for found in self._open if any(_is_same(part, found.output) for part in args[:2])]
+        taken = list[Seen]()
+        if self._open and getattr(func, "__name__", "") in ADDITIONS:
+            taken = [found for found in self._open if any(_is_same(part, found.output) for part in args[:2])]
+        # a sum with something made of the output itself, as in an activation function, is no residual stream
+        own = [found for found in taken if any(self._follows(part, found) for part in args[:2])]
         result = func(*args, **(kwargs or {}))
         for found in taken:
             self._open.remove(found)
-            if isinstance(result, Tensor) and result.numel() == found.output.numel():
+            if found not in own and isinstance(result, Tensor) and result.numel() == found.output.numel():
                 found.is_sum = True
                 self._settle(found, result.reshape(found.output.shape))
+        if self.expected is None and isinstance(result, Tensor):
+            self._follow(args, result)
         return result
+
+    def _follow(self, args: tuple[Any, ...], result: Tensor) -> None:
+        """Note of which outputs ``result`` is made; in a first pass, which decides what is a sum."""
+        for found in self._open:
+            made = any(_is_same(part, found.output) or self._follows(part, found) for part in args)
+            if made and not _is_same(result, found.output):
+                found.made_of_it[id(result)] = weakref.ref(result)
+
+    def _follows(self, part: Any, found: Seen) -> bool:
+        known = found.made_of_it.get(id(part))
+        return known is not None and known() is part
 
     def _settle(self, found: Seen, value: Tensor) -> None:
         if self.expected is None:
@@ -84,7 +103,7 @@ class _Watch(TorchFunctionMode):
         found.output = value.detach().clone()  # what comes next may change it in place
         self._left -= 1
         if self._left == 0:
-            raise _Enough
+            raise Enough
 
 
 def _is_same(part: Any, output: Tensor) -> bool:
@@ -96,6 +115,12 @@ def _is_same(part: Any, output: Tensor) -> bool:
         and part.dtype == output.dtype
         and part.is_contiguous()
     )
+
+
+def until_enough(run: Callable[[], Any]) -> None:
+    """``run()``, or what of it comes before ``Enough`` is raised."""
+    with suppress(Enough):
+        run()
 
 
 @torch.no_grad()
@@ -112,9 +137,7 @@ def watch(layers: Sequence[PrunedLayer], run: Callable[[], Any], expected: Expec
     ]
     try:
         with watching:
-            run()
-    except _Enough:
-        pass
+            until_enough(run)
     finally:
         for handle in handles:
             handle.remove()
