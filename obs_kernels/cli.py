@@ -54,11 +54,19 @@ Update = Annotated[str | None, typer.Option(help="joint, single or none.")]
 NumGrads = Annotated[int | None, typer.Option(help="Gradients for the Fisher.")]
 Gradients = Annotated[str | None, typer.Option(help="sample or batch.")]
 Curvature = Annotated[
-    str | None, typer.Option(help="block, row (whole rows, weighted by the loss) or layer (SparseGPT).")
+    str | None,
+    typer.Option(
+        help="block (block Fisher), row (whole rows, tokens weighted) or layer (SparseGPT). Left out: row and "
+        "sequential for n:m and v:n:m, unless an option of the block Fisher is given."
+    ),
 ]
 Sequential = Annotated[
     bool | None,
-    typer.Option("--sequential/--no-sequential", help="Each layer's curvature from the model pruned so far."),
+    typer.Option("--sequential/--no-sequential", help="Layer by layer, each on the model pruned so far."),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(help="Whose curvature: outputs (the model's own answers) or labels. Left out: outputs for row."),
 ]
 BlockSize = Annotated[int | None, typer.Option("--fisher-block-size", help="D; left out: the pattern's own.")]
 Damp = Annotated[float | None, typer.Option(help="Absolute value added to the diagonal of the Fisher.")]
@@ -73,6 +81,19 @@ OnSingular = Annotated[str | None, typer.Option(help="raise, increase_damp or sk
 OnUnsupported = Annotated[str | None, typer.Option(help="raise, skip or pad.")]
 OnNonfinite = Annotated[str | None, typer.Option(help="raise or skip_batch.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file of settings; options here go before it.")]
+
+
+BLOCK_SETTINGS = (
+    "curvature",
+    "sequential",
+    "gradients",
+    "fisher_block_size",
+    "method",
+    "update",
+    "passes",
+    "global_sparsity",
+)
+"""Settings that say which curvature is meant, or have a meaning for the block Fisher only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -132,6 +153,7 @@ def prune(
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished parts in OUT.work, go on from them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    loss: Loss = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -153,6 +175,7 @@ def prune(
             data=data,
             train=train,
             config=settings,
+            loss=loss,
             out=out,
             device=device,
             max_eval=max_eval,
@@ -359,7 +382,11 @@ def _need_pattern(pattern: str | None, config: Path | None) -> None:
 
 
 def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
-    """The settings of the file, where there is one; options that were given take their place, --ignore adds to them."""
+    """The settings of the file, where there is one; options that were given take their place, --ignore adds to them.
+
+    Patterns that row curvature takes get it, layer by layer, unless something says otherwise.
+    """
+    from obs_kernels.patterns import parse_pattern
     from obs_kernels.pruning import OBSConfig
 
     values: Any = {}
@@ -374,7 +401,11 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     given = {name: value for name, value in options.items() if name in known and value is not None}
     if "ignore" in given:
         given["ignore"] = [*values.get("ignore", known["ignore"]), *given["ignore"]]
-    return OBSConfig.from_dict(values | given)
+    chosen = values | given
+    free = not any(name in chosen for name in BLOCK_SETTINGS) and isinstance(chosen.get("pattern"), str)
+    if free and parse_pattern(chosen["pattern"]).fixed_count:
+        chosen |= {"curvature": "row", "sequential": True}
+    return OBSConfig.from_dict(chosen)
 
 
 @contextmanager

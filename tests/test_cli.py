@@ -206,6 +206,29 @@ def test_other_curvatures(options: list[str], command: Callable[..., list[object
     assert planned["config"]["curvature"] == options[1]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "options", "curvature", "sequential"),
+    [
+        ("2:8", [], "row", True),
+        (PATTERN, ["--num-grads", "4"], "row", True),
+        (PATTERN, ["--curvature", "row"], "row", False),
+        ("2:8", ["--method", "pairwise"], "block", False),
+        ("2:8", ["--fisher-block-size", "16"], "block", False),
+        ("unstructured:0.5", [], "block", False),
+    ],
+)
+def test_which_curvature(
+    pattern: str, options: list[str], curvature: str, sequential: bool, command: Callable[..., list[object]]
+):
+    config = run_json(*command(pattern=pattern), *options, "--dry-run")["config"]
+    assert (config["curvature"], config["sequential"]) == (curvature, sequential)
+
+
+@pytest.mark.parametrize(("options", "loss"), [([], "outputs"), (["--loss", "labels"], "labels")])
+def test_whose_curvature(options: list[str], loss: str, command: Callable[..., list[object]]):
+    assert run_json(*command(), *options)["loss"] == loss
+
+
 def test_settings_from_a_file_and_options_in_front(command: Callable[..., list[object]], tmp_path: Path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"pattern": "2:4", "num_grads": 3, "ignore": ["re:.*qa_outputs", "re:.*query"]}))

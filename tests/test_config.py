@@ -32,6 +32,7 @@ FIELDS = {
     "on_unsupported": "raise",
     "on_nonfinite": "raise",
     "sequential": False,
+    "refit_bias": True,
     "sweep_order": "given",
 }
 

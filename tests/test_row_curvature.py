@@ -144,8 +144,7 @@ def test_layer_curvature_weighs_every_token_alike(net: Net, batches: list[Batch]
 @pytest.mark.parametrize("pattern", ["2:4", "4:2:8"])
 def test_prune_is_the_sweep(net: Net, batches: list[Batch], pattern: str) -> None:
     """Mask, weights and predicted loss of every layer; violations none; the report has the damping used."""
-    cfg = config(pattern)
-    pruner = obs.OBSPruner(net, cfg)
+    pruner = obs.OBSPruner(net, config(pattern, refit_bias=False))
     pruner.collect(batches, loss_fn)
     before = {layer.name: layer.weight.detach().clone() for layer in pruner.layers}
     hessians = {layer.name: layer.mean_fisher()[0] for layer in pruner.layers}
@@ -168,7 +167,14 @@ def test_prune_is_the_sweep(net: Net, batches: list[Batch], pattern: str) -> Non
 @pytest.mark.parametrize(("curvature", "pattern"), [("row", "2:4"), ("row", "4:2:8"), ("layer", "2:4")])
 def test_groups_with_the_largest_curvature_first(net: Net, batches: list[Batch], curvature: str, pattern: str) -> None:
     """The sweep of the columns in that order, put back; groups and panels stay those of the pattern."""
-    cfg = obs.OBSConfig(pattern=pattern, curvature=curvature, num_grads=12, ignore=("idle",), sweep_order="diagonal")
+    cfg = obs.OBSConfig(
+        pattern=pattern,
+        curvature=curvature,
+        num_grads=12,
+        ignore=("idle",),
+        sweep_order="diagonal",
+        refit_bias=False,
+    )
     with torch.no_grad():
         net.right.weight.mul_(4.0)  # the later inputs of ``last`` are the larger ones
     pruner = obs.OBSPruner(net, cfg)
@@ -202,20 +208,6 @@ def test_order_of_execution(net: Net, batches: list[Batch]) -> None:
     """As they run, not as they are defined; what shares an input together; what never runs last."""
     pruner = obs.OBSPruner(net, obs.OBSConfig(pattern="2:4", curvature="row"))
     assert execution_groups(net, pruner.layers, batches, loss_fn) == [["left", "right"], ["last"], ["idle"]]
-
-
-def test_sequential_takes_the_curvature_of_the_pruned_model(net: Net, batches: list[Batch]) -> None:
-    """The same as two pruners by hand, the second on what the first left."""
-    import copy
-
-    hand = copy.deepcopy(net)
-    for ignored in (("idle", "last"), ("idle", "left", "right")):
-        cfg = obs.OBSConfig(pattern="2:4", curvature="row", num_grads=12, ignore=ignored)
-        obs.sparsify_(hand, cfg, batches, loss_fn)
-    report = obs.sparsify_(net, config(sequential=True), batches, loss_fn)
-    assert [layer.name for layer in report.layers] == ["last", "left", "right"]
-    for name in ("left", "right", "last"):
-        assert torch.equal(getattr(net, name).weight, getattr(hand, name).weight)
 
 
 def test_an_error_on_the_way_leaves_the_model(net: Net, batches: list[Batch]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obs_kernels import checks
 from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.files import whole_folder, write_text
 from obs_kernels.patterns import NMPattern, VNMPattern
@@ -35,7 +36,7 @@ from obs_kernels.training.evaluate import SquadResult, evaluate_squad
 from obs_kernels.training.job_questions import calibration_of, choose_questions, job_windows, load_questions
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.squad import Batch, SquadExample, SquadWindows, load_squad
-from obs_kernels.training.squad_batches import SquadLoader, model_inputs, span_logits, squad_loss
+from obs_kernels.training.squad_batches import LOSSES, SquadLoader, model_inputs, span_logits
 
 REPORT = "report.json"
 _COMPARED_WINDOWS = 16
@@ -48,6 +49,7 @@ def run_prune_job(
     config: OBSConfig,
     out: str | os.PathLike[str],
     train: str | os.PathLike[str] | None = None,
+    loss: str | None = None,
     device: str = "auto",
     max_eval: int | None = None,
     batch_size: int = 32,
@@ -65,6 +67,8 @@ def run_prune_job(
         out: folder to write; it appears whole, at the end.
         train: questions for the gradients: a file, or a hub name (its split "train"). None takes the "train" split of
             a hub ``data``, or leaves some passages of the file ``data`` out of the evaluation and uses their questions.
+        loss: whose curvature is taken, "outputs" (the model's own answers) or "labels"; None takes outputs for row
+            curvature, labels otherwise.
         device: "auto", "cpu" or "cuda[:n]".
         max_eval: evaluate on that many questions, chosen by ``config.seed``; None takes all.
         batch_size: windows a batch, for gradients and for evaluation.
@@ -84,6 +88,8 @@ def run_prune_job(
     start, say = time.perf_counter(), say or (lambda text: None)
     target = check_out(out, overwrite=overwrite)
     _check_counts(max_eval=max_eval, batch_size=batch_size)
+    loss = loss or ("outputs" if config.curvature == "row" else "labels")
+    checks.check_choice("loss", loss, tuple(LOSSES))
     net, tokenizer = load_qa_model(model, device=pick_device(device))
     _make_trainable(net)
     pruner = OBSPruner(net, config)
@@ -93,13 +99,13 @@ def run_prune_job(
     evaluation = choose_questions(evaluation, max_eval, config.seed, notes)
     windows = job_windows(evaluation, net, tokenizer, with_labels=False)
     loader = calibration_of(calibration, net, tokenizer, config, batch_size, notes) if config.needs_fisher else None
-    work_dir = _open_work_dir(target, loader) if resume else None
+    work_dir = _open_work_dir(target, loader, loss) if resume else None
     if on_plan is not None:
         on_plan(plan)
 
     dense = evaluate_squad(net, tokenizer, windows, batch_size=batch_size)
     say(f"dense: EM {dense.exact_match:.2f}, F1 {dense.f1:.2f} on {dense.total} questions, {dense.seconds:.1f} s")
-    pruning = run_stages(pruner, loader, squad_loss, work_dir=work_dir, resume=resume)
+    pruning = run_stages(pruner, loader, LOSSES[loss], work_dir=work_dir, resume=resume)
     say(f"pruned to {config.pattern}: sparsity {pruning.sparsity:.4f}, {pruning.seconds:.1f} s")
     pruned = evaluate_squad(net, tokenizer, windows, batch_size=batch_size)
     say(f"pruned: EM {pruned.exact_match:.2f}, F1 {pruned.f1:.2f}, {_share(pruned, dense):.1f} % of the dense F1")
@@ -110,6 +116,7 @@ def run_prune_job(
         "data": os.fspath(data),
         "train": None if train is None else os.fspath(train),
         "config": config.to_dict(),
+        "loss": loss,
         "accuracy": {"dense": _scores(dense), "pruned": _scores(pruned) | {"f1_share": _share(pruned, dense)}},
         "pruning": pruning.to_dict(),
         "plan": {key: value for key, value in plan.to_dict().items() if key != "layers"},
@@ -263,13 +270,14 @@ def _make_trainable(net: nn.Module) -> None:
         parameter.requires_grad_(parameter.is_floating_point())
 
 
-def _open_work_dir(target: Path, loader: SquadLoader | None) -> Path:
+def _open_work_dir(target: Path, loader: SquadLoader | None, loss: str) -> Path:
     """``<out>.work``, bound to the gradients' data; the pruning binds it to configuration and weights itself."""
     folder = target.with_name(f"{target.name}.work")
     digest = hashlib.sha256()
     if loader is not None:
         digest.update(loader.rows.numpy().tobytes() + loader.windows.input_ids.numpy().tobytes())
     identity = {"calibration": digest.hexdigest(), "batch_size": 0 if loader is None else loader.batch_size}
+    identity["loss"] = loss
     path = folder / "job.json"
     if path.exists():
         try:
@@ -278,7 +286,7 @@ def _open_work_dir(target: Path, loader: SquadLoader | None) -> Path:
             raise ResumeMismatchError(f"{path} is not readable ({error}); remove the folder to start anew") from None
         if found != identity:
             raise ResumeMismatchError(
-                f"{folder} belongs to a run with other questions or batch size; remove it to start anew"
+                f"{folder} belongs to a run with other questions, batch size or loss; remove it to start anew"
             )
     else:
         write_text(path, json.dumps(identity))
