@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.harness.backends import called, runnable
 from bench.harness.case import DTYPES, Case
+from bench.harness.encoder import CPU_ENCODER, SHAPES, Encoder, build, make_batches, seconds, squad_loss
 from bench.harness.rows import Row, make_row
 from bench.harness.session import Context
 from obs_kernels.errors import MemoryBudgetError
@@ -35,33 +34,12 @@ OP = "accumulate_fisher_"
 ROW_OP = "collect"
 BLOCK_SIZES = (16,)
 NUM_GRADS = 1024
+CPU_GRADS = 64
 BATCH_SIZES = (32, 16, 64)
 CHECKED_SAMPLES = 2
 CHECK_LIMIT = {"bf16": 0.1, "f16": 0.1, "f32": 1e-3}
 """RMS error / RMS of the Fisher of two samples against one backward pass each: the passes differ in batch size and so
 in kernels, and bf16 rounds every activation to 8 bits (0.023 for BERT-base, emulated on a CPU)."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Sizes of a BERT encoder."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    tokens: int
-    vocab: int
-
-    @property
-    def weights(self) -> int:
-        """Pruned weights: query, key, value, output, and the two of the feed-forward part."""
-        return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.ffn)
-
-
-SHAPES = {"bert-base": Encoder(layers=12, hidden=768, ffn=3072, heads=12, tokens=384, vocab=30522)}
-CPU_ENCODER = Encoder(layers=2, hidden=64, ffn=256, heads=4, tokens=32, vocab=100)
-CPU_GRADS = 64
 
 
 def run(context: Context) -> list[Row]:
@@ -78,7 +56,7 @@ def _rows_of_model(context: Context, name: str, dtype: str) -> list[Row]:
     gpu = selection.device.type == "cuda"
     encoder, num_grads = (SHAPES[name], NUM_GRADS) if gpu else (CPU_ENCODER, CPU_GRADS)
     try:
-        model = _build(encoder, DTYPES[dtype], selection.device)
+        model = build(encoder, DTYPES[dtype], selection.device)
     except ImportError as error:
         context.skip(ROW_OP, {"S": num_grads}, name, f"transformers is missing ({error})")
         return []
@@ -109,12 +87,12 @@ def _row(
 ) -> Row | None:
     device = context.selection.device
     gpu = device.type == "cuda"
-    loader = _batches(encoder, shape["S"], shape["batch"])
+    loader = make_batches(encoder, shape["S"], shape["batch"])
     cfg = OBSConfig(pattern="2:4", fisher_block_size=shape["D"], num_grads=shape["S"])
 
     def collect(timings: PhaseTimes | None = None) -> OBSPruner:
         pruner = OBSPruner(model, cfg)
-        pruner.collect(loader, _loss, timings=timings)
+        pruner.collect(loader, squad_loss, timings=timings)
         return pruner
 
     with _backend(backend):
@@ -126,13 +104,13 @@ def _row(
         collect()  # libraries load, the allocator takes its memory
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        samples = [_seconds(collect, device) * 1e6 for _ in range(5 if gpu else 3)]
+        samples = [seconds(collect, device) * 1e6 for _ in range(5 if gpu else 3)]
         peak = torch.cuda.max_memory_allocated(device) if gpu else None
-        alone = statistics.median(_seconds(lambda: _model_alone(model, loader, device), device) for _ in range(3))
+        alone = statistics.median(seconds(lambda: _model_alone(model, loader, device), device) for _ in range(3))
         timings = PhaseTimes(device)
-        timed = _seconds(lambda: collect(timings), device) * 1e6
+        timed = seconds(lambda: collect(timings), device) * 1e6
         plan = OBSPruner(model, cfg).plan()
-    parts = {phase: seconds * 1e6 for phase, seconds in timings.device_seconds().items()}
+    parts = {phase: value * 1e6 for phase, value in timings.device_seconds().items()}
     floors = _floors(encoder, shape, plan.buffer_rows[0], DTYPES[dtype], device, context.ceilings)
     host = {phase: seconds * 1e6 for phase, seconds in timings.host_seconds.items()}
     _explain(context, statistics.median(samples), timed, parts, host, floors, alone * 1e6)
@@ -230,88 +208,31 @@ def _floors(
     return {name: ceilings.floor_us(num_bytes.get(name, 0.0), flops.get(name, 0.0)) for name in names}
 
 
-def _build(encoder: Encoder, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from transformers import BertConfig, BertForQuestionAnswering
-
-    config = BertConfig(
-        vocab_size=encoder.vocab,
-        hidden_size=encoder.hidden,
-        num_hidden_layers=encoder.layers,
-        num_attention_heads=encoder.heads,
-        intermediate_size=encoder.ffn,
-        max_position_embeddings=max(512, encoder.tokens),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = BertForQuestionAnswering(config)
-    model.set_attn_implementation("sdpa")
-    return cast(nn.Module, model).to(device, dtype).eval()
-
-
-def _batches(encoder: Encoder, count: int, batch: int) -> list[dict[str, Tensor]]:
-    """Batches on the host; no attention mask: with one, transformers asks the device whether anything is masked."""
-    gen = torch.Generator().manual_seed(1)
-    tokens, vocab = encoder.tokens, encoder.vocab
-    batches = []
-    for start in range(0, count, batch):
-        size = min(batch, count - start)
-        batches.append(
-            {
-                "input_ids": torch.randint(vocab, (size, tokens), generator=gen),
-                "start_positions": torch.randint(tokens, (size,), generator=gen),
-                "end_positions": torch.randint(tokens, (size,), generator=gen),
-            }
-        )
-    return batches
-
-
-def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """[B]: mean of the cross-entropies of first and last answer token."""
-    out = model(input_ids=batch["input_ids"])
-    start, end = (
-        nn.functional.cross_entropy(logits.float(), batch[key], reduction="none")
-        for logits, key in ((out.start_logits, "start_positions"), (out.end_logits, "end_positions"))
-    )
-    return (start + end) / 2
-
-
 def _model_alone(model: nn.Module, loader: list[dict[str, Tensor]], device: torch.device) -> None:
     """What any method has to do at least: forward and backward of every batch, gradients of the weights of linears."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     for batch in loader:
         moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        torch.autograd.grad(_loss(model, moved).sum(), weights)
+        torch.autograd.grad(squad_loss(model, moved).sum(), weights)
 
 
 def _check(model: nn.Module, cfg: OBSConfig, encoder: Encoder, device: torch.device) -> float:
     """RMS error / RMS of the Fishers of the first and the last layer, of two samples, against one pass a sample."""
-    loader = _batches(encoder, CHECKED_SAMPLES, CHECKED_SAMPLES)
+    loader = make_batches(encoder, CHECKED_SAMPLES, CHECKED_SAMPLES)
     pruner = OBSPruner(model, cfg)
-    pruner.collect(loader, _loss)
+    pruner.collect(loader, squad_loss)
     worst = 0.0
     for layer in (pruner.layers[0], pruner.layers[-1]):
         wanted: Any = 0.0
         for i in range(CHECKED_SAMPLES):
             sample = {key: value[i : i + 1].to(device) for key, value in loader[0].items()}
-            (grad,) = torch.autograd.grad(_loss(model, sample).sum(), [layer.weight])
+            (grad,) = torch.autograd.grad(squad_loss(model, sample).sum(), [layer.weight])
             g = grad.float().reshape(layer.num_blocks, layer.block_size)
             wanted = wanted + g[:, :, None] * g[:, None, :]
         found = layer.fisher_sum
         assert found is not None
         worst = max(worst, float((found - wanted).norm() / wanted.norm()))
     return worst
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, until the device is done."""
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if gpu:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 @contextmanager
