@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two choices of the method, measured on a real SQuAD model: predicted loss and F1 with and without them.
+"""Choices of the method, measured on a real SQuAD model: predicted loss and F1 with and without them.
 
     python -m bench.choices_squad --model DIR --data dev.json.gz --train train.json.gz
 
 ``passes``: how many coordinate passes over the groups of a Fisher block, by its size D. ``permutation``: panels whose
 input channels are reordered first, so that kept columns coincide, where the order folds into the layer before (FFN, and
-attention value to output). One shot, exact choice, joint update, nothing trained; means over seeds of the gradients'
-questions. Writes ``bench/results/choices_squad.json`` cell by cell, each with its commit, and the Markdown beside it; a
-run that was cut off goes on where it stopped, if model, data and settings are the same.
+attention value to output). ``row``: row curvature of the model's own answers, layer by layer, as it is over all seeds,
+and what changes with one setting. One shot, exact choice, joint update, nothing trained; means over seeds of the
+gradients' questions. Writes ``bench/results/choices_squad.json`` cell by cell, each with its commit, and the Markdown
+beside it; a run that was cut off goes on where it stopped, if model, data and settings are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,16 @@ PASSES_PATTERNS = ("2:4", "2:8", "64:2:8")
 PASSES_SIZES = (32, 64, 128)
 PASSES = (0, 1, 3)
 PERMUTED_PATTERNS = ("64:2:8", "128:2:8")
+ROW_PATTERNS = ("2:4", "4:8", "2:8", "64:2:8", "128:2:8")
+ROW_CHANGED_PATTERNS = ("2:4", "2:8", "64:2:8")
+AS_IT_IS = "as it is"
+ROW_CHANGES: dict[str, dict[str, Any]] = {
+    "biases stay": {"refit_bias": False},
+    "groups by curvature": {"sweep_order": "diagonal"},
+    "damping 0.1": {"dampening_frac": 0.1},
+    "two parts": {"recomputations": 2},
+    "4,096 questions": {"num_grads": 4096},
+}
 DIAGONAL_SIZE = 64
 """D of the Fisher whose diagonal decides the order."""
 ROUNDS = 100
@@ -67,54 +79,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = prepare_windows(load_squad(args.train, split="train"), tokenizer, with_labels=True)
     tree = describe_tree(args.commit)
     started = time.monotonic()
-    for seed in range(args.seeds):
-        loader = calibration_loader(train, num_samples=args.num_grads, batch_size=args.batch_size, seed=seed)
-        tables: dict[str | None, OneShotTable] = {}
-        for cell in _cells(args.studies.split(",")):
-            key = f"{cell['study']}/{cell['pattern']}/{cell['D']}/{cell['value']}/{seed}"
-            if key in stored["cells"] or (args.minutes and time.monotonic() - started > 60 * args.minutes):
-                continue
-            order = cell["pattern"] if cell["value"] == "reordered" else None
-            if order not in tables:
-                tables.clear()
-                tables[order] = _table(model, order, loader, tokenizer, dev, args)
-            table = tables[order]
-            whole_rows = cell["D"] == "row"
-            table.base = OBSConfig(
-                pattern="2:4",
-                num_grads=args.num_grads,
-                fisher_block_size=None if whole_rows else cell["D"],
-                dampening_frac=args.dampening_frac,
-                passes=cell["value"] if cell["study"] == "passes" else 0,
-                seed=seed,
+    tables: dict[tuple[int, int, str | None], OneShotTable] = {}
+    for cell in _cells(args.studies.split(","), args.seeds):
+        seed = cell["seed"]
+        key = f"{cell['study']}/{cell['pattern']}/{cell['D']}/{cell['value']}/{seed}"
+        if key in stored["cells"] or (args.minutes and time.monotonic() - started > 60 * args.minutes):
+            continue
+        changes = ROW_CHANGES.get(cell["value"], {}) if cell["study"] == "row" else {}
+        count = changes.get("num_grads", args.num_grads)
+        order = cell["pattern"] if cell["value"] == "reordered" else None
+        if (seed, count, order) not in tables:
+            tables.clear()
+            loader = calibration_loader(train, num_samples=count, batch_size=args.batch_size, seed=seed)
+            tables[seed, count, order] = _table(model, order, loader, tokenizer, dev, args)
+        table = tables[seed, count, order]
+        whole_rows = cell["D"] == "row"
+        base = OBSConfig(
+            pattern="2:4",
+            num_grads=count,
+            fisher_block_size=None if whole_rows else cell["D"],
+            dampening_frac=args.dampening_frac,
+            passes=cell["value"] if cell["study"] == "passes" else 0,
+            seed=seed,
+        )
+        table.base = replace(base, **{name: value for name, value in changes.items() if name != "recomputations"})
+        result = table.run_cell(
+            Cell(
+                cell["pattern"],
+                "combinatorial",
+                "joint",
+                changes.get("recomputations", 1),
+                curvature="row" if whole_rows else "block",
+                sequential=whole_rows,
+                loss="outputs" if whole_rows else "labels",
             )
-            curvature = "row" if whole_rows else "block"
-            result = table.run_cell(Cell(cell["pattern"], "combinatorial", "joint", curvature=curvature))
-            stored["cells"][key] = (
-                cell
-                | {"seed": seed, "f1": result.f1, "exact_match": result.exact_match}
-                | {"predicted_loss": result.predicted_loss, "seconds_prune": round(result.seconds_prune, 3)}
-                | tree
-            )
-            stored["dense_f1"] = table.dense_result().f1
-            save(args.json, stored, to_markdown)
-            print(f"{key}: F1 {result.f1:.2f} predicted {result.predicted_loss:.4g}", file=sys.stderr, flush=True)
+        )
+        stored["cells"][key] = (
+            cell
+            | {"f1": result.f1, "exact_match": result.exact_match}
+            | {"predicted_loss": result.predicted_loss, "seconds_prune": round(result.seconds_prune, 3)}
+            | tree
+        )
+        stored["dense_f1"] = table.dense_result().f1
+        save(args.json, stored, to_markdown)
+        print(f"{key}: F1 {result.f1:.2f} predicted {result.predicted_loss:.4g}", file=sys.stderr, flush=True)
     save(args.json, stored, to_markdown)
     print(to_markdown(stored))
     return 0
 
 
-def _cells(studies: Sequence[str]) -> Iterator[dict[str, Any]]:
-    if "passes" in studies:
-        for size in PASSES_SIZES:
-            for pattern in PASSES_PATTERNS:
-                for value in PASSES:
-                    yield {"study": "passes", "pattern": pattern, "D": size, "value": value}
-    if "permutation" in studies:
-        for pattern in PERMUTED_PATTERNS:
-            for order in ("as it is", "reordered"):
-                for of in (DIAGONAL_SIZE, "row"):  # a block Fisher, or row curvature
-                    yield {"study": "permutation", "pattern": pattern, "D": of, "value": order}
+def _cells(studies: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
+    if "row" in studies:
+        for seed in range(seeds):
+            for pattern in ROW_PATTERNS:
+                yield {"study": "row", "pattern": pattern, "D": "row", "value": AS_IT_IS, "seed": seed}
+        for value in ROW_CHANGES:
+            for pattern in ROW_CHANGED_PATTERNS:
+                yield {"study": "row", "pattern": pattern, "D": "row", "value": value, "seed": 0}
+    for seed in range(seeds):
+        if "passes" in studies:
+            for size in PASSES_SIZES:
+                for pattern in PASSES_PATTERNS:
+                    for passes in PASSES:
+                        yield {"study": "passes", "pattern": pattern, "D": size, "value": passes, "seed": seed}
+        if "permutation" in studies:
+            for pattern in PERMUTED_PATTERNS:
+                for order in (AS_IT_IS, "reordered"):
+                    for of in (DIAGONAL_SIZE, "row"):  # a block Fisher, or row curvature
+                        yield {"study": "permutation", "pattern": pattern, "D": of, "value": order, "seed": seed}
 
 
 def _table(
@@ -137,7 +169,7 @@ def to_markdown(stored: dict[str, Any]) -> str:
     share = "all questions" if header["every"] == 1 else f"every {header['every']}th question"
     seeds = sorted({cell["seed"] for cell in cells})
     lines = [
-        "# Passes, and the order of columns, on SQuAD",
+        "# Choices of the method on SQuAD",
         "",
         f"One shot, exact choice, joint update, nothing trained. {header['num_grads']} per-sample gradients, damping "
         f"{header['dampening_frac']} of the mean diagonal; F1 on {share} of the dev set, dense "
@@ -148,10 +180,14 @@ def to_markdown(stored: dict[str, Any]) -> str:
     for study, title in (
         ("passes", "Coordinate passes over the groups of a Fisher block"),
         ("permutation", "Input channels of FFN down and attention output reordered"),
+        ("row", "Row curvature, layer by layer, of the model's own answers"),
     ):
         found = [cell for cell in cells if cell["study"] == study]
         values = list(dict.fromkeys(cell["value"] for cell in found))
         lines += ["", f"## {title}", ""]
+        if not found:
+            lines.append("Not run.")
+            continue
         names = [f"{v} pass{'' if v == 1 else 'es'}" if study == "passes" else str(v) for v in values]
         columns = [f"predicted loss, {n}" for n in names] + [f"F1, {n}" for n in names]
         lines += ["| pattern | D | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
@@ -180,7 +216,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or hub name of a dense BERT for question answering")
     parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
     parser.add_argument("--train", required=True, help="questions to take gradients from, SQuAD v1.1")
-    parser.add_argument("--studies", default="passes,permutation")
+    parser.add_argument("--studies", default="row,passes,permutation")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=1, help="take every so many of the dev questions")
     parser.add_argument("--num-grads", type=int, default=1024)

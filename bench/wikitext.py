@@ -28,7 +28,14 @@ from bench.stored import digest, save, table_row
 from obs_kernels import OBSConfig, sparsify_
 from obs_kernels.errors import ObsKernelsError
 from obs_kernels.patterns import VNMPattern, parse_pattern
-from obs_kernels.training.language import TextBlocks, causal_lm_loss, perplexity, read_text, train_tokenizer
+from obs_kernels.training.language import (
+    TextBlocks,
+    causal_lm_loss,
+    causal_lm_output_loss,
+    perplexity,
+    read_text,
+    train_tokenizer,
+)
 from obs_kernels.training.models import pick_device
 
 RESULTS = Path(__file__).parent / "results" / "wikitext.json"
@@ -38,9 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "block": {},
     "SparseGPT": {"curvature": "layer", "sequential": True},
     "row": {"curvature": "row"},
+    "row, outputs": {"curvature": "row"},
     "row, sequential": {"curvature": "row", "sequential": True},
+    "row, sequential, outputs": {"curvature": "row", "sequential": True},
 }
-"""Settings of each column; block is the exact choice and joint update with D = 64."""
+"""Settings of each column; block is the exact choice and joint update with D = 64, outputs the curvature of the model's
+own next tokens instead of that of its loss."""
 BLOCK_SIZE = 64
 
 
@@ -82,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             pruned = copy.deepcopy(model)
             start = time.perf_counter()
-            report = sparsify_(pruned, cfg, calibration, causal_lm_loss)
+            loss = causal_lm_output_loss if name.endswith("outputs") else causal_lm_loss
+            report = sparsify_(pruned, cfg, calibration, loss)
             seconds = time.perf_counter() - start
             stored["cells"][key] = {
                 "pattern": pattern,
