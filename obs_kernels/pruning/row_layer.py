@@ -21,6 +21,7 @@ from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.samples import Samples
+from obs_kernels.reference.hessian import add_product_, is_split
 from obs_kernels.reference.precision import exact_products
 
 
@@ -119,7 +120,7 @@ class RowLayer(PrunedLayer):
             hessian[:cols, :cols] = accumulate_hessian_(part, x, token_weight=token_weight, scale=1.0)
         assert self.input_sum is not None
         weight = x.new_ones(x.shape[0], dtype=torch.float32) if token_weight is None else token_weight
-        self.input_sum[:cols] += weight @ x.float()
+        self.input_sum[:cols] += (weight[None] @ x.float())[0]
         self.input_sum[-1] += weight.sum()
         if error is None:
             return
@@ -128,7 +129,7 @@ class RowLayer(PrunedLayer):
                 self.padded[0], self.padded[1] + 1, dtype=torch.float32, device=self.weight.device
             )
         weighted = error * weight[:, None]
-        self.target_sum[:rows, :cols] += weighted.mT @ x.float()
+        add_product_(self.target_sum[:rows, :cols], weighted, x if is_split(x, torch.float32) else x.float())
         self.target_sum[:rows, -1] += weighted.sum(0)
 
     @property

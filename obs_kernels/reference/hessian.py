@@ -30,15 +30,40 @@ def accumulate_hessian_(hessian: Tensor, x: Tensor, *, token_weight: Tensor | No
         return hessian
     strips = [slice(start, min(start + STRIP, cols)) for start in range(0, cols, STRIP)]
     for part in chunks(x.shape[0], 2 * cols * hessian.element_size(), x.device):
-        tokens = x[part].to(dtype)
-        weighted = tokens if token_weight is None else tokens * token_weight[part].to(dtype)[:, None]
+        tokens = x[part]
+        weighted = tokens.to(dtype)
+        if token_weight is not None:
+            weighted = weighted * token_weight[part].to(dtype)[:, None]
+        if not is_split(tokens, dtype):
+            tokens = tokens.to(dtype)
         for strip in strips:
-            hessian[strip, strip.start :].addmm_(weighted[:, strip].mT, tokens[:, strip.start :], alpha=scale)
+            add_product_(hessian[strip, strip.start :], weighted[:, strip], tokens[:, strip.start :], scale)
     for strip in strips:
         square = hessian[strip, strip]
         square.copy_(square.triu() + square.triu(1).mT)
         hessian[strip.stop :, strip] = hessian[strip, strip.stop :].mT
     return hessian
+
+
+def is_split(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``add_product_`` takes ``x`` as it is, on a GPU's tensor cores."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32
+
+
+def add_product_(total: Tensor, weighted: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    """Add ``scale * weighted^T x`` to ``total`` [A, B]; ``weighted`` [T, A] of its dtype.
+
+    ``x`` [T, B] is of the same dtype, or bf16 on a GPU (``is_split``): then the f32 factor goes in as two bf16 numbers,
+    which hold 16 of its 24 bits, x is exact and sums are f32. On an H100 that is some ten times as fast as f32 without
+    tensor cores.
+    """
+    if not is_split(x, total.dtype):
+        total.addmm_(weighted.mT, x, alpha=scale)
+        return
+    high = weighted.to(x.dtype)
+    low = (weighted - high.to(weighted.dtype)).to(x.dtype)
+    for part in (high, low):
+        total.add_(torch.mm(part.mT, x, out_dtype=torch.float32), alpha=scale)
 
 
 def damp_hessian(hessian: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
