@@ -48,6 +48,10 @@ class Chain:
 class Run(Protocol):
     """Runs the model, or the part of it that matters, with the weights that are in place."""
 
+    @property
+    def part(self) -> nn.Module:
+        """What runs."""
+
     def __call__(self, *, dense: bool) -> Any:
         """``dense``: on inputs of the dense model, else on those of the model pruned so far."""
 
@@ -103,7 +107,7 @@ class KeptActivations:
         chains: see ``find_chains``.
         whole: all batches that count, each with a ``Run`` of the whole model.
         num_batches: how many there are.
-        dense: puts the dense weights in place for a while.
+        dense: puts the dense weights of a part of the model in place for a while.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class KeptActivations:
         chains: Sequence[Chain],
         whole: Callable[[], Batches],
         num_batches: int,
-        dense: Callable[[], AbstractContextManager[None]],
+        dense: Callable[[nn.Module], AbstractContextManager[None]],
         device: torch.device,
     ) -> None:
         self._chains, self._whole, self._num_batches = list(chains), whole, num_batches
@@ -164,7 +168,7 @@ class KeptActivations:
         for index, padding, run in self._whole():
             kept = _Kept(index, padding)
             for dense in (True, False):
-                with self._dense() if dense else nullcontext():
+                with self._dense(run.part) if dense else nullcontext():
                     kept.hidden[dense], kept.calls[dense] = _calls_of(chain, place, run)
             self._kept.append(kept)
         self._chain, self._place = chain, place
@@ -172,7 +176,7 @@ class KeptActivations:
     def _advance(self, chain: Chain) -> None:
         block = chain.blocks[self._place]
         for dense in (True, False):
-            with self._dense() if dense else nullcontext():
+            with self._dense(block) if dense else nullcontext():
                 for kept in self._kept:
                     kept.hidden[dense] = kept.run(block, self._place, dense=dense)
                     del kept.calls[dense][self._place]
@@ -193,6 +197,10 @@ class _BlockRun:
     kept: _Kept
     block: nn.Module
     place: int
+
+    @property
+    def part(self) -> nn.Module:
+        return self.block
 
     def __call__(self, *, dense: bool) -> Tensor:
         return self.kept.run(self.block, self.place, dense=dense)

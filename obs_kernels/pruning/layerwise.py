@@ -9,9 +9,9 @@ together with its own pruning. Where the output goes into a residual stream it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,9 @@ from obs_kernels.pruning.row_layer import RowLayer, require_row_layers
 from obs_kernels.pruning.samples import as_tokens
 from obs_kernels.pruning.token_weights import TokenWeights
 
+WAITING_BYTES = (1 << 25, 1 << 28)
+"""Tokens of a layer that are added at once, on a CPU and on a GPU."""
+
 
 class Snapshot:
     """Weights and biases of layers as they are now, to be put back, or put in for a while."""
@@ -39,6 +42,7 @@ class Snapshot:
     def __init__(self, layers: Sequence[PrunedLayer]) -> None:
         parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
         self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        self._inside: dict[nn.Module, list[int]] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -47,18 +51,47 @@ class Snapshot:
             parameter.copy_(value)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The saved values in the model, without a copy; afterwards those that were there."""
-        self._swap()
+    def in_place(self, part: nn.Module) -> Iterator[None]:
+        """The saved values of what ``part`` holds in the model, without a copy; afterwards those that were there."""
+        places = self._places_of(part)
+        self._swap(places)
         try:
             yield
         finally:
-            self._swap()
+            self._swap(places)
 
-    def _swap(self) -> None:
-        for i, (parameter, value) in enumerate(self._saved):
+    def _swap(self, places: Sequence[int]) -> None:
+        for i in places:
+            parameter, value = self._saved[i]
             self._saved[i] = (parameter, parameter.data)
             parameter.data = value
+
+    def _places_of(self, part: nn.Module) -> Sequence[int]:
+        if part not in self._inside:
+            inside = {id(parameter) for parameter in part.parameters()}
+            self._inside[part] = [i for i, (parameter, _) in enumerate(self._saved) if id(parameter) in inside]
+        return self._inside[part]
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Tokens of one layer on their way into its sums: few large products instead of many small ones."""
+
+    layer: RowLayer
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """x [t, C], weight [t], error [t, R]."""
+
+    def add(self, x: Tensor, weight: Tensor, error: Tensor) -> None:
+        self.parts.append((x, weight, error))
+        limit = WAITING_BYTES[x.device.type == "cuda"]
+        if sum(x.nbytes + error.nbytes for x, _, error in self.parts) >= limit:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.parts:
+            x, weight, error = (torch.cat(column) for column in zip(*self.parts, strict=True))
+            self.layer.add_inputs(x, weight, error)
+        self.parts.clear()
 
 
 class DenseModel:
@@ -122,17 +155,21 @@ class DenseModel:
         allocate_sums(rows, "Hessian and aims", "; prune fewer layers at a time")
         expected: Expected = {row: self.expected[row] for row in rows}
         finite: list[tuple[int, Tensor]] = []
+        waiting = {row: _Waiting(row) for row in rows}
         bar = tqdm(total=self.weights.num_grads, desc=rows[0].name, unit="sample", leave=False, disable=None, delay=2)
         with eval_mode(self.model), seeded(self.device, self.cfg.seed), bar:
             for index, padding, run in self._kept.batches(rows):
                 count = self.weights.counts[index]
                 with phase(self.timings, "forward"):
-                    with self.snapshot.in_place():
+                    with self.snapshot.in_place(run.part):
                         wanted = watch(rows, partial(run, dense=True), expected)
                     given = watch(rows, partial(run, dense=False), expected)
                 with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
-                    finite.append((index, self._add(rows, index, count, padding, wanted, given)))
+                    finite.append((index, self._add(waiting, index, count, padding, wanted, given)))
                 bar.update(count)
+            with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
+                for tokens in waiting.values():
+                    tokens.flush()
         self._require_finite(rows, finite)
         for layer in rows:
             sums = self.weights.row_sums.get(layer)
@@ -143,7 +180,7 @@ class DenseModel:
 
     def _add(
         self,
-        rows: Sequence[RowLayer],
+        waiting: Mapping[RowLayer, _Waiting],
         index: int,
         count: int,
         padding: Tensor | None,
@@ -152,7 +189,7 @@ class DenseModel:
     ) -> Tensor:
         """Add a batch to every layer; [layers] bool, whether what came is finite."""
         finite = []
-        for layer in rows:
+        for layer, tokens in waiting.items():
             weights = self.weights.of(index, layer)
             aims, uses = ([found for found in seen if found.layer is layer] for seen in (wanted, given))
             good = torch.ones((), dtype=torch.bool, device=layer.weight.device)
@@ -162,8 +199,8 @@ class DenseModel:
                 x = as_tokens(use.input, use.input.shape[0], padding)[:count]
                 error = as_tokens(aim.output.float() - use.output.float(), use.output.shape[0], padding)[:count]
                 x, error = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
-                good &= torch.isfinite(x.sum(dtype=torch.float32)) & torch.isfinite(error.sum())
-                layer.add_inputs(x, weight.reshape(-1), error)
+                good = torch.isfinite(x.sum(dtype=torch.float32) + error.sum()) & good
+                tokens.add(x, weight.reshape(-1), error)
             finite.append(good)
         return torch.stack(finite)
 
@@ -213,6 +250,10 @@ class _WholeRun:
     model: nn.Module
     batch: Any
     loss_fn: LossFn
+
+    @property
+    def part(self) -> nn.Module:
+        return self.model
 
     def __call__(self, *, dense: bool) -> Tensor:
         return self.loss_fn(self.model, self.batch)

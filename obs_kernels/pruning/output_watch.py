@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,9 +46,12 @@ class Enough(BaseException):
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, expected: Expected | None) -> None:
+    """On only while a sum is awaited: every function that it sees costs some microseconds of the host."""
+
+    def __init__(self, expected: Expected | None, stack: ExitStack) -> None:
         super().__init__()
         self.expected, self.seen = expected, list[Seen]()
+        self._stack, self._is_on = stack, False
         self._open: list[Seen] = []
         """Calls whose output may still go into an addition."""
         self._left = 0 if expected is None else sum(len(calls) for calls in expected.values())
@@ -63,10 +66,16 @@ class _Watch(TorchFunctionMode):
                 return
             if calls[call]:
                 self._open.append(found)
+                self._turn_on()
             else:
                 self._settle(found, found.output)
 
         return hook
+
+    def _turn_on(self) -> None:
+        if not self._is_on:
+            self._stack.enter_context(self)
+            self._is_on = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,17 +139,12 @@ def watch(layers: Sequence[PrunedLayer], run: Callable[[], Any], expected: Expec
     With ``expected`` the pass ends when all that is expected was seen, and outputs are copies; without it the pass runs
     to its end, only ``layer`` and ``is_sum`` mean anything, and a first pass finds out so what to expect of others.
     """
-    watching = _Watch(expected)
-    handles = [
-        layer.module.register_forward_hook(watching.hook_of(layer), with_kwargs=True, always_call=False)
-        for layer in layers
-    ]
-    try:
-        with watching:
-            until_enough(run)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        watching = _Watch(expected, stack)
+        for layer in layers:
+            handle = layer.module.register_forward_hook(watching.hook_of(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        until_enough(run)
     return watching.seen
 
 

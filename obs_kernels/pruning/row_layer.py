@@ -35,6 +35,8 @@ class RowMoments:
 
     hessian: Tensor
     """[C, C] mean of ``|dy|^2 x x^T``; of x less its mean where the bias is free."""
+    mean_diagonal: float
+    """Of ``|dy|^2 x x^T`` with the mean in: what damping is a share of. H less a large mean is exact only to that."""
     pull: Tensor | None
     """[R, C] mean of ``|dy|^2 e x^T``, both less their means where the bias is free; None without a target."""
     mean_input: Tensor | None
@@ -155,8 +157,9 @@ class RowLayer(PrunedLayer):
         assert self.input_sum is not None
         target = None if self.target_sum is None else self.target_sum / self.num_grads
         pull = None if target is None else target[:, :-1].contiguous()
+        diagonal = float(hessian.diagonal()[: self.mask.shape[1]].double().mean())
         if not free_bias or float(self.input_sum[-1]) <= 0:
-            return RowMoments(hessian, pull, None, None)
+            return RowMoments(hessian, diagonal, pull, None, None)
         total = self.input_sum[-1]
         x = self.input_sum[:-1] / total
         hessian = (hessian - torch.outer(x, x) * (total / self.num_grads)).float()
@@ -165,13 +168,12 @@ class RowLayer(PrunedLayer):
         if target is not None and pull is not None:
             error = target[:, -1].double() * (self.num_grads / total)
             pull = (pull - torch.outer(target[:, -1].double(), x)).float()
-        return RowMoments(hessian, pull, x, error)
+        return RowMoments(hessian, diagonal, pull, x, error)
 
-    def damp_of(self, hessian: Tensor, cfg: OBSConfig) -> float:
-        """Absolute damping of a mean Hessian: ``cfg.damp``, or the share of its mean diagonal (tiny if that is 0)."""
-        if cfg.damp is not None:
-            return cfg.damp
-        damp = cfg.dampening_frac * float(hessian.diagonal()[: self.mask.shape[1]].double().mean())
+    @staticmethod
+    def damp_of(moments: RowMoments, cfg: OBSConfig) -> float:
+        """Absolute damping: ``cfg.damp``, or the share of the mean diagonal of H (tiny if that is 0)."""
+        damp = cfg.dampening_frac * moments.mean_diagonal if cfg.damp is None else cfg.damp
         return damp if damp > 0 else 1e-12
 
 

@@ -35,7 +35,7 @@ def prune_rows(layer: RowLayer, pattern: Pattern, cfg: OBSConfig) -> LayerStep:
     exact = cfg.curvature == "row"
     moments = layer.moments(free_bias=exact and cfg.refit_bias and layer.bias is not None)
     scale = layer.row_scale()
-    damp = layer.damp_of(moments.hessian, cfg)
+    damp = layer.damp_of(moments, cfg)
     raises = MAX_RAISES if cfg.on_singular == "increase_damp" else 0
     for raised in range(raises + 1):
         try:
