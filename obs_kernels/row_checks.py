@@ -34,7 +34,9 @@ def check_hessian(hessian: Tensor) -> None:
         )
 
 
-def check_accumulate_hessian(hessian: Tensor, x: Tensor, token_weight: Tensor | None) -> None:
+def check_accumulate_hessian(
+    hessian: Tensor, x: Tensor, token_weight: Tensor | None, origin: Tensor | None = None
+) -> None:
     """Check the arguments of ``accumulate_hessian_``; ``x`` [T, C] is flat."""
     check_hessian(hessian)
     check_matrix("x", x)
@@ -50,7 +52,11 @@ def check_accumulate_hessian(hessian: Tensor, x: Tensor, token_weight: Tensor | 
                 f"token_weight must be one value a token [{x.shape[0]}], got {list(token_weight.shape)}; flatten it "
                 f"as x"
             )
-    check_same_device(hessian=hessian, x=x, token_weight=token_weight)
+    if origin is not None and origin.shape != x.shape[1:]:
+        raise ShapeNotSupportedError(
+            f"origin must be one value a column [{x.shape[1]}], got {list(origin.shape)}; leave it out for 0"
+        )
+    check_same_device(hessian=hessian, x=x, token_weight=token_weight, origin=origin)
     check_owned("hessian", hessian)
 
 

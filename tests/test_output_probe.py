@@ -149,7 +149,7 @@ def test_a_loss_is_the_sum_over_its_own_sample() -> None:
         assert float(g[n, t, u].abs().sum()) > 0
         assert abs(float(g[n, t, u].sum())) < 1e-12
     for n in range(3):
-        assert float(losses[n]) == pytest.approx(float((g[n] * leaf[n]).sum()), rel=1e-10)
+        assert float(losses[n].detach()) == pytest.approx(float((g[n] * leaf.detach()[n]).sum()), rel=1e-10)
         (own,) = torch.autograd.grad(losses[n], leaf, retain_graph=True)
         assert torch.equal(own[n], g[n]) and not own[[i for i in range(3) if i != n]].any()
 

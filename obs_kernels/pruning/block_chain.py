@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
-from obs_kernels.pruning.output_watch import Enough, until_enough
+from obs_kernels.pruning.output_watch import Enough, tensors_in, until_enough
 
 log = logging.getLogger("obs_kernels")
 FREE_SHARE = 0.5
@@ -70,12 +70,13 @@ class _Call:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return list(_tensors((self.args, self.kwargs)))
+        return list(tensors_in((self.args, self.kwargs)))
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         device, enabled, dtype = self.autocast
+        hidden = hidden.clone()  # a block may work in place
         given: Mapping[str, Any] = {k: hidden if v is _HIDDEN else v for k, v in self.kwargs.items()}
-        with torch.autocast(device, dtype, enabled=enabled), torch.no_grad():
+        with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False), torch.no_grad():
             return _hidden_of_output(block(*(hidden if a is _HIDDEN else a for a in self.args), **given))
 
 
@@ -219,7 +220,7 @@ def find_chains(model: nn.Module, layers: Sequence[PrunedLayer], run: Callable[[
     handles = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         seen.setdefault(module, []).append((_hidden_of(args, kwargs), _hidden_of_output(output), tensors))
 
     for block in (block for blocks in lists for block in blocks):
@@ -308,14 +309,3 @@ def _is_near(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     a, b = a.double().nan_to_num(), b.double().nan_to_num()  # masks hold -inf
     return float((a - b).norm()) <= TOLERANCE * float(a.norm())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

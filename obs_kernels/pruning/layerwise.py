@@ -61,6 +61,7 @@ class Snapshot:
             self._swap(places)
 
     def _swap(self, places: Sequence[int]) -> None:
+        torch.clear_autocast_cache()  # of the weights that go, rounded
         for i in places:
             parameter, value = self._saved[i]
             self._saved[i] = (parameter, parameter.data)
@@ -123,7 +124,7 @@ class DenseModel:
         self.snapshot, self.timings = snapshot, timings
         self.device = layers[0].weight.device
         self.weights = TokenWeights(rows, timings)
-        self._marks: list[tuple[float, ...]] = []
+        self._marks: list[tuple[str, ...]] = []
         collect_gradients(
             model,
             rows,
@@ -162,7 +163,7 @@ class DenseModel:
                 count = self.weights.counts[index]
                 with phase(self.timings, "forward"):
                     with self.snapshot.in_place(run.part):
-                        wanted = watch(rows, partial(run, dense=True), expected)
+                        wanted = watch(rows, partial(run, dense=True), expected, with_inputs=False)
                     given = watch(rows, partial(run, dense=False), expected)
                 with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
                     finite.append((index, self._add(waiting, index, count, padding, wanted, given)))
@@ -259,13 +260,13 @@ class _WholeRun:
         return self.loss_fn(self.model, self.batch)
 
 
-def _mark(batch: Any) -> Iterator[float]:
-    """A number for each tensor of a batch that tells it from others, the order of its entries included."""
+def _mark(batch: Any) -> Iterator[str]:
+    """A number for each tensor of a batch that tells it from others, order included; as text, so that NaN is NaN."""
     if isinstance(batch, Tensor):
         values = batch.detach().reshape(-1)
         # f64: exact for token ids, and the same bits for the same tensor
         places = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
-        yield float(values.double() @ places)
+        yield repr(float(values.double() @ places))
     elif hasattr(batch, "values"):
         for value in batch.values():
             yield from _mark(value)

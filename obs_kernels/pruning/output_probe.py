@@ -52,9 +52,11 @@ def output_probe(logits: Tensor, *, temperature: float = TEMPERATURE, padding: T
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
         scaled = values / temperature
-        if padding is not None:
-            scaled = scaled.masked_fill(padding, -torch.inf)
-        p = scaled.softmax(-1).nan_to_num_(0.0)  # nothing but padding: no distribution
+        if padding is None:
+            p = scaled.softmax(-1)
+        else:
+            empty = padding.expand_as(scaled).all(-1, keepdim=True)  # nothing but padding: no distribution
+            p = scaled.masked_fill(padding, -torch.inf).softmax(-1).masked_fill(empty, 0.0)
         drawn = p.sqrt() * torch.randn_like(p)
         direction = drawn - p * drawn.sum(-1, keepdim=True)
     return (direction * values.masked_fill(p == 0, 0.0)).flatten(1).sum(1)

@@ -278,6 +278,7 @@ class OBSPruner:
                 layer.name: fisher.clone() for layer in self.layers if (fisher := layer.fisher_sum) is not None
             },
             "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
+            "origins": {layer.name: layer.origin.clone() for layer in rows if layer.origin is not None},
             "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
             "num_grads": {layer.name: layer.num_grads for layer in self.layers},
             "reports": {
@@ -301,6 +302,7 @@ class OBSPruner:
             layer.set_fisher(fisher, state["num_grads"][layer.name])
             if isinstance(layer, RowLayer) and fisher is not None:
                 layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
+                layer.origin = state["origins"][layer.name].to(device, copy=True)
                 layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
         self.stage, self._saliency = state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.ops import accumulate_hessian_
+from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.samples import Samples
-from obs_kernels.reference.hessian import add_product_, is_split
+from obs_kernels.reference.hessian import add_product_, from_origin, halves_of
 from obs_kernels.reference.precision import exact_products
 
 
@@ -36,7 +38,7 @@ class RowMoments:
     hessian: Tensor
     """[C, C] mean of ``|dy|^2 x x^T``; of x less its mean where the bias is free."""
     mean_diagonal: float
-    """Of ``|dy|^2 x x^T`` with the mean in: what damping is a share of. H less a large mean is exact only to that."""
+    """Of ``|dy|^2 x x^T`` with the mean in: what damping is a share of."""
     pull: Tensor | None
     """[R, C] mean of ``|dy|^2 e x^T``, both less their means where the bias is free; None without a target."""
     mean_input: Tensor | None
@@ -54,17 +56,22 @@ class RowMoments:
 
 @dataclass(eq=False)
 class RowLayer(PrunedLayer):
-    """``fisher_sum`` is the sum of the Hessian, [1, C, C] of the padded width; ``row_sum`` [R] f64 that of the rows."""
+    """``fisher_sum`` is the sum of the Hessian, [1, C, C] of the padded width; ``row_sum`` [R] f64 that of the rows.
+
+    Inputs are measured from ``origin``, about their mean: a large mean in common would take the digits of what differs.
+    """
 
     weighted: bool = True
     """Whether tokens and rows weigh as the loss says, or all alike (``curvature="layer"``)."""
     has_target: bool = False
     """Whether the outputs of the dense model are aimed at, for which ``target_sum`` takes memory."""
     row_sum: Tensor | None = field(default=None, init=False, repr=False)
+    origin: Tensor | None = field(default=None, init=False, repr=False)
+    """[C] f32 of the layer's own width: mean of the first inputs, None before them."""
     input_sum: Tensor | None = field(default=None, init=False, repr=False)
-    """[C + 1] f64, sum of ``|dy|^2 (x, 1)``."""
+    """[C + 1] f64, sum of ``|dy|^2 (x - origin, 1)``."""
     target_sum: Tensor | None = field(default=None, init=False, repr=False)
-    """[R, C + 1] f32, sum of ``|dy|^2 e (x, 1)^T``; None before the first target."""
+    """[R, C + 1] f32, sum of ``|dy|^2 e (x - origin, 1)^T``; None before the first target."""
 
     @property
     def num_blocks(self) -> int:
@@ -89,12 +96,12 @@ class RowLayer(PrunedLayer):
         """Give back the memory of sums that hold nothing."""
         super().drop_empty()
         if not self.has_fisher:
-            self.row_sum = self.input_sum = self.target_sum = None
+            self.row_sum = self.origin = self.input_sum = self.target_sum = None
 
     def set_fisher(self, fisher_sum: Tensor | None, num_grads: int) -> None:
-        """Take a sum [1, C, C]; those of rows and inputs go to ``row_sum`` and ``input_sum``."""
+        """Take a sum [1, C, C] about ``origin``; it and the other sums are set after it."""
         super().set_fisher(fisher_sum, num_grads)
-        self.row_sum = self.input_sum = self.target_sum = None
+        self.row_sum = self.origin = self.input_sum = self.target_sum = None
 
     def add_tokens(self, x: Tensor, dy: Tensor, scale: float) -> None:
         """Add tokens x [N, T, C] whose outputs have the gradients ``scale * dy`` [N, T, R]."""
@@ -110,28 +117,32 @@ class RowLayer(PrunedLayer):
         self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
         self.add_inputs(x.reshape(-1, cols), squares.sum(1))
 
-    @exact_products()
     def add_inputs(self, x: Tensor, token_weight: Tensor | None, error: Tensor | None = None) -> None:
         """Add inputs x [t, C] of weight [t] f32 (None: 1), and the errors [t, R] f32 of their outputs."""
+        with exact_products(), no_autocast():
+            self._add_inputs(x, token_weight, error)
+
+    def _add_inputs(self, x: Tensor, token_weight: Tensor | None, error: Tensor | None) -> None:
         hessian = self.allocate()[0]
         rows, cols = self.mask.shape
-        if cols == hessian.shape[0]:
-            accumulate_hessian_(hessian, x, token_weight=token_weight, scale=1.0)
-        else:  # columns that the pattern pads are never used
-            part = hessian[:cols, :cols].contiguous()
-            hessian[:cols, :cols] = accumulate_hessian_(part, x, token_weight=token_weight, scale=1.0)
-        assert self.input_sum is not None
         weight = x.new_ones(x.shape[0], dtype=torch.float32) if token_weight is None else token_weight
-        self.input_sum[:cols] += (weight[None] @ x.float())[0]
+        if self.origin is None:
+            self.origin = (weight[None] @ x.float())[0] / weight.sum().clamp_min(1e-30)
+        part = hessian if cols == hessian.shape[0] else hessian[:cols, :cols].contiguous()
+        accumulate_hessian_(part, x, token_weight=token_weight, origin=self.origin, scale=1.0)
+        if part is not hessian:  # columns that the pattern pads are never used
+            hessian[:cols, :cols] = part
+        assert self.input_sum is not None
+        moved = from_origin(x, self.origin, torch.float32)
+        self.input_sum[:cols] += (weight[None] @ moved)[0]
         self.input_sum[-1] += weight.sum()
         if error is None:
             return
         if self.target_sum is None:
-            self.target_sum = torch.zeros(
-                self.padded[0], self.padded[1] + 1, dtype=torch.float32, device=self.weight.device
-            )
+            shape = (self.padded[0], self.padded[1] + 1)
+            self.target_sum = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
         weighted = error * weight[:, None]
-        add_product_(self.target_sum[:rows, :cols], weighted, x if is_split(x, torch.float32) else x.float())
+        add_product_(self.target_sum[:rows, :cols], halves_of(weighted, x), halves_of(moved, x))
         self.target_sum[:rows, -1] += weighted.sum(0)
 
     @property
@@ -151,24 +162,43 @@ class RowLayer(PrunedLayer):
             return torch.ones_like(self.row_sum, dtype=torch.float32)
         return (self.row_sum / self.row_sum.sum().clamp_min(1e-300)).float()
 
+    def mean_fisher(self) -> Tensor:
+        """[1, C, C] undamped mean of ``|dy|^2 x x^T``, a new tensor."""
+        return self._moved(self.require_sum()[0], self._origin()).float()[None] / self.num_grads
+
     def moments(self, *, free_bias: bool) -> RowMoments:
         """Means of what was collected; new tensors."""
-        hessian = self.require_sum()[0] / self.num_grads
+        sums, origin = self.require_sum()[0], self._origin()
         assert self.input_sum is not None
-        target = None if self.target_sum is None else self.target_sum / self.num_grads
-        pull = None if target is None else target[:, :-1].contiguous()
-        diagonal = float(hessian.diagonal()[: self.mask.shape[1]].double().mean())
-        if not free_bias or float(self.input_sum[-1]) <= 0:
-            return RowMoments(hessian, diagonal, pull, None, None)
-        total = self.input_sum[-1]
-        x = self.input_sum[:-1] / total
-        hessian = (hessian - torch.outer(x, x) * (total / self.num_grads)).float()
-        hessian = 0.5 * (hessian + hessian.mT)
-        error = None
-        if target is not None and pull is not None:
-            error = target[:, -1].double() * (self.num_grads / total)
-            pull = (pull - torch.outer(target[:, -1].double(), x)).float()
-        return RowMoments(hessian, diagonal, pull, x, error)
+        total = float(self.input_sum[-1])
+        raw = self._moved(sums, origin)
+        diagonal = float(raw.diagonal()[: self.mask.shape[1]].mean()) / self.num_grads
+        target = None if self.target_sum is None else self.target_sum.double()
+        if not free_bias or total <= 0:
+            pull = None if target is None else target[:, :-1] + torch.outer(target[:, -1], origin)
+            return RowMoments(self._mean(raw), diagonal, None if pull is None else self._mean(pull), None, None)
+        shift = self.input_sum[:-1] / total
+        hessian = self._mean(self._moved(sums, -shift))
+        if target is None:
+            return RowMoments(hessian, diagonal, None, origin + shift, None)
+        pull = self._mean(target[:, :-1] - torch.outer(target[:, -1], shift))
+        return RowMoments(hessian, diagonal, pull, origin + shift, target[:, -1] / total)
+
+    def _moved(self, sums: Tensor, by: Tensor) -> Tensor:
+        """[C, C] f64: ``sum |dy|^2 u u^T`` as that of ``u + by``."""
+        assert self.input_sum is not None
+        first, total = self.input_sum[:-1], self.input_sum[-1]
+        moved = sums.double()
+        half = first + 0.5 * total * by
+        return moved.addr_(half, by).addr_(by, half)
+
+    def _origin(self) -> Tensor:
+        """[C] f64 of the padded width."""
+        assert self.origin is not None
+        return F.pad(self.origin.double(), (0, self.padded[1] - self.origin.numel()))
+
+    def _mean(self, sums: Tensor) -> Tensor:
+        return (sums / self.num_grads).float()
 
     @staticmethod
     def damp_of(moments: RowMoments, cfg: OBSConfig) -> float:

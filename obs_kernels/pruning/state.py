@@ -17,7 +17,7 @@ from obs_kernels.pruning.report import LayerReport
 from obs_kernels.pruning.row_layer import RowLayer
 
 NUMBERS = ("stage", "saliency", "seconds", "received")
-TABLES = ("config", "masks", "first_masks", "fisher_sums", "row_sums", "input_sums", "num_grads", "reports")
+TABLES = ("config", "masks", "first_masks", "fisher_sums", "row_sums", "origins", "input_sums", "num_grads", "reports")
 
 
 def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer], num_stages: int) -> None:
@@ -52,6 +52,8 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
             if isinstance(layer, RowLayer):
                 rows = state["row_sums"].get(layer.name)
                 _check_tensor(f"state['row_sums'][{layer.name!r}]", rows, (layer.padded[0],), torch.float64)
+                origin = state["origins"].get(layer.name)
+                _check_tensor(f"state['origins'][{layer.name!r}]", origin, tuple(layer.mask.shape[1:]), torch.float32)
                 inputs = state["input_sums"].get(layer.name)
                 _check_tensor(f"state['input_sums'][{layer.name!r}]", inputs, (layer.padded[1] + 1,), torch.float64)
     wanted = {field.name for field in fields(LayerReport)}

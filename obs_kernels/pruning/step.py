@@ -82,7 +82,8 @@ def _staged(layer: PrunedLayer, pattern: Pattern, cfg: OBSConfig, keep: Tensor |
             layer.require_sum()
             if not layer.is_reached:
                 return _skipped(layer, "no loss gradient of any sample reaches it")
-            done = prune_rows(layer, pattern, cfg)
+            with no_autocast():
+                done = prune_rows(layer, pattern, cfg)
         elif is_fused(layer, pattern, cfg):
             done = prune_fused(layer, pattern, cfg)
         else:
