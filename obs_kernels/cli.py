@@ -56,13 +56,15 @@ Gradients = Annotated[str | None, typer.Option(help="sample or batch.")]
 Curvature = Annotated[
     str | None,
     typer.Option(
-        help="block (block Fisher), row (whole rows, tokens weighted) or layer (SparseGPT). Left out: row and "
-        "sequential for n:m and v:n:m, unless an option of the block Fisher is given."
+        help="block (block Fisher), row (whole rows, tokens weighted) or layer (SparseGPT). Left out: row "
+        "for n:m and v:n:m, unless an option of the block Fisher is given."
     ),
 ]
 Sequential = Annotated[
     bool | None,
-    typer.Option("--sequential/--no-sequential", help="Layer by layer, each on the model pruned so far."),
+    typer.Option(
+        "--sequential/--no-sequential", help="Layer by layer on the model pruned so far. Left out: yes for row."
+    ),
 ]
 Loss = Annotated[
     str | None,
@@ -83,17 +85,15 @@ OnNonfinite = Annotated[str | None, typer.Option(help="raise or skip_batch.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file of settings; options here go before it.")]
 
 
-BLOCK_SETTINGS = (
-    "curvature",
-    "sequential",
-    "gradients",
-    "fisher_block_size",
-    "method",
-    "update",
-    "passes",
-    "global_sparsity",
-)
-"""Settings that say which curvature is meant, or have a meaning for the block Fisher only."""
+ROW_SETTINGS = {
+    "gradients": ("sample",),
+    "fisher_block_size": (None,),
+    "method": ("combinatorial",),
+    "update": ("joint",),
+    "passes": (0,),
+    "global_sparsity": (False,),
+}
+"""Values that row curvature takes; any other one asks for the block Fisher."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -400,11 +400,15 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     known = {field.name: field.default for field in fields(OBSConfig)}
     given = {name: value for name, value in options.items() if name in known and value is not None}
     if "ignore" in given:
-        given["ignore"] = [*values.get("ignore", known["ignore"]), *given["ignore"]]
+        before = values.get("ignore", known["ignore"])
+        given["ignore"] = [*([before] if isinstance(before, str) else before), *given["ignore"]]
     chosen = values | given
-    free = not any(name in chosen for name in BLOCK_SETTINGS) and isinstance(chosen.get("pattern"), str)
-    if free and parse_pattern(chosen["pattern"]).fixed_count:
-        chosen |= {"curvature": "row", "sequential": True}
+    free = "curvature" not in chosen and isinstance(chosen.get("pattern"), str)
+    fits = all(chosen.get(name, values[0]) in values for name, values in ROW_SETTINGS.items())
+    if free and fits and parse_pattern(chosen["pattern"]).fixed_count:
+        chosen["curvature"] = "row"
+    if chosen.get("curvature") == "row":
+        chosen.setdefault("sequential", True)
     return OBSConfig.from_dict(chosen)
 
 

@@ -150,6 +150,77 @@ def test_what_is_a_chain(batches: list[Batch]) -> None:
             assert chains[0].place_of([layers[0], layers[2]]) is None
 
 
+class Ends(nn.Module):
+    """A layer before the blocks and one after; ``outside``: the sum with the stream is made around the block."""
+
+    def __init__(self, blocks: list[nn.Module], *, outside: bool = False) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = nn.Linear(8, 8), nn.ModuleList(blocks), nn.Linear(8, 8)
+        self.outside = outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        for block in self.blocks:
+            given = block(x)
+            x = x + given if self.outside else given[0]
+        y: Tensor = self.last(x)
+        return y
+
+
+def _plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("ignore", [(), ("re:blocks.1.*",)])
+def test_a_stage_starts_anew(
+    count: int, ignore: tuple[str, ...], batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of one stage is not of the next, also where only one block is pruned."""
+    torch.manual_seed(0)
+    model = Ends([Block() for _ in range(count)])
+    cfg = config(recomputations=2, ignore=ignore)
+    assert_equal(*prune_both(model, cfg, batches, stack_loss, monkeypatch))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_sum_outside_of_the_blocks(count: int, batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Ends([_plain() for _ in range(count)], outside=True)
+    assert_equal(*prune_both(model, config(), batches, stack_loss, monkeypatch))
+
+
+def test_a_sum_of_what_a_chain_gives(batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks follow each other, and the last one's output goes into a sum that no block shows."""
+
+    class Around(Ends):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x = self.first(x).tanh()
+            for block in self.blocks:
+                y = block(y)
+            z: Tensor = self.last(x + y)
+            return z
+
+    torch.manual_seed(0)
+    model = Around([_plain() for _ in range(2)])
+    assert_equal(*prune_both(model, config(), batches, stack_loss, monkeypatch))
+
+
+def test_a_part_that_blocks_share(batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(3)]
+    blocks[2].up, blocks[2].down = blocks[0].up, blocks[0].down
+    kept, whole = prune_both(Ends(list(blocks)), config(), batches, stack_loss, monkeypatch)
+    assert_equal(kept, whole)
+
+
+def test_masks_of_minus_infinity_are_compared() -> None:
+    inf = -torch.inf
+    assert not block_chain._is_near(torch.tensor([0.0, inf]), torch.tensor([5.0, 5.0]))
+    assert not block_chain._is_near(torch.tensor([1.0, inf]), torch.tensor([5.0, inf]))
+    assert block_chain._is_near(torch.tensor([1.0, inf]), torch.tensor([1.0001, inf]))
+
+
 def _bert() -> tuple[nn.Module, dict[str, Any], Loss]:
     from transformers import BertConfig, BertForQuestionAnswering
 

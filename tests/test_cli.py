@@ -211,7 +211,12 @@ def test_other_curvatures(options: list[str], command: Callable[..., list[object
     [
         ("2:8", [], "row", True),
         (PATTERN, ["--num-grads", "4"], "row", True),
-        (PATTERN, ["--curvature", "row"], "row", False),
+        (PATTERN, ["--curvature", "row"], "row", True),
+        (PATTERN, ["--no-sequential"], "row", False),
+        ("2:8", ["--method", "combinatorial", "--update", "joint", "--no-global"], "row", True),
+        ("2:8", ["--sequential"], "row", True),
+        ("2:8", ["--gradients", "batch"], "block", False),
+        ("2:4", ["--curvature", "layer"], "layer", False),
         ("2:8", ["--method", "pairwise"], "block", False),
         ("2:8", ["--fisher-block-size", "16"], "block", False),
         ("unstructured:0.5", [], "block", False),

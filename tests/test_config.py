@@ -262,3 +262,8 @@ def test_unknown_keys(key, words):
 def test_missing_pattern():
     with pytest.raises(ConfigError, match="pattern is missing"):
         OBSConfig.from_dict({"num_grads": 4})
+
+
+def test_row_curvature_refuses_too_many_sets_at_once():
+    with pytest.raises(ConfigError, match=r"at most 20000 kept sets a group, got 4:32 with 35960.*greedy"):
+        OBSConfig(pattern="4:32", curvature="row")

@@ -49,6 +49,7 @@ STORAGE_IDENTITY = {
     ("sparse/checkpoint.py", "_unshared"): "which tensors of a state dict are one storage",
     ("pruning/find_layers.py", "find_layers"): "whether another module holds the same weight",
     ("pruning/find_layers.py", "_weight_owners"): "which modules hold a weight",
+    ("pruning/output_watch.py", "is_same_memory"): "whether a function takes what a layer gave",
 }
 """(file, function) that may ask for ``data_ptr()`` outside of cuda_calls, and what for."""
 

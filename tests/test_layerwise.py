@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import obs_kernels as obs
 from obs_kernels.errors import ConfigError, NonFiniteError
 from obs_kernels.pruning import layerwise
+from obs_kernels.pruning.layerwise import Snapshot
 from obs_kernels.pruning.report import PruningReport
 
 Batch = dict[str, Tensor]
@@ -891,6 +893,59 @@ def test_under_autocast_from_outside(sequential: bool, batches: list[Batch]) -> 
         torch.testing.assert_close(
             outside.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"curvature": "layer"}, {"recomputations": 2}, {"recomputations": 2, "sequential": False}],
+    ids=["layer", "row", "row at once"],
+)
+def test_later_passes_under_autocast_see_the_new_weights(changes: dict[str, Any], batches: list[Batch]) -> None:
+    inside, outside = make(), make()
+
+    def rounded(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fn(model, batch)
+
+    cfg = dataclasses.replace(config(), **changes)
+    obs.sparsify_(inside, cfg, batches, rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        obs.sparsify_(outside, cfg, batches, loss_fn)
+    for name, value in inside.state_dict().items():
+        torch.testing.assert_close(outside.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bias_of_two_layers_comes_back() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].bias = net[0].bias
+    layers = obs.OBSPruner(net, obs.OBSConfig(pattern="2:4", curvature="row")).layers
+    snapshot = Snapshot(layers)
+    with torch.no_grad():
+        net[0].bias.fill_(7.0)
+    with snapshot.in_place(net):
+        assert not bool((net[0].bias == 7.0).any())
+    assert bool((net[0].bias == 7.0).all())
+
+
+def test_a_compiled_model_is_pruned_as_it_is(batches: list[Batch]) -> None:
+    """Hooks that come after a graph was made are not in it: the model runs uncompiled."""
+    plain, inner = make(), make()
+    compiled = torch.compile(inner, backend="eager")
+    with torch.no_grad():
+        loss_fn(compiled, batches[0])
+    obs.sparsify_(plain, config(), batches, loss_fn)
+    obs.sparsify_(compiled, config(), batches, loss_fn)
+    assert_same(inner, state(plain))
+
+
+def test_generators_come_back_whatever_draws(batches: list[Batch]) -> None:
+    net = make()
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True)
+    obs.sparsify_(net, config(), loader, lambda m, b: loss_fn(m, b) * torch.rand(()))
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_modes_and_generators_come_back(batches: list[Batch]) -> None:

@@ -95,8 +95,8 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     + [((randn(16, 4).T, spd(8, 8), half_mask(4, 16), ONE, update), REFERENCE) for update in ("joint", "none")]
     + [((randn(3, 7), spd(6, 4), half_mask(3, 7), torch.rand(6), "joint"), REFERENCE)],
     "accumulate_hessian_": [
-        ((spd(1, 4)[0], randn(3, 4), None), {"scale": 0.5, **REFERENCE}),
-        ((spd(1, 4)[0].double(), randn(4, 3).half().T, torch.rand(3)), {"scale": 0.5, **REFERENCE}),
+        ((spd(1, 4)[0], randn(3, 4), None, None), {"scale": 0.5, **REFERENCE}),
+        ((spd(1, 4)[0].double(), randn(4, 3).half().T, torch.rand(3), torch.rand(4)), {"scale": 0.5, **REFERENCE}),
     ],
     "sweep_rows": [
         ((randn(4, 16), HESSIAN, "2:8", None, ONE, "combinatorial", None, 4, True), REFERENCE),
@@ -280,7 +280,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "accumulate_hessian_": (
         lambda: ops.accumulate_hessian_(torch.zeros(4, 4), torch.zeros(3, 5), scale=1.0),
         lambda: torch.ops.obs_kernels.accumulate_hessian_(
-            torch.zeros(4, 4), torch.zeros(3, 5), None, scale=1.0, **REFERENCE
+            torch.zeros(4, 4), torch.zeros(3, 5), None, None, scale=1.0, **REFERENCE
         ),
     ),
     "sweep_rows": (

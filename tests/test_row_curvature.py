@@ -267,6 +267,35 @@ def test_state_goes_round(net: Net, batches: list[Batch]) -> None:
         assert torch.equal(a.mask, b.mask) and torch.equal(a.weight, b.weight)
 
 
+def test_a_layer_that_nothing_reaches_has_a_state(net: Net, batches: list[Batch]) -> None:
+    cfg = obs.OBSConfig(pattern="2:4", curvature="row", num_grads=12)
+    first, second = obs.OBSPruner(net, cfg), obs.OBSPruner(net, cfg)
+    first.collect(batches, loss_fn)
+    assert not bool(first.fishers()["idle.weight"].any())
+    second.load_state_dict(first.state_dict())
+    assert second.stage_layers(["idle"])[0].outcome.startswith("skipped")
+
+
+def test_a_batch_that_breaks_off_leaves_no_part(
+    net: Net, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums and counts go together: a layer has a batch whole or has nothing."""
+    pruner = obs.OBSPruner(net, config())
+    pruner.collect(batches[:1], loss_fn)
+    add, calls = RowLayer.add_tokens, iter(range(9))
+
+    def failing(self: RowLayer, *args: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        add(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowLayer, "add_tokens", failing)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.collect(batches[1:], loss_fn)
+    assert all(layer.num_grads == 0 and not layer.has_fisher for layer in pruner.layers)
+
+
 def test_recomputations_nest(net: Net, batches: list[Batch]) -> None:
     report = obs.sparsify_(net, config("2:8", recomputations=3), batches, loss_fn)
     assert report.stages == ("6:8", "4:8", "2:8")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
-from obs_kernels.pruning.output_watch import Enough, tensors_in, until_enough
+from obs_kernels.pruning.output_watch import Enough, is_same_memory, tensors_in, until_enough
 
 log = logging.getLogger("obs_kernels")
 FREE_SHARE = 0.5
@@ -38,11 +38,10 @@ class Chain:
 
     def place_of(self, layers: Sequence[PrunedLayer]) -> int | None:
         """The block that holds all of ``layers``, if one does."""
-        for i, block in enumerate(self.blocks):
-            inside = set(block.modules())
-            if all(layer.module in inside for layer in layers):
-                return i
-        return None
+        modules = {layer.module for layer in layers}
+        holders = [i for i, block in enumerate(self.blocks) if not modules.isdisjoint(block.modules())]
+        # one that is also another's, as shared feed-forward parts are, runs more often than this block
+        return holders[0] if len(holders) == 1 and modules <= set(self.blocks[holders[0]].modules()) else None
 
 
 class Run(Protocol):
@@ -138,7 +137,7 @@ class KeptActivations:
     def _go_to(self, chain: Chain, place: int) -> bool:
         """Have the inputs of a block; False if they cannot be kept."""
         if self._chain is not chain or place < self._place:
-            self._drop()
+            self.drop()
             needed = 2 * chain.bytes_per_batch * self._num_batches
             free = free_bytes(self._device)
             if needed > FREE_SHARE * free:
@@ -158,12 +157,18 @@ class KeptActivations:
             type(chain.blocks[0]).__name__,
             place,
         )
-        self._drop()
+        self.drop()
         self._chains.remove(chain)
         return False
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Forget what is kept: the model has changed elsewhere than from block to block."""
         self._chain, self._kept = None, []
+
+    def refuse(self, layers: Sequence[PrunedLayer]) -> None:
+        """Run the whole model for the chain that holds ``layers`` from now on."""
+        self.drop()
+        self._chains = [chain for chain in self._chains if chain.place_of(layers) is None]
 
     def _fill(self, chain: Chain, place: int) -> None:
         for index, padding, run in self._whole():
@@ -236,8 +241,9 @@ def find_chains(model: nn.Module, layers: Sequence[PrunedLayer], run: Callable[[
         if any(len(call) != 1 for call in calls):
             continue
         given, gave = [call[0][0] for call in calls], [call[0][1] for call in calls]
-        if all(a is not None and b is not None and _is_same(a, b) for a, b in zip(gave[:-1], given[1:], strict=True)):
-            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for c in calls[:1] for t in c[0][2]}
+        follows = [_follows(a, b) for a, b in zip(gave[:-1], given[1:], strict=True)]
+        if follows and all(follows) and given[0] is not None:
+            held = {id(t): t.nbytes for t in calls[0][0][2]}
             chains.append(Chain(list(blocks), sum(held.values())))
     return chains
 
@@ -247,6 +253,7 @@ def _calls_of(chain: Chain, place: int, run: Run, last: int | None = None) -> tu
     last = len(chain.blocks) - 1 if last is None else last
     calls: dict[int, _Call] = {}
     hidden: list[Tensor] = []
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hook_of(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -255,8 +262,8 @@ def _calls_of(chain: Chain, place: int, run: Run, last: int | None = None) -> tu
             if i == place:
                 hidden.append(state.detach().clone())
             calls[i] = _Call(
-                tuple(_kept_argument(a, state) for a in args),
-                {k: _kept_argument(v, state) for k, v in kwargs.items()},
+                tuple(_kept_argument(a, state, copies) for a in args),
+                {k: _kept_argument(v, state, copies) for k, v in kwargs.items()},
                 (state.device.type, *_autocast_of(state.device.type)),
             )
             if i == last:
@@ -283,11 +290,24 @@ def _autocast_of(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _kept_argument(value: Any, hidden: Tensor) -> Any:
-    """The hidden state by its stand-in; None for a cache of keys and values, which each run would add to."""
+def _kept_argument(value: Any, hidden: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """The hidden state by its stand-in; other tensors as copies that all blocks share, as a loader may reuse memory.
+
+    None for a cache of keys and values, which each run would add to.
+    """
     if value is hidden:
         return _HIDDEN
+    if isinstance(value, Tensor):
+        return copies.setdefault(id(value), (value, value.detach().clone()))[1]
+    if type(value) in (tuple, list):
+        return type(value)(_kept_argument(part, hidden, copies) for part in value)
+    if type(value) is dict:
+        return {name: _kept_argument(part, hidden, copies) for name, part in value.items()}
     return None if hasattr(value, "get_seq_length") else value
+
+
+def _follows(gave: Tensor | None, given: Tensor | None) -> bool:
+    return gave is not None and given is not None and is_same_memory(given, gave) and given.shape == gave.shape
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -296,16 +316,15 @@ def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Non
 
 
 def _hidden_of_output(output: Any) -> Any:
-    """A block gives its hidden state alone or first."""
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
-def _is_same(a: Any, b: Tensor) -> bool:
-    return isinstance(a, Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
+    """A block gives its hidden state alone or first; None for anything else."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def _is_near(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
-    a, b = a.double().nan_to_num(), b.double().nan_to_num()  # masks hold -inf
+    if not torch.equal(a.isinf(), b.isinf()):
+        return False
+    a, b = (t.double().nan_to_num(0.0, 0.0, 0.0) for t in (a, b))  # masks hold -inf
     return float((a - b).norm()) <= TOLERANCE * float(a.norm())

@@ -49,7 +49,8 @@ class OBSConfig:
         dampening_frac: damping as a share of the mean diagonal of F over a tensor's live weights.
         method: "combinatorial" (exact), "pairwise", "greedy", "diagonal" or "magnitude".
         update: "joint", "single" or "none".
-        recomputations: parts of the step, with new gradients for each; for n:m at most m - n.
+        recomputations: parts of the step, with new gradients for each (row curvature, sequential: new inputs and
+            errors, weights of tokens from the dense model); for n:m at most m - n.
         passes: at most so many passes over the groups of a Fisher block after the first choice, each group choosing
             anew with the others fixed; for ``method="combinatorial"``, and an effect only where D > m.
         global_sparsity: one threshold over all layers; for unstructured and blocks only.
@@ -150,6 +151,11 @@ class OBSConfig:
             takes = "n:m and v:n:m" if row else "n:m and unstructured"
             raise ConfigError(
                 f"curvature={self.curvature!r} takes {takes} patterns, got {pattern}; use curvature='block'"
+            )
+        if row and isinstance(pattern, NMPattern) and math.comb(pattern.m, pattern.n) > checks.MAX_KEPT_SETS:
+            raise ConfigError(
+                f"curvature='row' takes patterns of at most {checks.MAX_KEPT_SETS} kept sets a group, got {pattern} "
+                f"with {math.comb(pattern.m, pattern.n)}; use curvature='block' with method='greedy', or a smaller m"
             )
 
     def _check_block(self, pattern: Pattern) -> None:

@@ -40,13 +40,14 @@ class Snapshot:
     """Weights and biases of layers as they are now, to be put back, or put in for a while."""
 
     def __init__(self, layers: Sequence[PrunedLayer]) -> None:
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        self._saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        found = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}  # each once
+        self._saved = [(parameter, parameter.detach().clone()) for parameter in found.values()]
         self._inside: dict[nn.Module, list[int]] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the values back."""
+        torch.clear_autocast_cache()
         for parameter, value in self._saved:
             parameter.copy_(value)
 
@@ -143,6 +144,10 @@ class DenseModel:
             chains = find_chains(model, rows, first)
         self._kept = KeptActivations(chains, self._whole, len(self.weights), snapshot.in_place, self.device)
 
+    def begin_stage(self) -> None:
+        """To be called when what was pruned is written: kept activations are of the model before."""
+        self._kept.drop()
+
     def collect(self, layers: Sequence[PrunedLayer]) -> None:
         """Sums of ``layers``, with inputs and errors of the model as it is now.
 
@@ -150,10 +155,24 @@ class DenseModel:
             ConfigError: other batches than at the first pass, or other tokens in a layer than in the dense model.
             NonFiniteError: names layer and batch.
         """
-        from tqdm import tqdm
-
         rows = require_row_layers(layers)
         allocate_sums(rows, "Hessian and aims", "; prune fewer layers at a time")
+        finite = self._pass(rows)
+        if finite is None:  # a sum is made outside of the block: only the whole model shows it
+            self._kept.refuse(rows)
+            finite = self._pass(rows) or []
+        self._require_finite(rows, finite)
+        for layer in rows:
+            sums = self.weights.row_sums.get(layer)
+            assert layer.row_sum is not None
+            if sums is not None:
+                layer.row_sum[: sums.shape[0]] = sums
+            layer.count(self.weights.num_grads)
+
+    def _pass(self, rows: Sequence[RowLayer]) -> list[tuple[int, Tensor]] | None:
+        """Add every batch; what of each is finite, or None, before the first, where a block does not show all sums."""
+        from tqdm import tqdm
+
         expected: Expected = {row: self.expected[row] for row in rows}
         finite: list[tuple[int, Tensor]] = []
         waiting = {row: _Waiting(row) for row in rows}
@@ -165,19 +184,15 @@ class DenseModel:
                     with self.snapshot.in_place(run.part):
                         wanted = watch(rows, partial(run, dense=True), expected, with_inputs=False)
                     given = watch(rows, partial(run, dense=False), expected)
+                if run.part is not self.model and not finite and expected_of(rows, given) != expected:
+                    return None
                 with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
                     finite.append((index, self._add(waiting, index, count, padding, wanted, given)))
                 bar.update(count)
             with phase(self.timings, "accumulate"), torch.no_grad(), no_autocast():
                 for tokens in waiting.values():
                     tokens.flush()
-        self._require_finite(rows, finite)
-        for layer in rows:
-            sums = self.weights.row_sums.get(layer)
-            assert layer.row_sum is not None
-            if sums is not None:
-                layer.row_sum[: sums.shape[0]] = sums
-            layer.count(self.weights.num_grads)
+        return finite
 
     def _add(
         self,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of ``model`` in eval mode, each back in its own mode afterwards."""
+    """Every module of ``model`` in eval mode, each back in its own mode afterwards.
+
+    Compiled ones run uncompiled meanwhile: what was compiled before does not call hooks that come later.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m, _ in modes)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, training in modes:
             module.training = training

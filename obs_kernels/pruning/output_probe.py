@@ -25,7 +25,7 @@ def output_probe(logits: Tensor, *, temperature: float = TEMPERATURE, padding: T
     """Stand-in losses, one a sample, whose gradients have the Gauss-Newton matrix of the outputs as second moment.
 
     To be returned by a ``loss_fn`` for ``curvature="row"`` (or added up over several outputs, as start and end are):
-    ``lambda model, batch: output_probe(model(**batch).logits)``. The value of these losses means nothing.
+    ``lambda model, batch: output_probe(model(**batch).logits, padding=...)``. The value of these losses means nothing.
 
     Args:
         logits: [N, ..., K] float with a gradient; a distribution over the last dimension, N samples.
@@ -49,6 +49,11 @@ def output_probe(logits: Tensor, *, temperature: float = TEMPERATURE, padding: T
         )
     if not math.isfinite(temperature) or temperature <= 0:
         raise ConfigError(f"temperature must be greater than 0, got {temperature}; 4 is usual")
+    if padding is not None and (padding.dtype != torch.bool or not _expands(padding.shape, logits.shape)):
+        raise ConfigError(
+            f"padding must be bool and expand to the logits {list(logits.shape)}, got {list(padding.shape)} "
+            f"{padding.dtype}; for positions [N, T] of [N, T, K] pass padding[..., None]"
+        )
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
         scaled = values / temperature
@@ -60,3 +65,10 @@ def output_probe(logits: Tensor, *, temperature: float = TEMPERATURE, padding: T
         drawn = p.sqrt() * torch.randn_like(p)
         direction = drawn - p * drawn.sum(-1, keepdim=True)
     return (direction * values.masked_fill(p == 0, 0.0)).flatten(1).sum(1)
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False

@@ -85,7 +85,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         adds = getattr(func, "__name__", "") in ADDITIONS
         given = list(tensors_in((args, kwargs)))
-        taken = [found for found in self._open if adds and any(_is_same(part, found.output) for part in given)]
+        taken = [found for found in self._open if adds and any(is_same_memory(part, found.output) for part in given)]
         sums = [found for found in taken if self._is_sum(found, given, kwargs)]
         result = func(*args, **kwargs)
         for found in taken:
@@ -110,17 +110,17 @@ class _Watch(TorchFunctionMode):
 
         A sum with something made of the output itself, as in an activation function, is no residual stream.
         """
-        same = [part for part in given if _is_same(part, found.output)]
-        others = [part for part in given if not _is_same(part, found.output)]
+        same = [part for part in given if is_same_memory(part, found.output)]
+        others = [part for part in given if not is_same_memory(part, found.output)]
         unchanged = len(same) == 1 and same[0]._version == found.version
         return unchanged and kwargs.get("alpha", 1) == 1 and not any(self._follows(part, found) for part in others)
 
     def _follow(self, given: Sequence[Tensor], result: Any) -> None:
         """Note of which outputs ``result`` is made; in a first pass, which decides what is a sum."""
         for found in self._open:
-            if any(_is_same(part, found.output) or self._follows(part, found) for part in given):
+            if any(is_same_memory(part, found.output) or self._follows(part, found) for part in given):
                 for made in tensors_in(result):
-                    if not _is_same(made, found.output):
+                    if not is_same_memory(made, found.output):
                         found.made_of_it[id(made)] = weakref.ref(made)
 
     def _follows(self, part: Tensor, found: Seen) -> bool:
@@ -136,7 +136,7 @@ class _Watch(TorchFunctionMode):
             raise Enough
 
 
-def _is_same(part: Any, output: Tensor) -> bool:
+def is_same_memory(part: Any, output: Tensor) -> bool:
     """Whether ``part`` is ``output``, or another shape of the same memory."""
     return (
         isinstance(part, Tensor)

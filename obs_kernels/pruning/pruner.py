@@ -92,10 +92,11 @@ class OBSPruner:
             MemoryBudgetError: the Fisher does not fit, before the first batch. NonFiniteGradientError: names layer and
             batch.
         """
-        if self.config.sequential and layers is None:
+        if self.config.sequential and (layers is None or self.config.curvature == "row"):
             raise ConfigError(
-                "sequential takes the layers one after the other as they run, got layers=None; use sparsify_, which "
-                "writes the weights of each before it collects for the next"
+                "sequential takes the layers one after the other as they run, got collect of "
+                f"{'all' if layers is None else 'some'}; use sparsify_, which writes the weights of each before it "
+                "collects for the next"
             )
         chosen = self._named(layers)
         check_fits(
@@ -302,7 +303,8 @@ class OBSPruner:
             layer.set_fisher(fisher, state["num_grads"][layer.name])
             if isinstance(layer, RowLayer) and fisher is not None:
                 layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
-                layer.origin = state["origins"][layer.name].to(device, copy=True)
+                origin = state["origins"].get(layer.name)
+                layer.origin = None if origin is None else origin.to(device, copy=True)
                 layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
         self.stage, self._saliency = state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]

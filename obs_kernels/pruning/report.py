@@ -23,7 +23,10 @@ class LayerReport:
     pattern: str
     sparsity: float
     saliency: float
-    """Predicted loss increase of the step, 1/2 dw^T (F + damp) dw over all blocks; NaN without a Fisher."""
+    """Predicted loss increase of the step, 1/2 dw^T (F + damp) dw over all blocks; NaN without a Fisher.
+
+    Under row curvature layer by layer dw is counted from the best weights for the inputs of the model pruned so far.
+    """
     damp: float
     blocks_raised: int
     """Blocks whose damping had to be raised."""

@@ -194,7 +194,8 @@ class RowLayer(PrunedLayer):
 
     def _origin(self) -> Tensor:
         """[C] f64 of the padded width."""
-        assert self.origin is not None
+        if self.origin is None:  # no token came
+            return torch.zeros(self.padded[1], dtype=torch.float64, device=self.weight.device)
         return F.pad(self.origin.double(), (0, self.padded[1] - self.origin.numel()))
 
     def _mean(self, sums: Tensor) -> Tensor:
@@ -217,10 +218,15 @@ class RowSums:
 
     def push_samples(self, count: int, samples: Samples, batch: int) -> None:
         """Take the first ``count`` samples of batch number ``batch``."""
-        with phase(self._timings, "accumulate"):
-            for layer in self.layers:
-                for piece in samples.pieces[layer]:
-                    layer.add_tokens(samples.inputs[piece.input][:count], piece.dy[:count], samples.scale)
+        try:
+            with phase(self._timings, "accumulate"):
+                for layer in self.layers:
+                    for piece in samples.pieces[layer]:
+                        layer.add_tokens(samples.inputs[piece.input][:count], piece.dy[:count], samples.scale)
+        except BaseException:
+            for layer in self.layers:  # some hold a part of the batch
+                layer.clear()
+            raise
         for layer in self.layers:
             layer.count(count)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from obs_kernels.errors import ConfigError, MemoryBudgetError, ResumeMismatchError
 from obs_kernels.files import hold_folder, write_bytes, write_text
-from obs_kernels.pruning.calibration import LossFn
+from obs_kernels.pruning.calibration import LossFn, seeded
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.execution import execution_groups
 from obs_kernels.pruning.layer import PrunedLayer
@@ -72,14 +72,30 @@ def run_stages(
     resume: bool = False,
     timings: PhaseTimes | None = None,
 ) -> PruningReport:
-    """All stages of ``pruner``; what ``sparsify_`` does after building it."""
+    """All stages of ``pruner``; what ``sparsify_`` does after building it.
+
+    Torch's global generators stay as they are.
+    """
+    with seeded(pruner.layers[0].weight.device, pruner.config.seed):
+        return _run_stages(pruner, loader, loss_fn, work_dir=work_dir, resume=resume, timings=timings)
+
+
+def _run_stages(
+    pruner: OBSPruner,
+    loader: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+    *,
+    work_dir: str | os.PathLike[str] | None,
+    resume: bool,
+    timings: PhaseTimes | None,
+) -> PruningReport:
     cfg = pruner.config
     if cfg.needs_fisher and (loader is None or loss_fn is None):
         raise ConfigError(
             f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
         )
     groups = _groups(pruner)
-    if (cfg.sequential or len(groups) * len(pruner.stages) > 1) and loader is not None and iter(loader) is loader:
+    if (cfg.sequential or len(groups) * len(pruner.stages) > 1) and isinstance(loader, Iterator):
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
@@ -92,6 +108,8 @@ def run_stages(
             dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, Snapshot(pruner.layers), timings)
         while pruner.stage < len(pruner.stages):
             staged: list[StagedLayer] = []
+            if dense is not None:
+                dense.begin_stage()
             with _restored_on_error(pruner) if cfg.sequential else nullcontext():
                 for names in groups:
                     done = None if folder is None else folder.load(pruner, names)
@@ -157,9 +175,9 @@ class _WorkDir:
     def __init__(self, folder: Path, pruner: OBSPruner, *, resume: bool) -> None:
         self.folder = folder
         identity = hashlib.sha256(pruner.config.fingerprint().encode())
-        for layer in pruner.layers:
-            identity.update(layer.parameter_name.encode())
-            identity.update(layer.weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for name, parameter in pruner.model.named_parameters():
+            identity.update(name.encode())
+            identity.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         self.manifest = {"format_version": 1, "identity": identity.hexdigest(), "config": pruner.config.to_dict()}
         path = folder / MANIFEST
         if path.exists():

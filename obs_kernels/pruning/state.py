@@ -53,7 +53,9 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
                 rows = state["row_sums"].get(layer.name)
                 _check_tensor(f"state['row_sums'][{layer.name!r}]", rows, (layer.padded[0],), torch.float64)
                 origin = state["origins"].get(layer.name)
-                _check_tensor(f"state['origins'][{layer.name!r}]", origin, tuple(layer.mask.shape[1:]), torch.float32)
+                if origin is not None:  # None where no token came
+                    width = (layer.mask.shape[1],)
+                    _check_tensor(f"state['origins'][{layer.name!r}]", origin, width, torch.float32)
                 inputs = state["input_sums"].get(layer.name)
                 _check_tensor(f"state['input_sums'][{layer.name!r}]", inputs, (layer.padded[1] + 1,), torch.float64)
     wanted = {field.name for field in fields(LayerReport)}

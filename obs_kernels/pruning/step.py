@@ -48,6 +48,7 @@ class StagedLayer:
     @torch.no_grad()
     def write(self) -> None:
         """Put weight and bias into the model; the mask of the layer is the caller's."""
+        torch.clear_autocast_cache()  # of the weights that go, rounded
         self.layer.matrix.copy_(self.weight)
         if self.bias is not None and self.layer.bias is not None:
             self.layer.bias.copy_(self.bias)
