@@ -85,17 +85,6 @@ OnNonfinite = Annotated[str | None, typer.Option(help="raise or skip_batch.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file of settings; options here go before it.")]
 
 
-ROW_SETTINGS = {
-    "gradients": ("sample",),
-    "fisher_block_size": (None,),
-    "method": ("combinatorial",),
-    "update": ("joint",),
-    "passes": (0,),
-    "global_sparsity": (False,),
-}
-"""Values that row curvature takes; any other one asks for the block Fisher."""
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of ``obs-kernels``; ends the process with the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written folder is removed here too
@@ -387,7 +376,7 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     Patterns that row curvature takes get it, layer by layer, unless something says otherwise.
     """
     from obs_kernels.patterns import parse_pattern
-    from obs_kernels.pruning import OBSConfig
+    from obs_kernels.pruning.config import ROW_SETTINGS, OBSConfig
 
     values: Any = {}
     if path is not None:
@@ -404,7 +393,7 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
         given["ignore"] = [*([before] if isinstance(before, str) else before), *given["ignore"]]
     chosen = values | given
     free = "curvature" not in chosen and isinstance(chosen.get("pattern"), str)
-    fits = all(chosen.get(name, values[0]) in values for name, values in ROW_SETTINGS.items())
+    fits = all(chosen.get(name, value) == value for name, value in ROW_SETTINGS.items())  # else the block Fisher
     if free and fits and parse_pattern(chosen["pattern"]).fixed_count:
         chosen["curvature"] = "row"
     if chosen.get("curvature") == "row":

@@ -16,6 +16,15 @@ from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, UnstructuredP
 GRADIENTS = ("sample", "batch")
 CURVATURES = ("block", "row", "layer")
 SWEEP_ORDERS = ("given", "diagonal")
+ROW_SETTINGS: dict[str, Any] = {
+    "gradients": "sample",
+    "method": "combinatorial",
+    "update": "joint",
+    "fisher_block_size": None,
+    "passes": 0,
+    "global_sparsity": False,
+}
+"""What row and layer curvature take of settings that have other values for the block Fisher; the defaults."""
 ON_SINGULAR = ("raise", "increase_damp", "skip")
 ON_UNSUPPORTED = ("raise", "skip", "pad")
 ON_NONFINITE = ("raise", "skip_batch")
@@ -132,15 +141,7 @@ class OBSConfig:
             self._check_rows(pattern)
 
     def _check_rows(self, pattern: Pattern) -> None:
-        wanted = {
-            "gradients": "sample",
-            "method": "combinatorial",
-            "update": "joint",
-            "fisher_block_size": None,
-            "passes": 0,
-            "global_sparsity": False,
-        }
-        for name, value in wanted.items():
+        for name, value in ROW_SETTINGS.items():
             if getattr(self, name) != value:
                 raise ConfigError(
                     f"{name} must be {value!r} with curvature={self.curvature!r}, got {getattr(self, name)!r}; "

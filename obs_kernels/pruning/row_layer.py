@@ -112,8 +112,7 @@ class RowLayer(PrunedLayer):
             self.row_sum[:rows] += 1.0
             self.add_inputs(x.reshape(-1, cols), None)
             return
-        # a new tensor: layers whose outputs are added get one and the same dy
-        squares = dy.reshape(-1, rows).float().square().mul_(scale * scale)
+        squares = squared(dy, scale).reshape(-1, rows)
         self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
         self.add_inputs(x.reshape(-1, cols), squares.sum(1))
 
@@ -206,6 +205,11 @@ class RowLayer(PrunedLayer):
         """Absolute damping: ``cfg.damp``, or the share of the mean diagonal of H (tiny if that is 0)."""
         damp = cfg.dampening_frac * moments.mean_diagonal if cfg.damp is None else cfg.damp
         return damp if damp > 0 else 1e-12
+
+
+def squared(dy: Tensor, scale: float) -> Tensor:
+    """f32 squares of ``scale * dy``; a new tensor, as layers whose outputs are added get one and the same dy."""
+    return dy.float().square().mul_(scale * scale)
 
 
 class RowSums:

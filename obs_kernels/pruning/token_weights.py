@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
-from obs_kernels.pruning.row_layer import RowLayer
+from obs_kernels.pruning.row_layer import RowLayer, squared
 from obs_kernels.pruning.samples import Samples
 
 
@@ -47,8 +47,7 @@ class TokenWeights:
         with phase(self._timings, "accumulate"):
             for layer in self.layers:
                 for piece in samples.pieces[layer]:
-                    # a new tensor: layers whose outputs are added get one and the same dy
-                    squares = piece.dy[:count].float().square().mul_(samples.scale**2)
+                    squares = squared(piece.dy[:count], samples.scale)
                     self._weights.setdefault((batch, layer), []).append(squares.sum(2))
                     rows = squares.sum((0, 1), dtype=torch.float64)
                     self.row_sums[layer] = self.row_sums[layer] + rows if layer in self.row_sums else rows

@@ -35,10 +35,11 @@ def accumulate_hessian_(
     for part in chunks(x.shape[0], 2 * cols * hessian.element_size(), x.device):
         tokens = from_origin(x[part], origin, dtype)
         weighted = tokens if token_weight is None else tokens * token_weight[part].to(dtype)[:, None]
-        halves = halves_of(tokens, x), halves_of(weighted, x)
+        right = halves_of(tokens, x)
+        left = right if weighted is tokens else halves_of(weighted, x)
         for strip in strips:
-            left, right = [h[:, strip] for h in halves[1]], [h[:, strip.start :] for h in halves[0]]
-            add_product_(hessian[strip, strip.start :], left, right, scale)
+            part_of_row = hessian[strip, strip.start :]
+            add_product_(part_of_row, [h[:, strip] for h in left], [h[:, strip.start :] for h in right], scale)
     for strip in strips:
         square = hessian[strip, strip]
         square.copy_(square.triu() + square.triu(1).mT)
