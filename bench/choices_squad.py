@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_grads": args.num_grads,
         "dampening_frac": args.dampening_frac,
         "every": args.every,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     stored = _resume(args.json, header)
     model, tokenizer = load_qa_model(args.model, device=device)
     questions = load_squad(args.data, split="validation")
@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cell
             | {"f1": result.f1, "exact_match": result.exact_match}
             | {"predicted_loss": result.predicted_loss, "seconds_prune": round(result.seconds_prune, 3)}
+            | {"device": device_name}
             | tree
         )
         stored["dense_f1"] = table.dense_result().f1
@@ -175,7 +176,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
         f"{header['dampening_frac']} of the mean diagonal; F1 on {share} of the dev set, dense "
         f"{stored.get('dense_f1') or float('nan'):.2f}; "
         f"{'one seed' if len(seeds) == 1 else f'means over {len(seeds)} seeds, largest less least in brackets'}; "
-        f"{header['device']}; commits {', '.join(sorted({cell['commit'] for cell in cells}))}.",
+        f"{' and '.join(sorted({cell['device'] for cell in cells}))}; "
+        f"commits {', '.join(sorted({cell['commit'] for cell in cells}))}.",
     ]
     for study, title in (
         ("passes", "Coordinate passes over the groups of a Fisher block"),
@@ -204,6 +206,9 @@ def to_markdown(stored: dict[str, Any]) -> str:
 
 def _resume(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    older = stored.get("header", {}).pop("device", None)  # of a file whose cells do not name theirs
+    for cell in stored.get("cells", {}).values():
+        cell.setdefault("device", older)
     if stored.get("header") == header:
         return stored
     return {"header": header, "dense_f1": None, "cells": {}}

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"time is up with {len(cells) - number + 1} cells to go; run the same command again", file=sys.stderr)
             break
         result = table.run_cell(cell)
-        stored["cells"][cell.key] = result.to_dict() | {"commit": header["commit"]}
+        stored["cells"][cell.key] = result.to_dict() | {"commit": header["commit"], "device": header["device"]}
         stored["seconds_gradients"] = table.seconds_gradients or stored["seconds_gradients"]
         save(args.json, stored, to_markdown)
         print(
@@ -208,7 +208,7 @@ def method_hash() -> str:
 
 
 def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool) -> dict[str, Any]:
-    """Stored results of the same settings (and the same code, unless ``keep_stale``), or an empty table."""
+    """Stored results of the same settings (and the same code and device, unless ``keep_stale``), or an empty table."""
     fresh: dict[str, Any] = {"schema": 1, "header": header, "dense": None, "seconds_gradients": 0.0, "cells": {}}
     if force or not path.exists():
         return fresh
@@ -222,8 +222,7 @@ def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool
         "dampening_frac",
         "passes",
         "seed",
-        "device",
-        *(() if keep_stale else ("method_hash",)),
+        *(() if keep_stale else ("method_hash", "device")),
     )
     stored["header"].setdefault("passes", 0)  # of a file that is older than them
     differing = [k for k in identity if stored["header"].get(k) != header[k]]
@@ -232,6 +231,7 @@ def _resume(path: Path, header: dict[str, Any], *, force: bool, keep_stale: bool
         return fresh
     for cell in stored["cells"].values():
         cell.setdefault("commit", stored["header"]["commit"])
+        cell.setdefault("device", stored["header"]["device"])
     return stored | {"header": header}
 
 
@@ -272,7 +272,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
     parser.add_argument("--commit", default="", help="commit to record where there is no git")
-    parser.add_argument("--keep-stale", action="store_true", help="keep cells of older code; each names its commit")
+    parser.add_argument(
+        "--keep-stale", action="store_true", help="keep cells of older code or another device; each names both"
+    )
     parser.add_argument("--force", action="store_true", help="measure all cells again")
     return parser.parse_args(argv)
 

@@ -30,9 +30,10 @@ def to_markdown(stored: dict[str, Any]) -> str:
         lines += [f"Dense: EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} on {dense['total']:,} questions.", ""]
     block_size = header["fisher_block_size"] or "by pattern"
     commits = dict.fromkeys(c.get("commit", header["commit"]) for c in cells)
+    devices = dict.fromkeys(c.get("device", header["device"]) for c in cells) or [header["device"]]
     lines += [
         f"Nothing is trained. {header['num_grads']} per-sample gradients, Fisher block D = {block_size}, damping "
-        f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {header['device']}, torch "
+        f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {' and '.join(devices)}, torch "
         f"{header['torch']}, commits {', '.join(commits)}. Gradients for one block size: "
         f"{stored['seconds_gradients']:.1f} s.",
         "",
