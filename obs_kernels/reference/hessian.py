@@ -64,6 +64,10 @@ def halves_of(factor: Tensor, x: Tensor) -> list[Tensor]:
     return [high, (factor - high.to(factor.dtype)).to(x.dtype)]
 
 
+TOKENS_AT_ONCE = 8192
+"""Of a bf16 product: tensor cores cut off what a sum cannot hold, a bias that grows with the length of the sum."""
+
+
 def add_product_(total: Tensor, left: list[Tensor], right: list[Tensor], scale: float = 1.0) -> None:
     """Add ``scale * left^T right`` to ``total`` [A, B]; [T, A] and [T, B] as ``halves_of`` gives them."""
     if len(left) == len(right) == 1:
@@ -71,7 +75,8 @@ def add_product_(total: Tensor, left: list[Tensor], right: list[Tensor], scale: 
         return
     for i, a in enumerate(left):
         for b in right[: len(right) - i]:  # the product of both low halves is below what they hold
-            total.add_(torch.mm(a.mT, b, out_dtype=total.dtype), alpha=scale)
+            for rows, others in zip(a.split(TOKENS_AT_ONCE), b.split(TOKENS_AT_ONCE), strict=True):
+                total.add_(torch.mm(rows.mT, others, out_dtype=total.dtype), alpha=scale)
 
 
 def damp_hessian(hessian: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:

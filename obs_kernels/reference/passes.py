@@ -85,13 +85,13 @@ class _State:
         row, own = a[every, index], b[every, index]
         pivot = row[every, index]
         scaled = (row / pivot[:, None]).masked_fill_(~active[:, None], 0.0)
-        a.baddbmm_(row[:, :, None], scaled[:, None], alpha=-1.0)
+        a.addcmul_(row[:, :, None], scaled[:, None], value=-1.0)  # bound by memory; a product of width 1 is slower
         b.addcmul_(scaled, own[:, None], value=-1.0)
-        at, place = every[active], index[active]
-        a[at, place] = sign * scaled[active]
-        a[at, :, place] = sign * scaled[active]
-        a[at, place, place] = -1.0 / pivot[active]
-        b[at, place] = sign * (own / pivot)[active]
+        swept = torch.where(active[:, None], sign * scaled, row)
+        swept[every, index] = torch.where(active, -1.0 / pivot, pivot)
+        a[every, index] = swept
+        a[every, :, index] = swept
+        b[every, index] = torch.where(active, sign * (own / pivot), own)
 
 
 def _start(weight: Tensor, fisher: Tensor, alive: Tensor, damp: Tensor, offset: int) -> _State:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -40,10 +41,19 @@ def test_the_choice_of_the_cpu(pattern, method, masked):
     torch.testing.assert_close(found.saliency.cpu(), wanted.saliency, rtol=1e-7, atol=1e-9)
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """A process that lets its model multiply in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("pattern", ["2:4", "16:2:8"])
-def test_f32_is_f32(pattern, monkeypatch):
+def test_f32_is_f32(pattern):
     """The saliency adds up to the loss of the weights, to the rounding of f32 and not of TF32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     weight, hessian = problem(64, 2304)  # kept width 1152 at 2:4: conjugate gradients
     sel = sweep_rows(weight.float().cuda(), hessian.float().cuda(), pattern, damp=0.01, resolve=False)
     loss = row_loss(sel.weight.double().cpu() - weight.float().double(), hessian.float().double(), damp=0.01)
@@ -53,17 +63,18 @@ def test_f32_is_f32(pattern, monkeypatch):
     assert (after <= loss * (1 + 1e-5)).all() and after.sum() < 0.999 * loss.sum()
 
 
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("tokens", [500, 40_000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_accumulation_is_f32(dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    x = torch.randn(3, 500, 1100, generator=torch.Generator().manual_seed(0)).to(dtype)
-    q = torch.rand(3, 500, generator=torch.Generator().manual_seed(1))
+def test_accumulation_is_f32(dtype, tokens):
+    x = torch.randn(3, tokens, 1100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = torch.rand(3, tokens, generator=torch.Generator().manual_seed(1))
     hessian = accumulate_hessian_(torch.zeros(1100, 1100).cuda(), x.cuda(), token_weight=q.cuda(), scale=0.01)
     assert torch.equal(hessian, hessian.T)
-    flat = x.double().flatten(0, 1)
-    wanted = 0.01 * flat.T @ (q.double().flatten()[:, None] * flat)
+    flat = x.cuda().double().flatten(0, 1)
+    wanted = (0.01 * flat.T @ (q.cuda().double().flatten()[:, None] * flat)).cpu()
     error = (hessian.double().cpu() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
-    assert error < (1e-5 if dtype == torch.bfloat16 else 1e-6)  # bf16: 16 bits of the weighted factor
+    assert error < (2e-5 if dtype == torch.bfloat16 else 2e-6), error  # bf16: 16 bits of the weighted factor
 
 
 class Residual(nn.Module):
