@@ -5,8 +5,9 @@
 
 A GPT-2 of some layers is trained on the first text (once; it is kept in the work folder) for as long as a part held
 out of it gains, pruned in one shot from blocks of that text, and measured on the second. Small, but real text and a
-decoder: no figure here compares with those of models trained on the whole of WikiText-2. Writes ``bench/results/wikitext.json`` cell by cell and the Markdown
-beside it; a run that was cut off goes on where it stopped.
+decoder: no figure here compares with those of models trained on the whole of WikiText-2. Writes
+``bench/results/wikitext.json`` cell by cell and the Markdown beside it; a run that was cut off goes on where it
+stopped.
 """
 
 from __future__ import annotations
