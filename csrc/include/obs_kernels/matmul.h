@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sparse product Y = activation(X W^T + bias) on the sparse tensor cores of sm_90a.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "obs_kernels/errors.h"
+#include "obs_kernels/launch_plan.h"
+
+namespace obs_kernels {
+
+enum class MatmulType : int32_t { kHalf = 0, kBfloat16 = 1 };
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
+// A weight in the order in which the product reads it: for every kPackedRows rows and kPackedCols
+// columns a tile of kPackedBytes, fragments of values and metadata, one contiguous copy.
+inline constexpr int64_t kPackedRows = 128;
+inline constexpr int64_t kPackedCols = 64;
+inline constexpr int64_t kPackedBytes = 9216;
+
+int64_t prepacked_bytes(int64_t rows, int64_t cols);
+
+struct PrepackParams {
+  const void* weight;  // [rows, cols], 16-bit elements, at most two nonzeros in each aligned four
+  void* packed;        // prepacked_bytes(rows, cols), aligned to 16
+  int64_t rows;
+  int64_t cols;  // a multiple of 4
+};
+
+// Rows and columns beyond the weight become zeros. A group of four with more than two nonzeros
+// loses the later ones: the caller has checked the pattern. Nothing waits.
+LaunchPlan prepack(const PrepackParams& params, int device, cudaStream_t stream);
+
+struct SparseLinearParams {
+  const void* x;  // [tokens, cols], or [cols, tokens] if feature_x; aligned to 16, rows a multiple
+                  // of 16 bytes
+  const void* packed;  // of prepack
+  const void* bias;    // [rows] or null
+  void* y;             // [tokens, rows], or [rows, tokens] if feature_y
+  int64_t rows;
+  int64_t cols;
+  int64_t tokens;
+  MatmulType type;  // of x, bias and y; sums are f32
+  Activation activation;
+  bool feature_x;
+  bool feature_y;
+  int config;  // of kSparseTiles; -1: the table chooses
+};
+
+// Number of tile configurations, and the name of each.
+int num_sparse_tiles();
+const char* sparse_tile_name(int config);
+
+LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStream_t stream);
+
+}  // namespace obs_kernels
