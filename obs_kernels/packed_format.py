@@ -16,6 +16,11 @@ def has_two_bit_codes(pattern: NMPattern) -> bool:
     return isinstance(pattern, VNMPattern) or (pattern.n, pattern.m) == (2, 4)
 
 
+def runs_as_two_of_four(pattern: NMPattern) -> bool:
+    """Whether a weight of ``pattern`` has at most two nonzeros in each aligned four columns: 2:4 to tensor cores."""
+    return pattern.n <= 2 and pattern.m % 4 == 0
+
+
 def packed_shapes(
     pattern: NMPattern, rows: int, cols: int
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int] | None]:

@@ -32,6 +32,7 @@ py::tuple launch(Function function, const Params& params, int device, uintptr_t 
 }
 
 void bind_choice(py::module_& module);
+void bind_matmul(py::module_& module);
 void bind_search(py::module_& module);
 void bind_sweep(py::module_& module);
 void bind_update(py::module_& module);

@@ -22,7 +22,7 @@ namespace {
 
 // Raised whenever a signature below changes; _ext.py refuses a module of another number, which is
 // what a checkout sees when sources moved on and nobody built again.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 py::tuple pack(uintptr_t weight,
                uintptr_t mask,
@@ -168,6 +168,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("device"),
              py::arg("stream"));
   obs_kernels::bindings::bind_choice(module);
+  obs_kernels::bindings::bind_matmul(module);
   obs_kernels::bindings::bind_search(module);
   obs_kernels::bindings::bind_sweep(module);
   obs_kernels::bindings::bind_update(module);

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from bench.harness.rows import Row
     from bench.harness.session import Context
 
-Inputs = dict[str, Tensor]
-"""One buffer set: the tensors that a call reads and writes."""
+Inputs = dict[str, Any]
+"""One buffer set: the tensors that a call reads and writes; a packed weight stands for several."""
+
+DENSE = "dense"
+"""Name of the peer that is the dense baseline: the ratio to it is ``x_dense``, in the rows of other peers too."""
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 """The names of dtypes in rows and on the command line."""
@@ -35,6 +37,8 @@ class Check:
 
     error: float
     limit: float
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    """What else the row should say of the call: its share of memory, what it stands for."""
 
     @property
     def ok(self) -> bool:

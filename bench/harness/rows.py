@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.harness.case import Check, Problem
+from bench.harness.case import DENSE, Check, Problem
 from obs_kernels.timing import Ceilings, Spread
 
 Row = dict[str, Any]
@@ -100,11 +100,12 @@ def problem_rows(
     """
     measured = [variant for variant in problem.variants if variant.name in spreads]
     peers = {variant.name: spreads[variant.name].us / variant.share for variant in measured if variant.peer}
+    dense = peers.pop(DENSE, None)
     rows = []
     for variant in measured:
         found, check = spreads[variant.name], checks[variant.name]
         detail: dict[str, Any] = {"repeats": found.repeats, "buffer_sets": num_sets}
-        detail |= {"error": check.error, "error_limit": check.limit}
+        detail |= {"error": check.error, "error_limit": check.limit, **check.detail}
         shape = problem.shape if variant.shape is None else variant.shape
         if problem.real_shape is not None:
             cut = {letter for letter, size in problem.real_shape.items() if size != problem.shape[letter]}
@@ -123,6 +124,7 @@ def problem_rows(
                 name=problem.name,
                 num_bytes=problem.num_bytes if variant.num_bytes is None else variant.num_bytes,
                 num_flops=problem.num_flops if variant.num_flops is None else variant.num_flops,
+                x_dense=None if dense is None or variant.name == DENSE else dense * variant.share / found.us,
                 x_peer={} if variant.peer else {name: us / found.us for name, us in peers.items()},
                 detail=detail,
             )

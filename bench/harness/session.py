@@ -13,7 +13,7 @@ import torch
 from bench.harness.case import Case, Check, Problem, Selection, Variant
 from bench.harness.plans import plan_of
 from bench.harness.rows import Row, problem_rows, with_limit
-from obs_kernels.errors import ConfigError
+from obs_kernels.errors import BackendUnavailableError, ConfigError
 from obs_kernels.ops.dispatch import unavailable
 from obs_kernels.report.bench import config_text
 from obs_kernels.timing import Ceilings, Clock, Timed, cache_bytes, free_bytes, interleave, num_buffer_sets, spread
@@ -129,8 +129,10 @@ class Context:
                 continue
             except Exception as error:  # a broken kernel may fail in any way, and the other variants still count
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                # a forced tuning record may ask for more than the device has; a default that fails is a fault
-                note = self.skip if variant.config.get("forced") else self.refuse
+                # a forced tuning record may ask for more than the device has, and a peer's library may be missing; a
+                # default of ours that fails is a fault
+                missing = variant.peer and isinstance(error, BackendUnavailableError)
+                note = self.skip if variant.config.get("forced") or missing else self.refuse
                 note(problem.op, problem.shape, variant.name, why)
                 if "CUDA error" in str(error):
                     raise  # the context of the device is lost: nothing after it can be measured

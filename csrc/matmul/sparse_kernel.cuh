@@ -68,20 +68,26 @@ place_of(int64_t tile, int row_groups, int token_tiles, int cluster, int rank) {
   return {in / width * cluster + rank, first + in % width};
 }
 
-__device__ __forceinline__ float activate(float value, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return value < 0.0f ? 0.0f : value;  // NaN stays
-    case Activation::kGelu:
-      return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
-    case Activation::kGeluTanh:
-      return 0.5f * value *
-             (1.0f + tanhf(0.79788456080286536f * (value + 0.044715f * value * value * value)));
-    case Activation::kSilu:
-      return value / (1.0f + __expf(-value));
-    default:
-      return value;
+// In f32, as the reference does; relu keeps NaN.
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float value) {
+  if constexpr (kActivation == Activation::kRelu) {
+    return value < 0.0f ? 0.0f : value;
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    const float cube = value * value * value;
+    return 0.5f * value * (1.0f + tanhf(0.79788456080286536f * (value + 0.044715f * cube)));
+  } else {
+    static_assert(kActivation == Activation::kSilu, "one of the above");
+    return value / (1.0f + __expf(-value));
   }
+}
+
+template <Activation kActivation, int kSums>
+__device__ __forceinline__ void activate_all(float (&sum)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sum[i] = activate<kActivation>(sum[i]);
 }
 
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, const __nv_bfloat16*) {
@@ -255,9 +261,21 @@ __global__ __launch_bounds__(kSparseThreads,
       }
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sum[i] += bias[i / 2 % 2];
-      if (args.activation != Activation::kNone) {
-#pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) sum[i] = activate(sum[i], args.activation);
+      switch (args.activation) {
+        case Activation::kRelu:
+          activate_all<Activation::kRelu>(sum);
+          break;
+        case Activation::kGelu:
+          activate_all<Activation::kGelu>(sum);
+          break;
+        case Activation::kGeluTanh:
+          activate_all<Activation::kGeluTanh>(sum);
+          break;
+        case Activation::kSilu:
+          activate_all<Activation::kSilu>(sum);
+          break;
+        case Activation::kNone:
+          break;
       }
       if (args.boxes) {
         const int matrix = lane / 8;  // of the four that one instruction stores

@@ -75,16 +75,32 @@ int multiprocessors_of(int device) {
   return count;
 }
 
-// Lets `kernel` take that much shared memory on `device`; once for each, as the call costs a
-// launch.
+// Clusters of `kernel` that a device runs at a time, after letting it take that much shared memory.
+// Asked once for each kernel, device and cluster: the two calls cost more than a launch.
 template <auto kKernel, int kBytes>
-void allow_shared_memory(int device) {
-  static std::array<std::atomic<bool>, kKnownDevices> done{};
+int clusters_at_once(int device, int cluster) {
+  static std::array<std::array<std::atomic<int>, 2>, kKnownDevices> known{};
   const bool keeps = device >= 0 && device < kKnownDevices;
-  if (keeps && done[static_cast<size_t>(device)].load(std::memory_order_acquire)) return;
+  std::atomic<int>* kept =
+      keeps ? &known[static_cast<size_t>(device)][static_cast<size_t>(cluster - 1)] : nullptr;
+  int count = keeps ? kept->load(std::memory_order_acquire) : 0;
+  if (count != 0) return count;
   OBS_CUDA_CHECK(
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  if (keeps) done[static_cast<size_t>(device)].store(true, std::memory_order_release);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(kSparseThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  OBS_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kKernel, &config));
+  OBS_CHECK(
+      count > 0, "a cluster of ", cluster, " CTAs with ", kBytes, " bytes each must fit the GPU");
+  if (keeps) kept->store(count, std::memory_order_release);
+  return count;
 }
 
 template <typename Element, int kTokens, bool kFeatureX>
@@ -94,7 +110,6 @@ LaunchPlan launch(const SparseLinearParams& params,
                   cudaStream_t stream) {
   constexpr auto kernel = sparse_linear_kernel<Element, kTokens, kFeatureX>;
   constexpr int kBytes = SparseStages<kTokens>::kBytes;
-  allow_shared_memory<kernel, kBytes>(device);
 
   SparseArgs<Element> args{};
   args.packed = static_cast<const uint8_t*>(params.packed);
@@ -122,7 +137,7 @@ LaunchPlan launch(const SparseLinearParams& params,
 
   const int64_t clusters =
       std::min<int64_t>(static_cast<int64_t>(args.row_groups) * args.token_tiles,
-                        multiprocessors_of(device) / tile.cluster);
+                        clusters_at_once<kernel, kBytes>(device, tile.cluster));
   const auto blocks = static_cast<unsigned>(clusters * tile.cluster);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

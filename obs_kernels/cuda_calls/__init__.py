@@ -10,6 +10,7 @@ from obs_kernels.cuda_calls.device import runs_on
 from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_fisher
 from obs_kernels.cuda_calls.group_launches import launch_groups
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
+from obs_kernels.cuda_calls.matmul import launch_sparse_linear, prepack, sparse_linear
 from obs_kernels.cuda_calls.packing import launch_pack, pack
 from obs_kernels.cuda_calls.search import prune_nm, prune_vnm, search_nm, search_vnm
 from obs_kernels.cuda_calls.sweep import launch_sweep_columns, sweep_groups
@@ -26,16 +27,19 @@ __all__ = [
     "launch_loss_increase",
     "launch_pack",
     "launch_groups",
+    "launch_sparse_linear",
     "launch_sweep_columns",
     "launch_update_joint",
     "launch_update_single",
     "loss_increase",
     "obs_update",
     "pack",
+    "prepack",
     "prune_nm",
     "prune_vnm",
     "runs_on",
     "search_nm",
     "search_vnm",
+    "sparse_linear",
     "sweep_groups",
 ]

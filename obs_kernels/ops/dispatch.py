@@ -21,6 +21,7 @@ from torch import Tensor
 
 from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
+from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, Pattern, VNMPattern
 
 BACKENDS = ("reference", "triton", "cuda")
@@ -64,7 +65,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "sweep_rows": ("cuda", "reference"),
     "pack": ("cuda", "reference"),
     "unpack": ("reference",),
-    "sparse_linear": ("reference",),
+    "sparse_linear": ("cuda", "reference"),
 }
 """Backends of each op in the order of preference."""
 STEPS = {"sweep_rows": ("sweep_rows_by", "sweep_groups")}
@@ -142,6 +143,15 @@ def _saliency_limit(weight: Tensor, fisher: Tensor | None = None, method: str = 
     return _update_limit(weight, fisher)
 
 
+def _sparse_linear_limit(x: Tensor, pattern: NMPattern | None = None) -> str | None:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, got {x.dtype}"
+    if pattern is not None and not runs_as_two_of_four(pattern):
+        return f"it takes patterns that keep at most 2 of 4, 8, 12, ... columns, got {pattern}"
+    reason: str | None = import_module(f"{MODULES['cuda']}.matmul").lacks_sparse_product(x.device.index)
+    return reason
+
+
 LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("accumulate_fisher_", "cuda"): _cuda_accumulate_limit,
     ("accumulate_fisher_", "triton"): _accumulate_limit,
@@ -154,6 +164,7 @@ LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("obs_update", "cuda"): _update_limit,
     ("loss_increase", "cuda"): _update_limit,
     ("block_saliency", "cuda"): _saliency_limit,
+    ("sparse_linear", "cuda"): _sparse_linear_limit,
 }
 """Why a backend cannot run an op on given arguments (None: it can), where it takes less than the reference."""
 

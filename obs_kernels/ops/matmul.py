@@ -72,7 +72,7 @@ def sparse_linear(
         activation=activation or "",
         x_layout=x_layout,
         y_layout=y_layout,
-        backend=resolve("sparse_linear", backend, x),
+        backend=resolve("sparse_linear", backend, x, sparse.pattern),
     )
     return y.reshape(*x.shape[:-1], rows) if y_layout == "token" and x_layout == "token" else y
 

@@ -23,6 +23,8 @@ from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets
 from obs_kernels.reference.fisher import chunks
 from obs_kernels.reference.search import as_mask, choose_panels, fewest_dead
 
+CHUNK_BYTES = 256 * 1024 * 1024
+"""Working memory of the blocks in hand: a pass is some hundred small launches for every chunk, so few large ones."""
 GAIN_TOLERANCE = 1e-5
 """Share of its gain by which a new choice must win: the swept curvature carries rounding of some hundred sweeps."""
 
@@ -51,7 +53,8 @@ def improve_choice(
     dtype = compute_dtype(weight, fisher)
     table = kept_sets(parsed.n, parsed.m).shape[0]
     changed = 0
-    for part in chunks(out.shape[0] // run if run else 0, run * (4 * size * size + 3 * table) * dtype.itemsize):
+    each = run * (4 * size * size + 3 * table) * dtype.itemsize
+    for part in chunks(out.shape[0] // run if run else 0, each, weight.device, limit=CHUNK_BYTES):
         blocks = slice(part.start * run, part.stop * run)
         live = alive.reshape(-1, size)[blocks]
         state = _start(

@@ -173,6 +173,7 @@ def bench_table(doc: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         ("p80", [number(row["p80"], ",.1f") for row in rows]),
         ("GB/s", [number(row["gbps"], ",.1f") for row in rows]),
         ("TFLOP/s", [number(row["tflops"], ",.3g") for row in rows]),
+        ("effective TFLOP/s", [number(_effective(row), ",.3g") for row in rows]),
         ("% of floor", [number(_percent(row["limit_share"]), ".1f") for row in rows]),
         ("× dense", [ratio_text(row["x_dense"]) for row in rows]),
         *((f"× {name}", [ratio_text(row["x_peer"].get(name)) for row in rows]) for name in peers),
@@ -249,6 +250,12 @@ def intensity(row: Mapping[str, Any]) -> float | None:
 def roofline_rows(doc: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     """The rows that the roofline plot can show."""
     return [row for row in doc["rows"] if intensity(row) is not None]
+
+
+def _effective(row: Mapping[str, Any]) -> float | None:
+    """By the operations of the dense product that a sparse one stands for."""
+    flops = (row.get("detail") or {}).get("dense_flops")
+    return flops / row["us"] / 1e6 if isinstance(flops, (int, float)) else None
 
 
 def _percent(share: Any) -> float | None:

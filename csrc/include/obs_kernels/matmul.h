@@ -22,15 +22,21 @@ inline constexpr int64_t kPackedBytes = 9216;
 
 int64_t prepacked_bytes(int64_t rows, int64_t cols);
 
+// Stored format version 1 (see packing.h), of a pattern with at most two kept in each aligned four
+// columns: n <= 2 and m a multiple of 4.
 struct PrepackParams {
-  const void* weight;  // [rows, cols], 16-bit elements, at most two nonzeros in each aligned four
-  void* packed;        // prepacked_bytes(rows, cols), aligned to 16
+  const void* values;      // [rows, cols / m * n], 16-bit elements
+  const uint8_t* codes;    // two-bit positions for 2:4 and panels, else a byte each
+  const uint8_t* columns;  // [rows / v, cols / m, 4] for panels; unused if v == 0
+  void* packed;            // prepacked_bytes(rows, cols), aligned to 16
   int64_t rows;
-  int64_t cols;  // a multiple of 4
+  int64_t cols;
+  int64_t v;  // rows of a panel; 0 = no panels
+  int64_t n;
+  int64_t m;
 };
 
-// Rows and columns beyond the weight become zeros. A group of four with more than two nonzeros
-// loses the later ones: the caller has checked the pattern. Nothing waits.
+// Rows and columns beyond the weight become zeros. Nothing waits.
 LaunchPlan prepack(const PrepackParams& params, int device, cudaStream_t stream);
 
 struct SparseLinearParams {

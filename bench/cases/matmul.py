@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sparse_linear``: Y = X W^T of layers of BERT and of models of 8B and 70B weights, beside the dense product.
+
+The floor is the longer of two times: x and the packed weight (stored format) read and y written at the rate of the
+copy, and the products with kept weights at the rate of the dense product. Sparse tensor cores can reach it: 2:4 takes
+them half of the dense time, v:2:m 2/m of it if only the four columns of a panel are gathered; run as 2:4, v:2:m gets to
+4/m of the floor at most. TFLOP/s count kept weights; effective ones, all of the dense product.
+
+``--samples`` picks T and ``--block-size`` m. A CPU takes the first T of a shape only. cuSPARSELt's algorithm is
+searched once a size; what its search, compression and our prepacking cost is not in the times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache, partial
+from importlib import import_module
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness.backends import called, runnable
+from bench.harness.case import DENSE, DTYPES, Case, Check, Inputs, Problem, Selection, Variant
+from obs_kernels import ops, reference
+from obs_kernels.errors import BackendUnavailableError
+from obs_kernels.ops.dispatch import kernel
+from obs_kernels.packed_format import packed_shapes
+from obs_kernels.patterns import NMPattern, parse_pattern
+
+OP = "sparse_linear"
+SHAPES = {
+    "bert-base-attention": (768, 768),
+    "bert-base-up": (3072, 768),
+    "bert-base-down": (768, 3072),
+    "bert-large-attention": (1024, 1024),
+    "bert-large-up": (4096, 1024),
+    "bert-large-down": (1024, 4096),
+    "8b-attention": (4096, 4096),
+    "8b-gate": (14336, 4096),
+    "8b-down": (4096, 14336),
+    "70b-gate": (28672, 8192),
+}
+"""Rows and columns."""
+TOKENS = (512, 2048, 12288)
+"""For BERT without the first."""
+PATTERNS = ("2:4", "64:2:8", "128:2:8", "256:2:8", "64:2:16", "128:2:16", "128:2:32")
+CPU_SHARE = 32
+"""A CPU takes one of so many rows, columns and tokens."""
+CPU_STEPS = {"R": 256, "C": 64, "T": 1}
+"""What those stay multiples of, for every pattern."""
+PAIRS = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
+"""Codes of the pairs 01, 02, 03, 12, 13, 23, lower position in the lower bits."""
+SUMS = 1e-3
+"""Error allowed beside the rounding of y, over the RMS of y: f32 sums of 2^13 products, and tensor cores cut off."""
+PEER_SUMS = 4
+"""The same for peers, times eps of y: they may split C and round the parts to the dtype of y."""
+
+Product = Callable[[Inputs], Tensor]
+
+
+def problems(selection: Selection) -> Iterator[Problem]:
+    """Every shape, T, pattern and dtype that was asked for; bf16 unless another is named."""
+    for name in selection.pick(SHAPES, selection.shapes):
+        known = TOKENS[1:] if name.startswith("bert") else TOKENS
+        for tokens in selection.samples or (known if selection.device.type == "cuda" else known[:1]):
+            for text in PATTERNS:
+                pattern: NMPattern = parse_pattern(text)
+                fits = not any(size % step for size, step in zip(SHAPES[name], pattern.multiples(), strict=True))
+                if fits and (selection.block_sizes is None or pattern.m in selection.block_sizes):
+                    for dtype in selection.pick(CASE.dtypes, selection.dtypes or ("bf16",)):
+                        yield problem(selection, name, tokens, pattern, dtype)
+
+
+def problem(selection: Selection, name: str, tokens: int, pattern: NMPattern, dtype: str) -> Problem:
+    """One layer, with our backends, the dense product and cuSPARSELt."""
+    real = dict(zip("RCT", (*SHAPES[name], tokens), strict=True))
+    whole = selection.device.type == "cuda"
+    shape = real if whole else {k: max(s, real[k] // CPU_SHARE // s * s) for k, s in CPU_STEPS.items()}
+    rows, cols, count = shape.values()
+    width = torch.finfo(DTYPES[dtype]).bits // 8
+    values, *places = packed_shapes(pattern, rows, cols)
+    packed_bytes = width * prod(values) + sum(prod(part) for part in places if part is not None)
+    dense_bytes, io_bytes = width * rows * cols, width * count * (rows + cols)
+    dense_flops = 2 * count * rows * cols
+    facts = {"dense_flops": dense_flops, "packed_share": packed_bytes / dense_bytes}
+    variants = (
+        *ours(selection, shape, pattern, DTYPES[dtype], facts),
+        *(_peers(selection, pattern, dense_bytes + io_bytes, dense_flops) if selection.peers else ()),
+    )
+    first = cache(partial(_random, shape, pattern, DTYPES[dtype], selection.device))
+
+    def make(number: int) -> Inputs:
+        """Copies of one set; on a GPU each later one goes through all calls: what they keep is there before times."""
+        x, dense, values, codes, columns = (t.clone() for t in first())
+        sparse = ops.SparseWeight(values, codes, columns if columns.numel() else None, pattern, (rows, cols))
+        inputs = {"x": x, "dense": dense, "packed": (values, codes, columns), "sparse": sparse}
+        for variant in variants if whole and number else ():
+            with suppress(Exception):  # its check was red
+                variant.run(inputs)
+        return inputs
+
+    return Problem(
+        op=OP,
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        num_bytes=io_bytes + packed_bytes,
+        num_flops=dense_flops * pattern.n // pattern.m,
+        # on a GPU what the leanest call touches: its sets alone must be more than the cache holds
+        set_bytes=io_bytes + packed_bytes + (0 if whole else dense_bytes),
+        make=make,
+        variants=variants,
+        real_shape=None if whole else real,
+        pattern=str(pattern),
+    )
+
+
+def ours(
+    selection: Selection, shape: Mapping[str, int], pattern: NMPattern, dtype: torch.dtype, facts: Mapping[str, Any]
+) -> Iterator[Variant]:
+    """The bare launch on a prepacked weight (other backends: their function), and the user's call."""
+
+    def variant(backend: str, run: Product, name: str = "", path: str = "kernel", **config: Any) -> Variant:
+        check = partial(check_product, run, facts=facts)
+        return Variant(name or backend, run, check, {"backend": backend, **config}, path)
+
+    like = torch.empty(0, shape["C"], dtype=dtype, device=selection.device)
+    backends = runnable(OP, selection, like)
+    if selection.device.type == "cuda" and selection.backends is None:
+        backends = [b for b in backends if b != "reference"]  # it unpacks into f32: seconds that say nothing
+    for backend in backends:
+        if backend != "cuda":
+            yield variant(backend, partial(_function, kernel(OP, backend), str(pattern)))
+            continue
+        launcher = import_module("obs_kernels.cuda_calls.matmul")
+        launch = partial(_launch, launcher, shape["R"], str(pattern))
+        yield variant(backend, launch)
+        if selection.sweep:
+            feature = partial(launch, y_layout="feature")
+            yield variant(backend, feature, "cuda, y feature-major", y="feature-major")
+            for config in launcher.CONFIGS:
+                yield variant(backend, partial(launch, config=config), f"cuda {config}", forced=True)
+    chosen = called(OP, selection, like)
+    if chosen in backends:
+        call = partial(ops.sparse_linear, backend=chosen)
+        yield variant(chosen, lambda i: call(i["x"], i["sparse"]), f"call {chosen}", "call")
+
+
+def _function(run: Callable[..., Tensor], pattern: str, inputs: Inputs) -> Tensor:
+    return run(inputs["x"], *inputs["packed"], None, pattern, activation="", x_layout="token", y_layout="token")
+
+
+def _launch(
+    launcher: Any, rows: int, pattern: str, inputs: Inputs, *, y_layout: str = "token", config: str | None = None
+) -> Tensor:
+    x: Tensor = inputs["x"]
+    if "prepacked" not in inputs:
+        inputs["prepacked"] = launcher.prepack(*inputs["packed"], pattern)
+    y = x.new_empty((len(x), rows) if y_layout == "token" else (rows, len(x)))
+    options = {"rows": rows, "cols": x.shape[1], "activation": "", "y_layout": y_layout, "config": config}
+    launcher.launch_sparse_linear(x, inputs["prepacked"], None, y, **options)
+    return y if y_layout == "token" else y.T
+
+
+def _peers(selection: Selection, pattern: NMPattern, num_bytes: int, num_flops: int) -> Iterator[Variant]:
+    """cuBLAS on the dense weight, and for 2:4 on a GPU cuSPARSELt."""
+    facts = {"dense_flops": num_flops}
+    check = partial(check_product, _dense, facts=facts, peer=True)
+    yield Variant(DENSE, _dense, check, {"peer": "F.linear"}, peer=True, num_bytes=num_bytes, num_flops=num_flops)
+    if str(pattern) == "2:4" and selection.device.type == "cuda":
+        chosen: list[tuple[int, int, int]] = []
+        run = partial(_cusparselt, chosen)
+        check = partial(check_cusparselt, run, facts={**facts, "algorithm": chosen})
+        yield Variant("cuSPARSELt", run, check, {"peer": "cuSPARSELt"}, peer=True)
+
+
+def _dense(inputs: Inputs) -> Tensor:
+    return F.linear(inputs["x"], inputs["dense"])
+
+
+def _cusparselt(chosen: list[tuple[int, int, int]], inputs: Inputs) -> Tensor:
+    """Y [T, R], as the dense product writes it; ``chosen`` keeps the algorithm that the first call has searched."""
+    if "compressed" not in inputs:
+        inputs["compressed"] = torch._cslt_compress(inputs["dense"])
+    weight, x = inputs["compressed"], inputs["x"].T
+    if not chosen:
+        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # missing in builds for the CPU
+        chosen.append(search(weight, x, None, None, None, True)[:3])
+    algorithm, split_k, mode = chosen[0]
+    return torch._cslt_sparse_mm(weight, x, transpose_result=True, alg_id=algorithm, split_k=split_k, split_k_mode=mode)
+
+
+def check_cusparselt(run: Product, inputs: Inputs, *, facts: Mapping[str, Any]) -> Check:
+    """Its own errors say that it cannot run here or not at this size, and the context lives on; others are red."""
+    if not torch.backends.cusparselt.is_available():
+        raise BackendUnavailableError("this torch has no cuSPARSELt")
+    try:
+        return check_product(run, inputs, facts=facts, peer=True)
+    except RuntimeError as error:
+        if "cusparselt" not in str(error).lower():
+            raise
+        raise BackendUnavailableError(str(error).replace("CUDA error", "error of the library")) from error
+
+
+def check_product(run: Product, inputs: Inputs, *, facts: Mapping[str, Any], peer: bool = False) -> Check:
+    """All of y against float64: the largest error, in units of what half a place of y and ``SUMS`` allow."""
+    x, weight, y = inputs["x"], inputs["dense"].double(), run(inputs)
+    eps = torch.finfo(x.dtype).eps
+    sums = max(SUMS, PEER_SUMS * eps) if peer else SUMS
+    worst, tokens = list[Tensor](), 2048  # at a time: y in float64 is large
+    for part, found in zip(x.split(tokens), y.split(tokens), strict=True):
+        wanted = part.double() @ weight.T
+        allowed = 0.5 * eps * wanted.abs() + sums * wanted.square().mean().sqrt()
+        worst.append(((found.double() - wanted).abs() / allowed).max())  # shapes that differ raise; NaN stays
+    prepacked = inputs.get("prepacked")
+    more = {} if peer or prepacked is None else {"prepacked_share": prepacked.nbytes / inputs["dense"].nbytes}
+    return Check(float(torch.stack(worst).max()), 1.0, {**facts, **more})
+
+
+def _random(shape: Mapping[str, int], pattern: NMPattern, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, the dense weight, and its values, codes and columns: random numbers at random places of the pattern."""
+    rows, cols, tokens = shape.values()
+    generator = torch.Generator(device).manual_seed(0)
+    kept, _, panels = packed_shapes(pattern, rows, cols)
+    x = torch.empty(tokens, cols, dtype=dtype, device=device).normal_(generator=generator)
+    values = torch.empty(kept, dtype=dtype, device=device).normal_(generator=generator)
+    groups = cols // pattern.m
+    chosen = torch.randint(len(PAIRS), (rows, groups), generator=generator, device=device)
+    pairs = F.pad(torch.tensor(PAIRS, dtype=torch.uint8, device=device)[chosen], (0, groups % 2))
+    codes = pairs[:, ::2] | pairs[:, 1::2] << 4
+    columns = torch.empty(0, dtype=torch.uint8, device=device)
+    if panels is not None:
+        order = torch.rand(*panels[:2], pattern.m, generator=generator, device=device)
+        columns = order.topk(panels[2]).indices.sort().values.to(torch.uint8)
+    return [x, reference.unpack(values, codes, columns, str(pattern)), values, codes, columns]
+
+
+CASE = Case(
+    topic="matmul",
+    op=OP,
+    summary="sparse product of a layer, beside the dense one",
+    shapes=tuple(SHAPES),
+    dtypes=("bf16", "f16", "f32"),
+    problems=problems,
+)
