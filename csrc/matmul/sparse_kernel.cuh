@@ -19,10 +19,12 @@ inline constexpr int kWarpgroup = 128;
 inline constexpr int kConsumers = 2;  // warpgroups, kTileRows / 64
 inline constexpr int kSparseThreads = (kConsumers + 1) * kWarpgroup;
 inline constexpr int kSharedLimit = 227 * 1024;
-inline constexpr int kSlabTokens = 64;       // of a box of X, and of an epilogue pass
+inline constexpr int kSlabTokens = 64;       // of a box of X, and of a box of Y
 inline constexpr int kSlabBytes = 64 * 128;  // 64 tokens of 64 columns, or 64 columns of 64 tokens
 inline constexpr int kHalfTileBytes = static_cast<int>(kPackedBytes) / kConsumers;
-inline constexpr int kEpilogueBytes = kConsumers * 2 * kSlabBytes;  // two passes on their way
+// Slabs of Y that a warpgroup has on their way out; a fourth would cost a stage.
+inline constexpr int kBuffers = 3;
+inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 
 // Sizes of shared memory for a tile of kTokens tokens.
 template <int kTokens>
@@ -33,6 +35,7 @@ struct SparseStages {
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static_assert(kStages >= 3, "a stage is multiplied, one is fetched to registers, one is filled");
+  static_assert(kSlabs <= 2 * kBuffers, "two passes write a tile of Y");
   static_assert(kStageBytes % 1024 == 0, "the swizzle wants stages of whole patterns");
 };
 
@@ -60,11 +63,11 @@ struct TilePlace {
 
 // Tiles in groups of kRasterTokens token tiles; within a group the tokens run first.
 __device__ __forceinline__ TilePlace
-place_of(int64_t tile, int row_groups, int token_tiles, int cluster, int rank) {
-  const int64_t whole = static_cast<int64_t>(kRasterTokens) * row_groups;
-  const int first = static_cast<int>(tile / whole) * kRasterTokens;
+place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
+  const int whole = kRasterTokens * row_groups;
+  const int first = tile / whole * kRasterTokens;
   const int width = min(kRasterTokens, token_tiles - first);
-  const int in = static_cast<int>(tile % whole);
+  const int in = tile % whole;
   return {in / width * cluster + rank, first + in % width};
 }
 
@@ -141,9 +144,9 @@ __global__ __launch_bounds__(kSparseThreads,
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int cluster = args.cluster;
   const int rank = static_cast<int>(cluster_rank());
-  const int64_t first_tile = blockIdx.x / static_cast<unsigned>(cluster);
-  const int64_t tile_stride = gridDim.x / static_cast<unsigned>(cluster);
-  const int64_t num_tiles = static_cast<int64_t>(args.row_groups) * args.token_tiles;
+  const int first_tile = static_cast<int>(blockIdx.x) / cluster;
+  const int tile_stride = static_cast<int>(gridDim.x) / cluster;
+  const int num_tiles = args.row_groups * args.token_tiles;
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -168,7 +171,7 @@ __global__ __launch_bounds__(kSparseThreads,
     if (thread == 0) {
       prefetch_map(&x_map);
       const auto ctas = static_cast<uint16_t>((1u << cluster) - 1u);
-      for (int64_t tile = first_tile; tile < num_tiles; tile += tile_stride) {
+      for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {
         const TilePlace place = place_of(tile, args.row_groups, args.token_tiles, cluster, rank);
         // A tile of rows beyond the last has no weight of its own: it repeats the last one, unseen.
         const uint8_t* weight =
@@ -213,8 +216,20 @@ __global__ __launch_bounds__(kSparseThreads,
       if (thread < cluster) barrier_arrive(empty + 8 * done, static_cast<uint32_t>(thread));
     };
 
-    for (int64_t tile = first_tile; tile < num_tiles; tile += tile_stride) {
+    for (int tile = first_tile; tile < num_tiles; tile += tile_stride) {
       const TilePlace place = place_of(tile, args.row_groups, args.token_tiles, cluster, rank);
+
+      const int64_t first_row = static_cast<int64_t>(place.row_tile) * kTileRows + warpgroup * 64;
+      const int64_t first_token = static_cast<int64_t>(place.token_tile) * kTokens;
+      const int64_t row = first_row + warp * 16 + lane / 4;  // and row + 8
+      float bias[2] = {0.0f, 0.0f};
+      if (args.bias != nullptr) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (row + 8 * half < args.rows)
+            bias[half] = static_cast<float>(args.bias[row + 8 * half]);
+        }
+      }
 
       // Multiplies the step in `now`, whose stage is `stage`; meanwhile the next one comes to
       // `then`, whose registers the product before has just given back.
@@ -248,17 +263,6 @@ __global__ __launch_bounds__(kSparseThreads,
       release(stage == 0 ? kStages - 1 : stage - 1);
 
       // --- Epilogue: bias, activation, rounding, and out -------------------------------------
-      const int64_t first_row = static_cast<int64_t>(place.row_tile) * kTileRows + warpgroup * 64;
-      const int64_t first_token = static_cast<int64_t>(place.token_tile) * kTokens;
-      const int64_t row = first_row + warp * 16 + lane / 4;  // and row + 8
-      float bias[2] = {0.0f, 0.0f};
-      if (args.bias != nullptr) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (row + 8 * half < args.rows)
-            bias[half] = static_cast<float>(args.bias[row + 8 * half]);
-        }
-      }
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sum[i] += bias[i / 2 % 2];
       switch (args.activation) {
@@ -279,41 +283,55 @@ __global__ __launch_bounds__(kSparseThreads,
       }
       if (args.boxes) {
         const int matrix = lane / 8;  // of the four that one instruction stores
-        const uint32_t buffers = epilogue + warpgroup * 2 * kSlabBytes;
+        const uint32_t buffers = epilogue + warpgroup * kBuffers * kSlabBytes;
 #pragma unroll
-        for (int slab = 0; slab < Stages::kSlabs; ++slab) {
-          const uint32_t buffer = buffers + (slab % 2) * kSlabBytes;
-          if (thread == 0) store_wait_read<1>();
+        for (int first = 0; first < Stages::kSlabs; first += kBuffers) {
+          const int last = first + kBuffers < Stages::kSlabs ? first + kBuffers : Stages::kSlabs;
+          // The stores of this thread that may still be reading are of buffers not used now.
+          if (thread == 0) {
+            if (first == 0) {
+              store_wait_read<0>();
+            } else {
+              store_wait_read<2 * kBuffers - Stages::kSlabs>();
+            }
+          }
           named_barrier(1 + warpgroup, kWarpgroup);
 #pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {  // 16 tokens
-            uint32_t part[4];
+          for (int slab = first; slab < last; ++slab) {
+            const uint32_t buffer = buffers + (slab - first) * kSlabBytes;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int i = slab * 32 + pair * 8 + 2 * j;
-              part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
-            }
-            // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
-            if (args.feature_y) {
-              const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
-              const int chunk = 2 * pair + matrix / 2;
-              store_matrices<false>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
-            } else {
-              const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
-              const int chunk = 2 * warp + matrix % 2;
-              store_matrices<true>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+            for (int pair = 0; pair < 4; ++pair) {  // 16 tokens
+              uint32_t part[4];
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const int i = slab * 32 + pair * 8 + 2 * j;
+                part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
+              }
+              // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
+              if (args.feature_y) {
+                const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
+                const int chunk = 2 * pair + matrix / 2;
+                store_matrices<false>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+              } else {
+                const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
+                const int chunk = 2 * warp + matrix % 2;
+                store_matrices<true>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+              }
             }
           }
           fence_async_shared();
           named_barrier(1 + warpgroup, kWarpgroup);
           if (thread == 0) {
-            const auto token = static_cast<int>(first_token) + slab * kSlabTokens;
             const auto line = static_cast<int>(first_row);
-            if (line < args.rows && token < args.tokens) {
-              store_box(
-                  &y_map, args.feature_y ? token : line, args.feature_y ? line : token, buffer);
+            for (int slab = first; slab < last; ++slab) {
+              const int token = static_cast<int>(first_token) + slab * kSlabTokens;
+              const uint32_t buffer = buffers + (slab - first) * kSlabBytes;
+              if (line < args.rows && token < args.tokens) {
+                store_box(
+                    &y_map, args.feature_y ? token : line, args.feature_y ? line : token, buffer);
+              }
+              store_commit();
             }
-            store_commit();
           }
         }
       } else {

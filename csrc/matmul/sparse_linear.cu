@@ -230,6 +230,8 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
                                               round_up(params.cols, kStepCols) / kStepCols,
                                               multiprocessors_of(device));
   const SparseTileShape& tile = kSparseTiles[chosen];
+  const int64_t tiles = (params.rows / kTileRows + 1) * (params.tokens / tile.tokens + 1);
+  OBS_CHECK(tiles < kLimit, "a product of at most 2^30 tiles is taken, got ", tiles);
   return params.type == MatmulType::kHalf
              ? launch_layout<__half>(params, tile, device, stream)
              : launch_layout<__nv_bfloat16>(params, tile, device, stream);

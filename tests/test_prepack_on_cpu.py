@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which the sparse product reads a weight: the kernel as host code, read back by the layout of the PTX.
+
+A tile of 128 rows and 64 columns is two halves of 64 rows; a half holds, for two steps of 32 columns, 16 bytes a
+thread, and then 4 bytes of metadata a thread (9.7.15.6: operand A of ``wgmma.mma_async.sp`` in registers).
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import SANITIZERS, build
+from test_compiled import random_mask
+from torch import Tensor
+
+from obs_kernels.packed_format import runs_as_two_of_four
+from obs_kernels.patterns import VNMPattern, parse_pattern
+from obs_kernels.reference import pack
+
+TILE_ROWS, TILE_COLS, HALF_BYTES = 128, 64, 4608
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(
+        "matmul/prepack.cu",
+        "prepack_on_cpu.cpp",
+        tmp_path_factory.mktemp("emulation") / "prepack",
+        sanitizer=request.param,
+        empty=["0", "8", "0", "2", "4"],
+    )
+
+
+def read_back(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """(weight [rows, cols] int16, its metadata as pairs of positions [rows, cols / 4, 2]) from the packed bytes."""
+    steps = -(-cols // TILE_COLS)
+    row_tiles = -(-rows // TILE_ROWS)
+    halves = packed.view(row_tiles, steps, 2, HALF_BYTES)
+    # [.., half, k, warp, g, q, j]: j & 1 is row + 8, j >> 1 the later eight of 16 packed columns
+    values = halves[..., :4096].contiguous().view(torch.int16).view(row_tiles, steps, 2, 2, 4, 8, 4, 2, 2, 2)
+    # row = tile, half, warp, j & 1, g; group of four = step, k, j >> 1, q; slot
+    values = values.permute(0, 2, 4, 8, 5, 1, 3, 7, 6, 9).reshape(row_tiles * TILE_ROWS, steps * 16, 2)
+    meta = halves[..., 4096:].contiguous().view(torch.int32).view(row_tiles, steps, 2, 4, 8, 4)  # warp, g, q
+    nibbles = torch.stack([meta >> (4 * i) & 15 for i in range(8)], -1)  # row (or row + 8), then four groups
+    nibbles = nibbles.view(row_tiles, steps, 2, 4, 8, 4, 2, 4).permute(0, 2, 3, 6, 4, 1, 5, 7)
+    nibbles = nibbles.reshape(row_tiles * TILE_ROWS, steps * 16)
+    places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
+    dense = torch.zeros(row_tiles * TILE_ROWS, steps * 16, 4, dtype=torch.int16).scatter_(2, places, values)
+    return dense.flatten(1), places
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "cols"),
+    [
+        ("2:4", 128, 64),
+        ("2:4", 200, 20),
+        ("2:8", 130, 136),
+        ("2:16", 77, 144),
+        ("1:4", 64, 72),
+        ("1:8", 3, 8),
+        ("2:12", 9, 36),
+        ("4:2:4", 8, 64),
+        ("64:2:8", 192, 128),
+        ("8:2:16", 136, 208),
+        ("16:2:32", 16, 64),
+    ],
+)
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_layout_is_that_of_the_instruction(
+    program: Path, gen: torch.Generator, text: str, rows: int, cols: int, drop: float
+) -> None:
+    pattern = parse_pattern(text)
+    assert runs_as_two_of_four(pattern)
+    weight = torch.randint(1, 0x7F80, (rows, cols), generator=gen, dtype=torch.int16).view(torch.bfloat16)
+    mask = random_mask(gen, rows, cols, pattern, drop=drop)
+    values, codes, columns = pack(weight, mask, text)
+    v = pattern.v if isinstance(pattern, VNMPattern) else 0
+    given = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (values, codes, columns))
+    arguments = [str(x) for x in (rows, cols, v, pattern.n, pattern.m)]
+    done = subprocess.run([program, *arguments], input=given, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    path, _, rest = done.stdout.partition(b"\n")
+    assert path == b"tiles"
+    dense, places = read_back(torch.frombuffer(bytearray(rest), dtype=torch.uint8), rows, cols)
+    wanted = torch.where(mask, weight.view(torch.int16), 0)
+    assert torch.equal(dense[:rows, :cols], wanted)
+    assert not dense[rows:].any() and not dense[:, cols:].any(), "rows and columns beyond the weight are zeros"
+    assert (places[..., 0] < places[..., 1]).all(), "the hardware wants ascending positions"
