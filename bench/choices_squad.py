@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         key = f"{cell['study']}/{cell['pattern']}/{cell['D']}/{cell['value']}/{seed}"
         if key in stored["cells"] or (args.minutes and time.monotonic() - started > 60 * args.minutes):
             continue
-        changes = ROW_CHANGES.get(cell["value"], {}) if cell["study"] == "row" else {}
-        count = changes.get("num_grads", args.num_grads)
+        cfg = config(cell, num_grads=args.num_grads, dampening_frac=args.dampening_frac)
+        count = cfg.num_grads
         order = cell["pattern"] if cell["value"] == "reordered" else None
         if (seed, count, order) not in tables:
             tables.clear()
@@ -94,21 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables[seed, count, order] = _table(model, order, loader, tokenizer, dev, args)
         table = tables[seed, count, order]
         whole_rows = cell["D"] == "row"
-        base = OBSConfig(
-            pattern="2:4",
-            num_grads=count,
-            fisher_block_size=None if whole_rows else cell["D"],
-            dampening_frac=args.dampening_frac,
-            passes=cell["value"] if cell["study"] == "passes" else 0,
-            seed=seed,
-        )
-        table.base = replace(base, **{name: value for name, value in changes.items() if name != "recomputations"})
+        table.base = cfg
         result = table.run_cell(
             Cell(
                 cell["pattern"],
                 "combinatorial",
                 "joint",
-                changes.get("recomputations", 1),
+                cfg.recomputations,
                 curvature="row" if whole_rows else "block",
                 sequential=whole_rows,
                 loss="outputs" if whole_rows else "labels",
@@ -127,6 +119,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     save(args.json, stored, to_markdown)
     print(to_markdown(stored))
     return 0
+
+
+def config(cell: dict[str, Any], *, num_grads: int, dampening_frac: float) -> OBSConfig:
+    """Settings of a cell, but for what ``OneShotTable`` takes from the cell itself."""
+    whole_rows = cell["D"] == "row"
+    base = OBSConfig(
+        pattern=cell["pattern"],
+        num_grads=num_grads,
+        curvature="row" if whole_rows else "block",
+        sequential=whole_rows,
+        fisher_block_size=None if whole_rows else cell["D"],
+        dampening_frac=dampening_frac,
+        passes=cell["value"] if cell["study"] == "passes" else 0,
+        seed=cell["seed"],
+    )
+    return replace(base, **ROW_CHANGES.get(cell["value"], {})) if cell["study"] == "row" else base
 
 
 def _cells(studies: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:

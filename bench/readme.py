@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import choices_squad, search_quality
+from bench import choices_squad
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import summary_table
 from obs_kernels.files import write_text
@@ -50,6 +50,7 @@ LESS = {
     ("obs_update", "cuda"): "D up to 128, not f64",
     ("block_saliency", "cuda"): "D up to 128; combinatorial, not f64",
     ("loss_increase", "cuda"): "D up to 128, not f64",
+    ("sparse_linear", "cuda"): "sm_90a; f16 bf16; n up to 2, m a multiple of 4",
     ("sweep_rows", "cuda"): "m up to 16 for n up to 2, else 8; panels of up to 256 rows; combinatorial, not f64",
 }
 
@@ -107,6 +108,28 @@ def _rows(topic: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["path"] == "kernel" and row["config"].get("backend") == "cuda"]
 
 
+def matmul_table() -> str:
+    """The sparse product against dense and against cuSPARSELt, from the stored results; layers in columns."""
+    stored = json.loads((RESULTS.parent / "matmul.json").read_text())
+    rows = {
+        (row["name"], row["shape"]["T"]): row
+        for row in stored["rows"]
+        if row["path"] == "kernel" and row["config"].get("backend") == "cuda" and row["pattern"] == "2:4"
+    }
+    layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
+    lines = [
+        f"{stored['env']['device']}, bf16, kernel time: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm):",
+        "",
+        f"| tokens | {' | '.join(layers.values())} |",
+        f"|---:{'|---:' * len(layers)}|",
+    ]
+    for tokens in sorted({tokens for _, tokens in rows}):
+        cells = [rows.get((name, tokens)) for name in layers]
+        shown = [f"{c['x_dense']:.2f} ({c['x_peer'].get('cuSPARSELt', float('nan')):.2f})" if c else "-" for c in cells]
+        lines.append(f"| {tokens:,} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def _share(rows: list[dict[str, Any]], sizes: dict[str, int], dtype: str) -> str:
     (row,) = (r for r in rows if r["dtype"] == dtype and r["name"] == "14M" and sizes.items() <= r["shape"].items())
     ratio = min(ratio for name, ratio in row["x_peer"].items() if name.startswith("torch"))
@@ -117,28 +140,35 @@ def oneshot_table() -> str:
     """F1 by pattern, method and curvature, from the stored results."""
     stored = json.loads(RESULTS.read_text())
     header, dense, cells = stored["header"], stored["dense"], list(stored["cells"].values())
+    devices = " and ".join(dict.fromkeys(cell.get("device", header["device"]) for cell in cells))
     lines = [
         f"Dense EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} ({dense['total']:,} questions). F1 in one "
         f"shot, nothing trained; {header['num_grads']} questions for the curvature, block Fisher D = "
-        f"{header['fisher_block_size']}, {header['device']}, seed {header['seed']}:",
+        f"{header['fisher_block_size']}, {devices}, seed {header['seed']}:",
         "",
         *summary_table(cells, CORE),
     ]
     return "\n".join(lines)
 
 
-def search_table() -> str:
-    """Predicted loss of each search over that of the exact one, from the stored results; patterns in columns."""
-    cells = json.loads(search_quality.RESULTS.read_text())["cells"]
-    ratio = {(cell["pattern"], cell["method"]): cell["x_optimum"] for cell in cells}
-    patterns = list(dict.fromkeys(cell["pattern"] for cell in cells))
-    lines = [f"| | {' | '.join(patterns)} |", f"|---{'|---:' * len(patterns)}|"]
-    for method in search_quality.METHODS[1:]:
-        lines.append(f"| {method} | {' | '.join(f'{ratio[pattern, method]:.3f}' for pattern in patterns)} |")
-    return "\n".join(lines)
+def seeds_line() -> str:
+    """F1 of row curvature over the seeds that were run, as it is."""
+    cells = [c for c in json.loads(choices_squad.RESULTS.read_text())["cells"].values() if c["study"] == "row"]
+    found = [c for c in cells if c["value"] == choices_squad.AS_IT_IS]
+    seeds = len({c["seed"] for c in found})
+    parts = []
+    for pattern in choices_squad.ROW_PATTERNS:
+        own = [c["f1"] for c in found if c["pattern"] == pattern]
+        parts.append(f"{pattern} {sum(own) / len(own):.2f} ({max(own) - min(own):.2f})")
+    return f"Last column over {seeds} seeds, mean (largest less least): {', '.join(parts)}."
 
 
-def choices_line() -> str:
+def choices_lines() -> str:
+    """Row curvature over the seeds, then the passes."""
+    return f"{seeds_line()}\n{passes_line()}"
+
+
+def passes_line() -> str:
     """F1 without and with passes, from the stored results: the largest block for which all of them were run."""
     cells = [c for c in json.loads(choices_squad.RESULTS.read_text())["cells"].values() if c["study"] == "passes"]
     found: dict[tuple[int, str, int], list[float]] = {}
@@ -159,11 +189,11 @@ def choices_line() -> str:
 
 
 PARTS = {
-    "choices": choices_line,
+    "choices": choices_lines,
     "support": support_table,
     "kernels": kernel_tables,
+    "matmul": matmul_table,
     "oneshot": oneshot_table,
-    "search": search_table,
 }
 
 

@@ -35,6 +35,8 @@ struct SparseStages {
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static_assert(kStages >= 3, "a stage is multiplied, one is fetched to registers, one is filled");
+  static_assert(kSlabs >= 2,
+                "each CTA of a cluster of two brings a part, which keeps them in step");
   static_assert(kSlabs <= 2 * kBuffers, "two passes write a tile of Y");
   static_assert(kStageBytes % 1024 == 0, "the swizzle wants stages of whole patterns");
 };
@@ -260,6 +262,9 @@ __global__ __launch_bounds__(kSparseThreads,
       }
       if (step < args.steps) multiply(weight[0], weight[1], step);
       product_wait<0>();
+      // The wait does not name the sums: this keeps the compiler from reading them before it.
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
       release(stage == 0 ? kStages - 1 : stage - 1);
 
       // --- Epilogue: bias, activation, rounding, and out -------------------------------------
@@ -350,6 +355,8 @@ __global__ __launch_bounds__(kSparseThreads,
     if (thread == 0) store_wait_read<0>();
   }
   cluster_sync();
+#else
+  __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif
 }
 

@@ -63,6 +63,21 @@ CUtensorMap boxes_of(const void* matrix, int64_t rows, int64_t cols, MatmulType 
   return map;
 }
 
+// Once a launch, as the attributes come from memory.
+void check_capability(int device) {
+  int major = 0;
+  int minor = 0;
+  OBS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  OBS_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  OBS_CHECK(major == 9 && minor == 0,
+            "wgmma needs compute capability 9.0, device ",
+            device,
+            " has ",
+            major,
+            ".",
+            minor);
+}
+
 constexpr int kKnownDevices = 64;  // of which answers of the runtime are kept
 
 int multiprocessors_of(int device) {
@@ -222,6 +237,7 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
             x_cols,
             " elements");
   OBS_CHECK(aligned(params.packed, 16), "packed must be aligned to 16 bytes");
+  check_capability(device);
   const DeviceGuard guard(device);
   const int chosen = params.config >= 0
                          ? params.config

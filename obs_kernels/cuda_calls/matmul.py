@@ -6,7 +6,11 @@ A weight is read in an order of its own (``prepack``), made when it is first use
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,7 @@ from obs_kernels import _ext
 from obs_kernels.cuda_calls.device import check_gpu, check_on_cuda
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError, UnsupportedGPUError
 from obs_kernels.launch_plan import LaunchPlan
-from obs_kernels.packed_format import runs_as_two_of_four
+from obs_kernels.packed_format import packed_shapes, runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 
 CAPABILITY = (9, 0)
@@ -56,8 +60,11 @@ def sparse_linear(
         return y
     if kept == 0:  # no columns: what is left is activation(bias), here of a weight of zeros
         x, x_layout, pattern = x.new_zeros(tokens, WIDTH), "token", "2:4"
-        values, codes, columns = values.new_zeros(rows, WIDTH // 2), codes.new_full((rows, 1), 0x44), codes.new_empty(0)
-    packed = prepacked(values, codes, columns, pattern)
+        packed = prepack(
+            values.new_zeros(rows, WIDTH // 2), codes.new_full((rows, 1), 0x44), codes.new_empty(0), pattern
+        )
+    else:
+        packed = prepacked(values, codes, columns, pattern)
     x, x_layout, cols = as_copied(x, x_layout)
     launch_sparse_linear(
         x,
@@ -85,10 +92,11 @@ def as_copied(x: Tensor, x_layout: str) -> tuple[Tensor, str, int]:
     return x, x_layout, x.shape[1] if x_layout == "token" else x.shape[0]
 
 
-class _Prepacked(NamedTuple):
+@dataclass
+class _Prepacked:
     """A weight in the order of the product, and what it was made of."""
 
-    storage: StorageWeakRef
+    sources: tuple[StorageWeakRef, ...]
     version: tuple[int, ...]
     packed: Tensor
     stream: int
@@ -96,40 +104,58 @@ class _Prepacked(NamedTuple):
 
 
 _PREPACKED: dict[tuple[Any, ...], _Prepacked] = {}
+"""By addresses and layout of values, codes and columns. Global, as ops of torch.library take tensors and no objects."""
+_LOCK = threading.Lock()
 
 
 def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Tensor:
-    """``prepack``, or what an earlier call made of the same tensors, unless they were written to since."""
+    """``prepack``, or what an earlier call made of the same tensors, unless they were written to since.
+
+    Kept until the storage of the values dies. A weight that changed is packed into the same memory, so that graphs that
+    were captured before follow. Writes that torch does not count are not seen: by ``.data``, by numpy, or to inference
+    tensors.
+    """
+    parts = (values, codes, columns)
     stream = torch.cuda.current_stream(values.device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    key = (values.data_ptr(), codes.data_ptr(), values.shape, values.dtype, pattern)
-    version = tuple(_version(part) for part in (values, codes, columns))
+    capturing = _is_capturing(values.device)
+    key = (pattern, values.dtype, values.shape, values.stride(), *(part.data_ptr() for part in parts))
+    version = tuple(0 if part.is_inference() else part._version for part in parts)
     found = _PREPACKED.get(key)
-    if found is not None and found.version == version and not found.storage.expired():
-        if found.stream != stream.cuda_stream and not capturing:  # a capture begins with a sync
+    if found is not None and any(source.expired() for source in found.sources):
+        found = None
+    if found is not None and found.version == version:
+        if found.stream != stream.cuda_stream and not capturing:  # torch.cuda.graph begins with a sync
             stream.wait_event(found.done)
+            found.packed.record_stream(stream)
         return found.packed
-    packed = prepack(values, codes, columns, pattern)
-    if not capturing:  # memory of a graph's pool, filled by each replay
+    if capturing:
+        return prepack(*parts, pattern)  # memory of the graph's pool, filled by each replay
+    with _LOCK:
+        if found is not None:
+            stream.wait_event(found.done)
+        packed = prepack(*parts, pattern, out=None if found is None else found.packed)
         done = torch.cuda.Event()
         done.record(stream)
-        for old in [k for k, entry in _PREPACKED.items() if entry.storage.expired()]:
-            del _PREPACKED[old]
-        storage = StorageWeakRef(values.untyped_storage())
-        _PREPACKED[key] = _Prepacked(storage, version, packed, stream.cuda_stream, done)
+        sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
+        _PREPACKED[key] = _Prepacked(sources, version, packed, stream.cuda_stream, done)
+        if found is None:
+            weakref.finalize(values.untyped_storage(), _PREPACKED.pop, key, None).atexit = False
     return packed
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _is_capturing(device: torch.device) -> bool:
+    if torch.cuda.current_device() == device.index:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
-def prepack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Tensor:
-    """[bytes] uint8: a packed weight of 16-bit values in the order in which the product reads it.
+def prepack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str, *, out: Tensor | None = None) -> Tensor:
+    """[bytes] uint8, ``out`` if given: a packed weight of 16-bit values in the order in which the product reads it.
 
     Raises:
         BackendUnavailableError: the compiled module is absent. ConfigError: the pattern is not 2:4 at heart.
-        DTypeNotSupportedError, DeviceMismatchError, UnsupportedGPUError: as named.
+        DTypeNotSupportedError, DeviceMismatchError, ShapeNotSupportedError, UnsupportedGPUError: as named.
     """
     native = _ext.load()
     parsed: NMPattern = parse_pattern(pattern)
@@ -140,7 +166,15 @@ def prepack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Ten
     check_on_cuda(values=values, codes=codes, columns=columns)
     _check_sparse_gpu(values.device.index)
     rows, cols = values.shape[0], values.shape[1] // parsed.n * parsed.m
-    packed = torch.empty(native.prepacked_bytes(rows=rows, cols=cols), dtype=torch.uint8, device=values.device)
+    wanted = [shape or (0,) for shape in packed_shapes(parsed, rows, cols)]
+    shapes = [tuple(part.shape) for part in (values, codes, columns)]
+    if shapes != wanted or codes.dtype != torch.uint8 or columns.dtype != torch.uint8:
+        raise ShapeNotSupportedError(
+            f"values, codes and columns must be {wanted} for pattern {pattern}, the last two uint8, got {shapes}, "
+            f"{codes.dtype} and {columns.dtype}"
+        )
+    size = native.prepacked_bytes(rows=rows, cols=cols)
+    packed = torch.empty(size, dtype=torch.uint8, device=values.device) if out is None else out
     native.prepack(
         values=values.data_ptr(),
         codes=codes.data_ptr(),
@@ -223,6 +257,7 @@ def _check_sparse_gpu(device: int) -> None:
         raise UnsupportedGPUError(f"sparse_linear cannot run on cuda:{device}: {reason}. Fix: use backend='reference'")
 
 
+@functools.cache
 def lacks_sparse_product(device: int) -> str | None:
     """Why ``wgmma.sp`` does not run on GPU ``device`` by this module; None if it does."""
     found = torch.cuda.get_device_capability(device)

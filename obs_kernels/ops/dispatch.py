@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -143,14 +143,28 @@ def _saliency_limit(weight: Tensor, fisher: Tensor | None = None, method: str = 
     return _update_limit(weight, fisher)
 
 
+def _constant_when_compiled(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """What ``torch.compiler.assume_constant_result`` does; that one imports dynamo, and with it triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _sparse_linear_limit(x: Tensor, pattern: NMPattern | None = None) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, got {x.dtype}"
     if pattern is not None and not runs_as_two_of_four(pattern):
         return f"it takes patterns that keep at most 2 of 4, 8, 12, ... columns, got {pattern}"
-    reason: str | None = import_module(f"{MODULES['cuda']}.matmul").lacks_sparse_product(x.device.index)
+    return None
+
+
+@_constant_when_compiled
+def _no_sparse_product(device: int) -> str | None:
+    reason: str | None = import_module(f"{MODULES['cuda']}.matmul").lacks_sparse_product(device)
     return reason
 
+
+GPU_LIMITS: dict[tuple[str, str], Callable[[int], str | None]] = {("sparse_linear", "cuda"): _no_sparse_product}
+"""Why a backend cannot run an op on a GPU of that index, where not every GPU of the module will do."""
 
 LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("accumulate_fisher_", "cuda"): _cuda_accumulate_limit,
@@ -198,12 +212,20 @@ def unavailable(op: str, backend: str, device_type: str, *arguments: Any) -> str
     if backend == "reference":
         return None
     reason = _no_triton(device_type) if backend == "triton" else _no_cuda(device_type)
+    if reason is None and (op, backend) in GPU_LIMITS:
+        index = arguments[0].device.index if arguments else torch.cuda.current_device()
+        reason = GPU_LIMITS[op, backend](index)
     limit = LIMITS.get((op, backend))
     return limit(*arguments) if reason is None and limit is not None and arguments else reason
 
 
 def _no_cuda(device_type: str) -> str | None:
-    return f"it needs a CUDA tensor, got {device_type}" if device_type != "cuda" else _ext.reason()
+    return f"it needs a CUDA tensor, got {device_type}" if device_type != "cuda" else _no_module()
+
+
+@_constant_when_compiled
+def _no_module() -> str | None:
+    return _ext.reason()
 
 
 def _no_triton(device_type: str) -> str | None:
@@ -231,7 +253,6 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     else:
         function = getattr(module, op)
 
-    @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with no_autocast():
             return function(*args, **kwargs)
