@@ -66,6 +66,7 @@ def test_kernel_compiles_without_spills(source: Path, architecture: str, tmp_pat
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert frames, "ptxas said nothing of its kernels"
     assert all(frame == ("0", "0", "0") for frame in frames), done.stderr
+    assert "Performance Loss" not in done.stderr, "wgmma must not be serialised"
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "bench" / "micro").glob("*.cu")), ids=lambda path: path.name)
