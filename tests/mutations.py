@@ -27,6 +27,7 @@ UPDATE = "tests/test_update_on_cpu.py"
 QUADRATIC = "tests/test_quadratic_on_cpu.py"
 INVERSE = "tests/test_inverse_on_cpu.py"
 ACCUMULATE = "tests/test_accumulate_on_cpu.py"
+PREPACK = "tests/test_prepack_on_cpu.py"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ FAULTS = (
         "scale left out", "fisher/accumulate_thread.cuh", "fmaf(scale, sum.at[e]", "fmaf(1.0f, sum.at[e]", ACCUMULATE
     ),
     Fault("scale left out", "fisher/accumulate_tiles.cuh", "fmaf(scale, row[f]", "fmaf(1.0f, row[f]", ACCUMULATE),
+    # the order in which the sparse product reads a weight
+    Fault(
+        "second value in the first half", "matmul/prepack.cu", "pair |= values[c] << 16", "pair |= values[c]", PREPACK
+    ),
+    Fault("positions not ascending", "matmul/prepack.cu", "(low | high << 2)", "(high | low << 2)", PREPACK),
+    Fault("metadata of the other row", "matmul/prepack.cu", "code << (16 * half", "code << (16 * (1 - half)", PREPACK),
+    Fault("columns of a panel left out", "matmul/prepack.cu", "args.v == 0 ? code", "true ? code", PREPACK),
 )
 
 

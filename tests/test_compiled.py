@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 import torch
 from emulation import SANITIZERS, build
+from masks import random_mask
 from torch import Tensor
 
 from bench import gpu_report, sanitizers
@@ -472,17 +473,6 @@ def pack_on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         # so that small weights walk in strides too
         replaced={"packing/packing_config.h": [(r"kMaxBlocks = \d+", "kMaxBlocks = 2", 2)]},
     )
-
-
-def random_mask(gen: torch.Generator, rows: int, cols: int, pattern: NMPattern, *, drop: float = 0.0) -> Tensor:
-    """A mask that obeys ``pattern`` and leaves a share ``drop`` of its slots free."""
-    groups = cols // pattern.m
-    score = torch.rand(rows, groups, pattern.m, generator=gen)
-    if isinstance(pattern, VNMPattern):
-        open_columns = torch.rand(rows // pattern.v, groups, pattern.m, generator=gen).argsort(-1).argsort(-1) < 4
-        score = score - (~open_columns).float().repeat_interleave(pattern.v, 0)
-    kept = score.argsort(-1, descending=True).argsort(-1) < pattern.n
-    return (kept & (torch.rand(kept.shape, generator=gen) >= drop)).reshape(rows, cols)
 
 
 def emulate(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulation import SANITIZERS, build
-from test_compiled import random_mask
+from masks import random_mask
 from torch import Tensor
 
 from obs_kernels.packed_format import runs_as_two_of_four

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 from fisher_checks import Guarded, needs
+from masks import random_mask
 from test_matmul import ACTIVATIONS, check, expected
-from test_packing_gpu import random_mask
 from torch import Tensor
 
 from obs_kernels import _ext, parse_pattern

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from masks import random_mask
 from torch import Tensor
 
 from obs_kernels import _ext, cuda_calls, ops, reference
 from obs_kernels.errors import DeviceMismatchError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.ops.sparse_weight import packed_shapes
-from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
+from obs_kernels.patterns import NMPattern, parse_pattern
 
 pytestmark = pytest.mark.gpu
 
@@ -30,17 +31,6 @@ def random_weight(gen: torch.Generator, rows: int, cols: int, dtype: torch.dtype
     bits = BITS[torch.empty(0, dtype=dtype).element_size()]
     info = torch.iinfo(bits)
     return torch.randint(info.min, info.max, (rows, cols), dtype=bits, generator=gen).view(dtype)
-
-
-def random_mask(gen: torch.Generator, rows: int, cols: int, pattern: NMPattern, *, drop: float = 0.0) -> Tensor:
-    """A mask that obeys ``pattern`` and leaves a share ``drop`` of its slots free."""
-    groups = cols // pattern.m
-    score = torch.rand(rows, groups, pattern.m, generator=gen)
-    if isinstance(pattern, VNMPattern):
-        open_columns = torch.rand(rows // pattern.v, groups, pattern.m, generator=gen).argsort(-1).argsort(-1) < 4
-        score = score - (~open_columns).float().repeat_interleave(pattern.v, 0)
-    kept = score.argsort(-1, descending=True).argsort(-1) < pattern.n
-    return (kept & (torch.rand(kept.shape, generator=gen) >= drop)).reshape(rows, cols)
 
 
 def pack_bits(weight: Tensor, mask: Tensor, pattern: str) -> tuple[Tensor, Tensor, Tensor]:
