@@ -189,6 +189,17 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address,
          uint64_t{1} << 62;
 }
 
+// Volatile: a fence of products must not be passed by a load of what they read.
+__device__ __forceinline__ void load_shared(uint32_t (&words)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void load_shared(uint32_t& word, uint32_t address) {
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+}
+
 // Four 8 x 8 matrices of 16-bit elements, as fragments of a product hold them; lane l has the
 // address of row l % 8 of matrix l / 8. kTransposed: what is a row in shared memory is a column of
 // the fragment (9.7.14.5.16).
