@@ -43,7 +43,7 @@ struct CtaPlace {
 
 // The stage at hand, and the parity of the phase in which its barriers are waited for.
 template <int kStages>
-struct Ring {
+struct StageRing {
   uint32_t stage = 0;
   uint32_t parity = 0;
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& x_map,
                                         const CtaPlace& cta) {
   using namespace hopper;
   using Stages = SparseStages<kTokens>;
-  Ring<Stages::kStages> ring;
+  StageRing<Stages::kStages> ring;
   prefetch_map(&x_map);
   const auto ctas = static_cast<uint16_t>((1u << args.cluster) - 1u);
   for (int tile = cta.first_tile; tile < cta.num_tiles; tile += cta.tile_stride) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   using Stages = SparseStages<kTokens>;
   constexpr uint32_t kLeading = kFeatureX ? kSlabBytes : 16;
   constexpr uint32_t kSecond = kFeatureX ? 32 * 128 : 64;  // bytes from columns 0 to 32 of a step
-  Ring<Stages::kStages> ring;
+  StageRing<Stages::kStages> ring;
   float sum[kTokens / 2];
   WeightStep weight[2];
 
