@@ -57,6 +57,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setitem(dispatch.TABLE, "sparse_linear", ("cuda", "reference"))
     monkeypatch.setattr(dispatch, "_no_cuda", lambda kind: None)
     monkeypatch.delitem(dispatch.LIMITS, ("sparse_linear", "cuda"), raising=False)
+    monkeypatch.delitem(dispatch.GPU_LIMITS, ("sparse_linear", "cuda"))
     return seen
 
 
