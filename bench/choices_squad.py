@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             loader = calibration_loader(train, num_samples=count, batch_size=args.batch_size, seed=seed)
             tables[seed, count, order] = _table(model, order, loader, tokenizer, dev, args)
         table = tables[seed, count, order]
-        whole_rows = cell["D"] == "row"
         table.base = cfg
         result = table.run_cell(
             Cell(
@@ -101,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "combinatorial",
                 "joint",
                 cfg.recomputations,
-                curvature="row" if whole_rows else "block",
-                sequential=whole_rows,
-                loss="outputs" if whole_rows else "labels",
+                curvature=cfg.curvature,
+                sequential=cfg.sequential,
+                loss="outputs" if cfg.curvature == "row" else "labels",
             )
         )
         stored["cells"][key] = (

@@ -30,10 +30,9 @@ def to_markdown(stored: dict[str, Any]) -> str:
         lines += [f"Dense: EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} on {dense['total']:,} questions.", ""]
     block_size = header["fisher_block_size"] or "by pattern"
     commits = dict.fromkeys(c.get("commit", header["commit"]) for c in cells)
-    devices = dict.fromkeys(c.get("device", header["device"]) for c in cells) or [header["device"]]
     lines += [
         f"Nothing is trained. {header['num_grads']} per-sample gradients, Fisher block D = {block_size}, damping "
-        f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {' and '.join(devices)}, torch "
+        f"{header['dampening_frac']} of the mean diagonal, seed {header['seed']}; {devices_of(header, cells)}, torch "
         f"{header['torch']}, commits {', '.join(commits)}. Gradients for one block size: "
         f"{stored['seconds_gradients']:.1f} s.",
         "",
@@ -67,6 +66,11 @@ def to_markdown(stored: dict[str, Any]) -> str:
             f"{c['seconds_eval']:.1f} | {c.get('commit', header['commit'])} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def devices_of(header: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+    """Where the cells were measured; older ones name no device, theirs is that of the header."""
+    return " and ".join(dict.fromkeys(c.get("device", header["device"]) for c in cells) or [header["device"]])
 
 
 def f1_table(cells: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import choices_squad
 from bench.oneshot_squad import CORE, RESULTS
-from bench.oneshot_table import summary_table
+from bench.oneshot_table import devices_of, summary_table
 from obs_kernels.files import write_text
 from obs_kernels.ops.dispatch import TABLE
 
@@ -118,7 +118,8 @@ def matmul_table() -> str:
     }
     layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
     lines = [
-        f"{stored['env']['device']}, bf16, kernel time: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm):",
+        f"{stored['env']['device']}, commit {stored['env']['commit']}, bf16, kernel time: x dense cuBLAS of the same "
+        "run (x cuSPARSELt, best algorithm):",
         "",
         f"| tokens | {' | '.join(layers.values())} |",
         f"|---:{'|---:' * len(layers)}|",
@@ -140,11 +141,10 @@ def oneshot_table() -> str:
     """F1 by pattern, method and curvature, from the stored results."""
     stored = json.loads(RESULTS.read_text())
     header, dense, cells = stored["header"], stored["dense"], list(stored["cells"].values())
-    devices = " and ".join(dict.fromkeys(cell.get("device", header["device"]) for cell in cells))
     lines = [
         f"Dense EM {dense['exact_match']:.2f}, F1 {dense['f1']:.2f} ({dense['total']:,} questions). F1 in one "
         f"shot, nothing trained; {header['num_grads']} questions for the curvature, block Fisher D = "
-        f"{header['fisher_block_size']}, {devices}, seed {header['seed']}:",
+        f"{header['fisher_block_size']}, {devices_of(header, cells)}, seed {header['seed']}:",
         "",
         *summary_table(cells, CORE),
     ]
