@@ -149,7 +149,14 @@ FAULTS = (
         "second value in the first half", "matmul/prepack.cu", "pair |= values[c] << 16", "pair |= values[c]", PREPACK
     ),
     Fault("positions not ascending", "matmul/prepack.cu", "(low | high << 2)", "(high | low << 2)", PREPACK),
-    Fault("metadata of the other row", "matmul/prepack.cu", "code << (16 * half", "code << (16 * (1 - half)", PREPACK),
+    Fault(
+        "metadata of the other row",
+        "matmul/prepack.cu",
+        "pair.code << (16 * half",
+        "pair.code << (16 * (1 - half)",
+        PREPACK,
+    ),
+    Fault("values not swizzled", "matmul/prepack.cu", "q ^ (row / 2 % 4)", "q", PREPACK),
     Fault("columns of a panel left out", "matmul/prepack.cu", "args.v == 0 ? code", "true ? code", PREPACK),
 )
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which the sparse product reads a weight: the kernel as host code, read back by the layout of the PTX.
 
-A tile of 128 rows and 64 columns is two halves of 64 rows; a half holds, for two steps of 32 columns, 16 bytes a
-thread, and then 4 bytes of metadata a thread (9.7.15.6: operand A of ``wgmma.mma_async.sp`` in registers).
+A tile of 64 rows and 64 columns: rows of 64 bytes in 64-byte swizzle (operand A of ``wgmma.mma_async.sp`` in shared
+memory, 9.7.15.5), then 4 bytes of metadata a thread (9.7.15.6).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import VNMPattern, parse_pattern
 from obs_kernels.reference import pack
 
-TILE_ROWS, TILE_COLS, HALF_BYTES = 128, 64, 4608
+TILE_ROWS, TILE_COLS, TILE_BYTES = 64, 64, 4608
 
 
 @pytest.fixture(scope="module", params=SANITIZERS)
@@ -38,14 +38,16 @@ def read_back(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """(weight [rows, cols] int16, its metadata as pairs of positions [rows, cols / 4, 2]) from the packed bytes."""
     steps = -(-cols // TILE_COLS)
     row_tiles = -(-rows // TILE_ROWS)
-    halves = packed.view(row_tiles, steps, 2, HALF_BYTES)
-    # [.., half, k, warp, g, q, j]: j & 1 is row + 8, j >> 1 the later eight of 16 packed columns
-    values = halves[..., :4096].contiguous().view(torch.int16).view(row_tiles, steps, 2, 2, 4, 8, 4, 2, 2, 2)
-    # row = tile, half, warp, j & 1, g; group of four = step, k, j >> 1, q; slot
-    values = values.permute(0, 2, 4, 8, 5, 1, 3, 7, 6, 9).reshape(row_tiles * TILE_ROWS, steps * 16, 2)
-    meta = halves[..., 4096:].contiguous().view(torch.int32).view(row_tiles, steps, 2, 4, 8, 4)  # warp, g, q
+    tiles = packed.view(row_tiles, steps, TILE_BYTES)
+    # a row is four chunks of 8 packed values, chunk c at c XOR (row / 2 mod 4)
+    chunks = tiles[..., :4096].contiguous().view(torch.int16).view(row_tiles, steps, TILE_ROWS, 4, 8)
+    at = torch.arange(4) ^ (torch.arange(TILE_ROWS)[:, None] // 2 % 4)
+    values = chunks.gather(3, at[None, None, :, :, None].expand_as(chunks))
+    values = values.view(row_tiles, steps, TILE_ROWS, 16, 2).permute(0, 2, 1, 3, 4)
+    values = values.reshape(row_tiles * TILE_ROWS, steps * 16, 2)
+    meta = tiles[..., 4096:].contiguous().view(torch.int32).view(row_tiles, steps, 4, 8, 4)  # warp, g, q
     nibbles = torch.stack([meta >> (4 * i) & 15 for i in range(8)], -1)  # row (or row + 8), then four groups
-    nibbles = nibbles.view(row_tiles, steps, 2, 4, 8, 4, 2, 4).permute(0, 2, 3, 6, 4, 1, 5, 7)
+    nibbles = nibbles.view(row_tiles, steps, 4, 8, 4, 2, 4).permute(0, 2, 5, 3, 1, 4, 6)
     nibbles = nibbles.reshape(row_tiles * TILE_ROWS, steps * 16)
     places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
     dense = torch.zeros(row_tiles * TILE_ROWS, steps * 16, 4, dtype=torch.int16).scatter_(2, places, values)

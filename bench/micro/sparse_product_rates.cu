@@ -24,173 +24,15 @@
 #include <cstdlib>
 #include <vector>
 
-#include "common/device.cuh"
 #include "common/hopper.cuh"
 #include "matmul/sparse_config.h"
 #include "matmul/sparse_kernel.cuh"
-#include "matmul/wgmma_sp.cuh"
+#include "sparse_product_beside.cuh"
 #include "timing.h"
 
 using namespace obs_kernels;
 
 namespace {
-
-// Where A comes from each step (from L2: two or three steps ahead), and what else goes on.
-enum Weight { kNone, kHeld, kShared, kGlobal2, kGlobal3 };
-enum Beside { kNothing, kCopies, kGather };
-
-constexpr int kTokens = 256;
-constexpr int kSlabs = kTokens / kSlabTokens;
-constexpr int kTileBytes = kSlabs * kSlabBytes;
-constexpr int kStageBytes = SparseStages<kTokens>::kStageBytes;
-constexpr int kProductBytes = 2 * kStageBytes;  // stages that products read and nobody writes
-constexpr int kPacked = static_cast<int>(kPackedBytes);
-constexpr int kTokenTiles = kRasterTokens;  // read at a time, as in the kernel
-constexpr int kRowTiles = 20;               // enough for 132 CTAs over kTokenTiles
-constexpr int kUnrolled = 12;               // steps: a multiple of all rings of fragments
-constexpr int kChunk = 24;                  // steps between looks at whether to end
-constexpr int kGatherSlots = 4;             // tiles, of which all but one are on their way
-constexpr int kMostCtas = 1024;
-constexpr int kCycles = 4000000;  // about what a row lasts: the clock must settle
-constexpr int64_t kTokensOfX = kTokenTiles * kTokens;
-
-// What comes beside products: stages of some boxes of X, then bytes of W.
-struct Ring {
-  int boxes;
-  int weight_bytes;
-  int slots;  // a power of two
-  int cluster;
-  int rate;  // bytes a clock to keep to; 0: all-out
-
-  __host__ __device__ int stage_bytes() const { return boxes * kSlabBytes + weight_bytes; }
-};
-
-struct Reading {
-  long long cycles;  // of the products, by one thread; of what is beside, where that is alone
-  long long steps;
-  long long beside_cycles;
-};
-
-struct Args {
-  CUtensorMap map;
-  const uint8_t* x;  // token-major to copies, feature-major to gathers
-  const uint8_t* packed;
-  float* sums;
-  Reading* readings;
-  Ring ring;
-  int stages;     // of the ring, after which the products end too
-  int row_steps;  // that X and W have, a power of two; then they begin again
-};
-
-__device__ uint32_t hashed(uint32_t bits) {
-  bits *= 2654435761u;
-  bits ^= bits >> 15;
-  bits *= 2246822519u;
-  return bits ^ bits >> 13;
-}
-
-// Pairs of bf16 of either sign from 1/4 to 1 (equal bits would draw less power); for W in the order
-// of prepack.cu, with codes behind the values of each half tile.
-__global__ void fill_kernel(uint32_t* words, int64_t count, bool packed) {
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < count; at += stride) {
-    const auto seed = static_cast<uint32_t>(at);
-    uint32_t word = (hashed(seed) & 0x80FF80FFu) + 0x3E803E80u;
-    if (packed && at % (kHalfTileBytes / 4) >= 2 * kWarpgroup * 4) {
-      word = 0;
-      for (uint32_t i = 0; i < 8; ++i) {  // one of the six pairs of positions, low | high << 2
-        word |= (0xED9C84u >> (4 * (hashed(8 * seed + i) % 6u)) & 15u) << (4 * i);
-      }
-    }
-    words[at] = word;
-  }
-}
-
-// What all threads of a CTA know.
-struct Place {
-  uint32_t ring;
-  uint32_t full;  // barriers: a slot has arrived, and all CTAs of the cluster let go of it
-  uint32_t empty;
-  int rank;
-  int token_tile;
-  const uint8_t* weight;  // of this row tile
-};
-
-// The producer of sparse_kernel.cuh, at most at the rate asked for.
-__device__ __forceinline__ void issue_copies(const Args& args, const Place& place) {
-  const Ring ring = args.ring;
-  const int bytes = ring.stage_bytes();
-  const int interval = ring.rate == 0 ? 0 : bytes / ring.rate;
-  const auto ctas = static_cast<uint16_t>((1u << ring.cluster) - 1u);
-  long long due = clock64();
-  for (int stage = 0; stage < args.stages; ++stage) {
-    const int slot = stage & (ring.slots - 1);
-    hopper::barrier_wait(place.empty + 8 * slot, (stage & ring.slots) == 0);
-    while (clock64() < due) {
-    }
-    due += interval;
-    const uint32_t arrived = place.full + 8 * slot;
-    const uint32_t to = place.ring + slot * bytes;
-    hopper::barrier_expect(arrived, bytes);
-    for (int box = 0; box < ring.boxes; ++box) {
-      const int number = stage * ring.boxes + box;
-      const int column = (number / kSlabs & (args.row_steps - 1)) * kStepCols;
-      const int token = place.token_tile * kTokens + number % kSlabs * kSlabTokens;
-      if (ring.cluster == 1) {
-        hopper::copy_box(to + box * kSlabBytes, &args.map, column, token, arrived);
-      } else if (box % ring.cluster == place.rank) {
-        hopper::copy_box(to + box * kSlabBytes, &args.map, column, token, arrived, ctas);
-      }
-    }
-    if (ring.weight_bytes > 0) {
-      const uint8_t* from = place.weight + (stage & (args.row_steps - 1)) * kPacked;
-      hopper::copy_bytes(to + ring.boxes * kSlabBytes, from, ring.weight_bytes, arrived);
-    }
-  }
-}
-
-// Stands for the consumers: lets go of a stage at once. A thread apart, or the producer would wait
-// for every stage of the other CTAs in turn.
-__device__ __forceinline__ void release_copies(const Args& args, const Place& place) {
-  for (int stage = 0; stage < args.stages; ++stage) {
-    const int slot = stage & (args.ring.slots - 1);
-    hopper::barrier_wait(place.full + 8 * slot, (stage & args.ring.slots) != 0);
-    for (int cta = 0; cta < args.ring.cluster; ++cta) {
-      hopper::barrier_arrive(place.empty + 8 * slot, static_cast<uint32_t>(cta));
-    }
-  }
-}
-
-// 512 bytes of rows of X^T into feature-major tiles, a warp a row at a time. The barriers are told
-// what a kernel would have to tell them, though nobody waits.
-template <int kProducers>
-__device__ __forceinline__ void gather(const Args& args, const Place& place) {
-  constexpr int kWarps = kProducers * kWarpgroup / 32;
-  constexpr int kAhead = kGatherSlots - 1;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32 - kConsumers * kWarpgroup / 32;
-  const auto rows = static_cast<uint32_t>(args.row_steps * kStepCols);
-  const uint8_t* from = args.x + place.token_tile * kTokens * 2 + lane * 16;
-  auto* tiles = static_cast<uint8_t*>(__cvta_shared_to_generic(place.ring)) + lane / 8 * kSlabBytes;
-  for (int stage = 0; stage < args.stages; ++stage) {
-    uint8_t* to = tiles + stage % kGatherSlots * kTileBytes;
-#pragma unroll 8
-    for (int k = 0; k < kStepCols / kWarps; ++k) {
-      const int row = k * kWarps + warp;
-      const uint32_t picked = hashed((blockIdx.x << 20) + stage * kStepCols + row) & (rows - 1);
-      async_copy<16>(to + row * 128 + ((lane % 8 ^ row % 8) << 4), from + picked * kTokensOfX * 2);
-    }
-    async_commit();
-    async_wait<kAhead>();  // the tile that the next turn overwrites is whole
-    if (stage >= kAhead) {
-      hopper::fence_async_shared();
-      __syncwarp();
-      if (lane == 0) hopper::barrier_arrive(place.full + (stage + 1) % kGatherSlots * 8, 0);
-    }
-  }
-  async_wait<0>();
-  hopper::named_barrier(kConsumers + 1, kProducers * kWarpgroup);
-}
 
 template <Weight kWeight, Beside kBeside, int kProducers, bool kFeature>
 __global__ __launch_bounds__((kConsumers + kProducers) * kWarpgroup,
@@ -268,7 +110,7 @@ __global__ __launch_bounds__((kConsumers + kProducers) * kWarpgroup,
     const auto fetch = [&](WeightStep& to) {
       if constexpr (kWeight >= kGlobal2) {
         const uint8_t* half =
-            place.weight + (ahead & (args.row_steps - 1)) * kPacked + warpgroup * kHalfTileBytes;
+            place.weight + (ahead & (args.row_steps - 1)) * kPacked + warpgroup * kWeightBytes;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const uint4 part = __ldcg(reinterpret_cast<const uint4*>(half) + k * kWarpgroup + thread);
@@ -277,12 +119,17 @@ __global__ __launch_bounds__((kConsumers + kProducers) * kWarpgroup,
         to.meta = __ldcg(reinterpret_cast<const unsigned*>(half + 2 * kWarpgroup * 16) + thread);
       } else {
         const uint32_t tile = base + ahead % 2 * kStageBytes + kTileBytes;
-        load_step(to, tile + warpgroup * kHalfTileBytes, thread);
+        const uint32_t half = tile + warpgroup * kWeightBytes;
+        if constexpr (kWeight != kTensor) {
+          load_shared(to.part[0].at, half + thread * 16);
+          load_shared(to.part[1].at, half + kWarpgroup * 16 + thread * 16);
+        }
+        load_shared(to.meta, half + kValueBytes + thread * 4);
       }
       ++ahead;
     };
     fetch(weight[0]);
-    if constexpr (kWeight != kShared) fetch(weight[1]);
+    if constexpr (kWeight != kShared && kWeight != kTensor) fetch(weight[1]);
     if constexpr (kRing == 4) fetch(weight[2]);
 
     const long long start = clock64();
@@ -296,16 +143,24 @@ __global__ __launch_bounds__((kConsumers + kProducers) * kWarpgroup,
 #pragma unroll
           for (int p = 0; p < kParts; ++p) {
             const uint32_t x = base + i % 2 * kStageBytes + p * kPart * 128;
-            sparse_product<__nv_bfloat16, kPart, 0, kFeature>(
-                sum[p], now.part[0], swizzled_operand(x, kLeading, 1024), now.meta, 1);
-            sparse_product<__nv_bfloat16, kPart, 1, kFeature>(
-                sum[p], now.part[1], swizzled_operand(x + kSecond, kLeading, 1024), now.meta, 1);
+            const uint64_t first = swizzled_operand<128>(x, kLeading, 1024);
+            const uint64_t second = swizzled_operand<128>(x + kSecond, kLeading, 1024);
+            const auto multiply = [&](const auto& a0, const auto& a1) {
+              sparse_product<__nv_bfloat16, kPart, 0, kFeature>(sum[p], a0, first, now.meta, 1);
+              sparse_product<__nv_bfloat16, kPart, 1, kFeature>(sum[p], a1, second, now.meta, 1);
+            };
+            if constexpr (kWeight == kTensor) {
+              const uint32_t w = base + i % 2 * kStageBytes + kTileBytes + warpgroup * kWeightBytes;
+              multiply(swizzled_operand<64>(w, 16, 512), swizzled_operand<64>(w + 32, 16, 512));
+            } else {
+              multiply(now.part[0], now.part[1]);
+            }
           }
           product_commit();
           product_wait<1>();  // gives back the registers of the step before
           // Over at once: a kernel has to look whether its stage has come, and without a look the
           // compiler moves loads from L2 down to where they are used.
-          if constexpr (kWeight == kShared) barrier_wait(over, 1);
+          if constexpr (kWeight == kShared || kWeight == kTensor) barrier_wait(over, 1);
           if constexpr (kWeight != kHeld) fetch(weight[(i + kRing - 1) % kRing]);
           if constexpr (kWeight >= kGlobal2) barrier_wait(over, 1);
         }
@@ -402,7 +257,7 @@ void measure(const char* name, Args args, const Ring& ring = {0, 0, 0, 1, 0}) {
     reach += stages * stage_bytes;
     sent += stages * (1.0 * ring.boxes * kSlabBytes / ring.cluster + ring.weight_bytes);
   }
-  const double flops = kWeight == kNone ? 0.0 : 2.0 * kTileRows * kStepCols * kTokens * steps;
+  const double flops = kWeight == kNone ? 0.0 : 2.0 * kRows * kStepCols * kTokens * steps;
   std::printf("%-36s %4d %7d %6d %5d", name, ctas, ring.cluster, stage_bytes, ring.rate);
   std::printf(" %6.0f %5.2f %7.1f", us, 1e-3 * cycles / ctas / us, cycles / steps);
   std::printf(" %8.0f %6.1f %6.1f\n", 1e-6 * flops / us, reach, sent);
@@ -426,7 +281,7 @@ int main(int argc, char** argv) {
   Args args{};
   args.row_steps = cols / kStepCols;
   const int64_t x_words = kTokensOfX * cols / 2;
-  const int64_t packed_words = kRowTiles * args.row_steps * kPackedBytes / 4;
+  const int64_t packed_words = kRowTiles * args.row_steps * kPacked / 4;
   auto* x = allocate<uint32_t>(x_words);
   auto* packed = allocate<uint32_t>(packed_words);
   fill_kernel<<<1024, 256>>>(x, x_words, false);
@@ -441,6 +296,8 @@ int main(int argc, char** argv) {
   std::printf("%d columns; rate 0: all-out; reach, sent: bytes a clock and SM\n", cols);
   std::printf("%-36s CTAs cluster  bytes  rate     us   GHz  cycles  TFLOP/s  reach   sent\n", "");
   measure<kHeld, kNothing>("1 A held in registers", args);
+  measure<kTensor, kNothing>("2 A by the tensor cores", args);
+  measure<kTensor, kNothing, 1, true>("2 A by the tensor cores, X^T", args);
   measure<kShared, kNothing>("2 A shared", args);
   measure<kShared, kNothing, 1, true>("2 A shared, X^T", args);
   measure<kShared, kNothing, 2, true>("2 A shared, X^T, N = 2 x 128", args);
@@ -453,6 +310,7 @@ int main(int argc, char** argv) {
   for (int cluster : {1, 2}) {
     for (int rate : {16, 32, 64, 0}) {
       const Ring ring{2, 0, 8, cluster, rate};
+      measure<kTensor, kCopies>("5 A by the tensor cores, copies", args, ring);
       measure<kShared, kCopies>("5 A shared, copies", args, ring);
       if (cluster == 1 || (rate > 0 && rate < 64)) continue;
       measure<kHeld, kCopies>("5 A held, copies", args, ring);
@@ -462,6 +320,7 @@ int main(int argc, char** argv) {
   const Ring tiles{kSlabs, 0, kGatherSlots, 1, 0};
   measure<kNone, kGather, 1, true>("6 gather alone by 1", args, tiles);
   measure<kNone, kGather, 2, true>("6 gather alone by 2", args, tiles);
+  measure<kTensor, kGather, 1, true>("6 A by the tensor cores, gather by 1", args, tiles);
   measure<kShared, kGather, 1, true>("6 A shared, gather by 1", args, tiles);
   measure<kShared, kGather, 2, true>("6 A shared, N = 2 x 128, gather by 2", args, tiles);
   return 0;

@@ -180,13 +180,16 @@ __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// Descriptor of an operand in shared memory with 128-byte swizzle (9.7.15.5.1); offsets in bytes.
+// Descriptor of an operand in shared memory with a swizzle of kSwizzle bytes (9.7.15.5.1); offsets
+// in bytes.
+template <int kSwizzle>
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address,
                                                      uint32_t leading,
                                                      uint32_t stride) {
+  static_assert(kSwizzle == 64 || kSwizzle == 128, "one of these");
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
          static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
-         uint64_t{1} << 62;
+         uint64_t{kSwizzle == 128 ? 1 : 2} << 62;
 }
 
 // Volatile: a fence of products must not be passed by a load of what they read.

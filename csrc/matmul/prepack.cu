@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A packed weight into the order of the sparse product: fragments of values and metadata.
+// A packed weight into the order of the sparse product: tiles of values and metadata.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 namespace obs_kernels {
 namespace {
 
-static_assert(kPackedRows == kTileRows && kPackedCols == kStepCols, "one tile, two names");
+static_assert(kPackedCols == kStepCols, "a step, two names");
+constexpr int kThreads = 128;  // a tile by a CTA
 
 struct PrepackArgs {
   const uint16_t* values;
@@ -83,47 +84,41 @@ __device__ __forceinline__ TwoOfFour two_of_four(const PrepackArgs& args,
   return {pair, static_cast<uint32_t>(low | high << 2)};
 }
 
-// A CTA a tile, a thread the fragments of a thread of the product: see wgmma_sp.cuh.
-__global__ __launch_bounds__(256) void prepack_kernel(const PrepackArgs args) {
-  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int lane = thread % 32;
-  const int g = lane / 4;
-  const int q = lane % 4;
+// Values of a tile: rows of 64 bytes in the 64-byte swizzle of the copy engine, which XORs the
+// number of a 16-byte chunk with half the number of its row. Metadata: see wgmma_sp.cuh; lane
+// 4g + q of warp w has 16 columns of rows 16w + g and 16w + g + 8, and lanes with q < 2 hold them
+// for the first 32 columns, the others for the second.
+__global__ __launch_bounds__(kThreads) void prepack_kernel(const PrepackArgs args) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+  const int q = static_cast<int>(threadIdx.x) % 4;
   for (int64_t tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
-    const int64_t row = tile / args.steps * kTileRows + warpgroup * 64 + thread / 32 * 16 + g;
-    const int64_t column = tile % args.steps * kStepCols;
-    uint8_t* out = args.packed + tile * kPackedBytes + warpgroup * (kPackedBytes / 2);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      uint32_t part[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {  // j & 1: row + 8; j >> 1: the later half of the columns
-        const int64_t first = column + 32 * k + 4 * q + 16 * (j >> 1);
-        part[j] = two_of_four(args, row + 8 * (j & 1), first).values;
-      }
-      reinterpret_cast<uint4*>(out)[k * 128 + thread] =
-          make_uint4(part[0], part[1], part[2], part[3]);
-    }
-    // Lanes with q < 2 hold the metadata of the first 32 columns, the others of the second.
+    const int64_t first_row = tile / args.steps * kPackedRows;
+    const int64_t column = tile % args.steps * kPackedCols + 16 * q;
+    uint8_t* out = args.packed + tile * kPackedBytes;
     uint32_t meta = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int row = 16 * warp + g + 8 * half;
+      uint32_t part[4];
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
-        const int64_t first = column + 16 * q + 4 * group;
-        const uint32_t code = two_of_four(args, row + 8 * half, first).code;
-        meta |= code << (16 * half + 4 * group);
+        const TwoOfFour pair = two_of_four(args, first_row + row, column + 4 * group);
+        part[group] = pair.values;
+        meta |= pair.code << (16 * half + 4 * group);
       }
+      const int chunk = q ^ (row / 2 % 4);
+      *reinterpret_cast<uint4*>(out + row * 64 + chunk * 16) =
+          make_uint4(part[0], part[1], part[2], part[3]);
     }
-    reinterpret_cast<uint32_t*>(out + 2 * 128 * 16)[thread] = meta;
+    reinterpret_cast<uint32_t*>(out + kPackedRows * 64)[threadIdx.x] = meta;
   }
 }
 
 }  // namespace
 
 int64_t prepacked_bytes(int64_t rows, int64_t cols) {
-  return round_up(rows, kTileRows) / kTileRows * (round_up(cols, kStepCols) / kStepCols) *
+  return round_up(rows, kPackedRows) / kPackedRows * (round_up(cols, kPackedCols) / kPackedCols) *
          kPackedBytes;
 }
 
@@ -159,14 +154,13 @@ LaunchPlan prepack(const PrepackParams& params, int device, cudaStream_t stream)
   args.kept = args.groups * params.n;
   args.two_bits = params.v != 0 || (params.n == 2 && params.m == 4);
   args.code_bytes = args.two_bits ? (args.kept + 3) / 4 : args.kept;
-  args.steps = round_up(params.cols, kStepCols) / kStepCols;
+  args.steps = round_up(params.cols, kPackedCols) / kPackedCols;
   args.tiles = prepacked_bytes(params.rows, params.cols) / kPackedBytes;
   args.n = static_cast<int>(params.n);
   args.m = static_cast<int>(params.m);
   if (args.tiles == 0) return {"prepack", "empty", 0, 0};
   OBS_CHECK(aligned(params.packed, 16), "packed must be aligned to 16 bytes");
   const DeviceGuard guard(device);
-  constexpr int kThreads = 256;
   const auto blocks = static_cast<unsigned>(grid_size(args.tiles, 1, int64_t{1} << 20));
   prepack_kernel<<<blocks, kThreads, 0, stream>>>(args);
   OBS_CUDA_CHECK(cudaGetLastError());

@@ -7,29 +7,32 @@
 
 namespace obs_kernels {
 
-// A CTA computes 128 rows (two warpgroups of 64, all that 128 sums a thread leave room for) times
-// `tokens`; CTAs of a cluster hold different rows of the same tokens, and each brings its share of
-// X to all of them.
+// A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers; CTAs of a
+// cluster hold different rows of the same tokens, and each brings its share of X to all of them.
 struct SparseTileShape {
   const char* name;
+  int rows;
   int tokens;
   int cluster;
-  // What a step and a tile cost in cycles, fitted to 11 shapes on an H200; wgmma.sp alone would
-  // take 2 * tokens a step. A step is bound by L2, where W and the tile's share of X come from.
+  // What a step and a tile cost in cycles, fitted to 9 shapes on an H200 (2.5 % rms). The tensor
+  // cores alone take rows * tokens / 64 a step, and 1/8 to 1/4 more as they read W from shared
+  // memory; the rest is waiting for copies, of which an SM takes 52 bytes a clock.
   int step_cycles;
   int tile_cycles;  // filling the pipeline, and an epilogue that nothing hides
 };
 
 inline constexpr SparseTileShape kSparseTiles[] = {
-    {"128x256 cluster 2", 256, 2, 820, 4500},
-    {"128x192 cluster 2", 192, 2, 650, 4000},  // fills the last wave of some shapes better
-    {"128x128 cluster 2", 128, 2, 600, 1800},
-    {"128x256", 256, 1, 1080, 4500},  // one tile of rows has nothing to share
-    {"128x128", 128, 1, 710, 1800},
+    {"256x192 cluster 2", 256, 192, 2, 1045, 6130},  // fewest bytes for a product
+    {"256x128 cluster 2", 256, 128, 2, 760, 3520},
+    {"128x256 cluster 2", 128, 256, 2, 724, 3970},
+    {"128x192 cluster 2", 128, 192, 2, 561, 3650},  // fills the last wave of some shapes better
+    {"128x128 cluster 2", 128, 128, 2, 457, 1840},
+    {"256x192", 256, 192, 1, 1055, 5920},  // where the last cluster would be half empty
+    {"128x256", 128, 256, 1, 808, 3500},   // one tile of rows has nothing to share
+    {"128x128", 128, 128, 1, 541, 1510},
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
-inline constexpr int kTileRows = 128;
 inline constexpr int kStepCols = 64;  // of W in a stage: 128 bytes of X, a row of the swizzle
 // Token tiles that CTAs work on at a time: neighbours read the same X and the same W through L2.
 inline constexpr int kRasterTokens = 8;
@@ -45,7 +48,7 @@ inline int choose_sparse_tile(int64_t rows, int64_t tokens, int64_t steps, int m
   for (int i = 0; i < kNumSparseTiles; ++i) {
     const SparseTileShape& tile = kSparseTiles[i];
     const int64_t row_groups =
-        round_up(rows, kTileRows * tile.cluster) / (kTileRows * tile.cluster);
+        round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
     const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
     const int64_t at_once = std::max(1, multiprocessors / tile.cluster);
     const int64_t waves = round_up(groups, at_once) / at_once;

@@ -47,9 +47,9 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, const __hal
 // Where the sums of a thread belong: d[4i .. 4i + 3] of wgmma_sp.cuh are tokens 8i + 2q, 8i + 2q +
 // 1 of `row`, then of row + 8.
 struct SumPlace {
-  int64_t first_row;    // of the warpgroup
-  int64_t first_token;  // of the tile
-  int64_t row;
+  int first_row;    // of the warpgroup's 64
+  int first_token;  // of the tile
+  int row;
   int warpgroup;
   int thread;
 };
@@ -57,10 +57,10 @@ struct SumPlace {
 template <typename Element>
 __device__ __forceinline__ void load_bias(float (&bias)[2],
                                           const SparseArgs<Element>& args,
-                                          int64_t row) {
+                                          int row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t at = row + 8 * half;
+    const int at = row + 8 * half;
     bias[half] = args.bias != nullptr && at < args.rows ? static_cast<float>(args.bias[at]) : 0.0f;
   }
 }
@@ -139,12 +139,13 @@ __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
     fence_async_shared();
     named_barrier(1 + place.warpgroup, kWarpgroup);
     if (place.thread == 0) {
-      const auto row = static_cast<int>(place.first_row);
       for (int slab = first; slab < last; ++slab) {
-        const int token = static_cast<int>(place.first_token) + slab * kSlabTokens;
+        const int token = place.first_token + slab * kSlabTokens;
         const uint32_t buffer = buffers + (slab - first) * kSlabBytes;
-        if (row < args.rows && token < args.tokens) {
-          store_box(&y_map, args.feature_y ? token : row, args.feature_y ? row : token, buffer);
+        if (place.first_row < args.rows && token < args.tokens) {
+          const int inner = args.feature_y ? token : place.first_row;
+          const int outer = args.feature_y ? place.first_row : token;
+          store_box(&y_map, inner, outer, buffer);
         }
         store_commit();
       }

@@ -13,25 +13,29 @@
 namespace obs_kernels {
 
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kConsumers = 2;  // warpgroups, kTileRows / 64
+inline constexpr int kConsumers = 2;  // warpgroups
 inline constexpr int kSparseThreads = (kConsumers + 1) * kWarpgroup;
+inline constexpr int kPartRows = 64;  // of a product
 inline constexpr int kSharedLimit = 227 * 1024;
 inline constexpr int kSlabTokens = 64;       // of a box of X, and of a box of Y
 inline constexpr int kSlabBytes = 64 * 128;  // 64 tokens of 64 columns, or 64 columns of 64 tokens
-inline constexpr int kHalfTileBytes = static_cast<int>(kPackedBytes) / kConsumers;
+inline constexpr int kWeightBytes = static_cast<int>(kPackedBytes);  // of 64 rows in a step
+inline constexpr int kValueBytes = 64 * 64;                          // of them; then metadata
 // Slabs of Y that a warpgroup has on their way out; a fourth would cost a stage.
 inline constexpr int kBuffers = 3;
 inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 
-// Sizes of shared memory for a tile of kTokens tokens.
-template <int kTokens>
-struct SparseStages {
+// Sizes for a tile of 128 * kParts rows and kTokens tokens: two warpgroups that multiply, each the
+// sums of kParts times 64 rows.
+template <int kParts, int kTokens>
+struct SparseTile {
   static constexpr int kSlabs = kTokens / kSlabTokens;
-  static constexpr int kStageBytes = kTokens * 128 + static_cast<int>(kPackedBytes);
+  static constexpr int kWeightTiles = kConsumers * kParts;
+  static constexpr int kStageBytes = kTokens * 128 + kWeightTiles * kWeightBytes;
   static constexpr int kAround = 1024 + kEpilogueBytes + 256;  // alignment, epilogue, barriers
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
-  static_assert(kStages >= 3, "a stage is multiplied, one is fetched to registers, one is filled");
+  static_assert(kStages >= 3, "one is multiplied, two are on their way");
   static_assert(kSlabs >= 2,
                 "each CTA of a cluster of two brings a part, which keeps them in step");
   static_assert(kSlabs <= 2 * kBuffers, "two passes write a tile of Y");
@@ -45,15 +49,29 @@ struct SparseArgs {
   Element* y;
   int64_t rows;
   int64_t tokens;
-  int steps;       // of kStepCols columns
-  int row_tiles;   // that exist; those of the last cluster may be more
-  int row_groups;  // row tiles / cluster, rounded up
+  int steps;         // of kStepCols columns
+  int weight_tiles;  // of 64 rows, that exist; those of the last cluster may be more
+  int row_groups;    // of the rows of a cluster
   int token_tiles;
   int cluster;
   Activation activation;
   bool feature_y;
   bool boxes;  // y is written by the copy engine; else element by element, for odd sizes
 };
+
+// Tiles of a cluster: the first, how many on the next one is, and how many there are.
+template <typename Element>
+__device__ __forceinline__ int first_tile(const SparseArgs<Element>& args) {
+  return static_cast<int>(blockIdx.x) / args.cluster;
+}
+template <typename Element>
+__device__ __forceinline__ int tile_stride(const SparseArgs<Element>& args) {
+  return static_cast<int>(gridDim.x) / args.cluster;
+}
+template <typename Element>
+__device__ __forceinline__ int num_tiles(const SparseArgs<Element>& args) {
+  return args.row_groups * args.token_tiles;
+}
 
 struct TilePlace {
   int row_tile;

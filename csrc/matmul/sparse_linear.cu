@@ -118,13 +118,13 @@ int clusters_at_once(int device, int cluster) {
   return count;
 }
 
-template <typename Element, int kTokens, bool kFeatureX>
+template <typename Element, int kParts, int kTokens, bool kFeatureX>
 LaunchPlan launch(const SparseLinearParams& params,
                   const SparseTileShape& tile,
                   int device,
                   cudaStream_t stream) {
-  constexpr auto kernel = sparse_linear_kernel<Element, kTokens, kFeatureX>;
-  constexpr int kBytes = SparseStages<kTokens>::kBytes;
+  constexpr auto kernel = sparse_linear_kernel<Element, kParts, kTokens, kFeatureX>;
+  constexpr int kBytes = SparseTile<kParts, kTokens>::kBytes;
 
   SparseArgs<Element> args{};
   args.packed = static_cast<const uint8_t*>(params.packed);
@@ -133,8 +133,9 @@ LaunchPlan launch(const SparseLinearParams& params,
   args.rows = params.rows;
   args.tokens = params.tokens;
   args.steps = static_cast<int>(round_up(params.cols, kStepCols) / kStepCols);
-  args.row_tiles = static_cast<int>(round_up(params.rows, kTileRows) / kTileRows);
-  args.row_groups = static_cast<int>(round_up(args.row_tiles, tile.cluster) / tile.cluster);
+  args.weight_tiles = static_cast<int>(round_up(params.rows, kPackedRows) / kPackedRows);
+  const int group_rows = tile.rows * tile.cluster;
+  args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
   args.token_tiles = static_cast<int>(round_up(params.tokens, kTokens) / kTokens);
   args.cluster = tile.cluster;
   args.activation = params.activation;
@@ -174,13 +175,17 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
                        const SparseTileShape& tile,
                        int device,
                        cudaStream_t stream) {
+  if (tile.rows == 256) {
+    return tile.tokens == 192 ? launch<Element, 2, 192, kFeatureX>(params, tile, device, stream)
+                              : launch<Element, 2, 128, kFeatureX>(params, tile, device, stream);
+  }
   switch (tile.tokens) {
     case 128:
-      return launch<Element, 128, kFeatureX>(params, tile, device, stream);
+      return launch<Element, 1, 128, kFeatureX>(params, tile, device, stream);
     case 192:
-      return launch<Element, 192, kFeatureX>(params, tile, device, stream);
+      return launch<Element, 1, 192, kFeatureX>(params, tile, device, stream);
     default:
-      return launch<Element, 256, kFeatureX>(params, tile, device, stream);
+      return launch<Element, 1, 256, kFeatureX>(params, tile, device, stream);
   }
 }
 
@@ -246,7 +251,7 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
                                               round_up(params.cols, kStepCols) / kStepCols,
                                               multiprocessors_of(device));
   const SparseTileShape& tile = kSparseTiles[chosen];
-  const int64_t tiles = (params.rows / kTileRows + 1) * (params.tokens / tile.tokens + 1);
+  const int64_t tiles = (params.rows / tile.rows + 1) * (params.tokens / tile.tokens + 1);
   OBS_CHECK(tiles < kLimit, "a product of at most 2^30 tiles is taken, got ", tiles);
   return params.type == MatmulType::kHalf
              ? launch_layout<__half>(params, tile, device, stream)

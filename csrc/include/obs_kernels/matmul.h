@@ -15,10 +15,11 @@ enum class MatmulType : int32_t { kHalf = 0, kBfloat16 = 1 };
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
 // A weight in the order in which the product reads it: for every kPackedRows rows and kPackedCols
-// columns a tile of kPackedBytes, fragments of values and metadata, one contiguous copy.
-inline constexpr int64_t kPackedRows = 128;
+// columns a tile of kPackedBytes, one contiguous copy: values as the tensor cores read them from
+// shared memory, then metadata, 4 bytes a thread. The tiles of a row of tiles follow each other.
+inline constexpr int64_t kPackedRows = 64;
 inline constexpr int64_t kPackedCols = 64;
-inline constexpr int64_t kPackedBytes = 9216;
+inline constexpr int64_t kPackedBytes = 4608;
 
 int64_t prepacked_bytes(int64_t rows, int64_t cols);
 
