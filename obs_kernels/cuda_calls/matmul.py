@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> T
     with _LOCK:
         if found is not None:
             stream.wait_event(found.done)
-        packed = prepack(*parts, pattern, out=None if found is None else found.packed)
+        packed = prepack(*parts, pattern, out=_lasting_memory(parts, pattern) if found is None else found.packed)
         done = torch.cuda.Event()
         done.record(stream)
         sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
@@ -141,6 +142,26 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> T
         if found is None:
             weakref.finalize(values.untyped_storage(), _PREPACKED.pop, key, None).atexit = False
     return packed
+
+
+def _lasting_memory(parts: tuple[Tensor, Tensor, Tensor], pattern: str) -> Tensor:
+    """Memory for ``prepack``, of no graph's pool: those take what a thread allocates while it warms up for a capture,
+    and want it back. So another thread allocates it, on this thread's stream.
+    """
+    stream = torch.cuda.current_stream(parts[0].device)
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return _memory(parts, pattern)
+
+    with ThreadPoolExecutor(max_workers=1) as outside:
+        return outside.submit(allocate).result()
+
+
+def _memory(parts: tuple[Tensor, Tensor, Tensor], pattern: str) -> Tensor:
+    values, parsed = parts[0], parse_pattern(pattern)
+    rows, cols = values.shape[0], values.shape[1] // parsed.n * parsed.m
+    return torch.empty(_ext.load().prepacked_bytes(rows=rows, cols=cols), dtype=torch.uint8, device=values.device)
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -173,8 +194,7 @@ def prepack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str, *, out
             f"values, codes and columns must be {wanted} for pattern {pattern}, the last two uint8, got {shapes}, "
             f"{codes.dtype} and {columns.dtype}"
         )
-    size = native.prepacked_bytes(rows=rows, cols=cols)
-    packed = torch.empty(size, dtype=torch.uint8, device=values.device) if out is None else out
+    packed = _memory((values, codes, columns), pattern) if out is None else out
     native.prepack(
         values=values.data_ptr(),
         codes=codes.data_ptr(),
