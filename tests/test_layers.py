@@ -175,8 +175,11 @@ def test_compiled_code_is_imported_inside_functions():
 
 
 def test_heavy_libraries_are_imported_late():
-    wrong = [f for f in all_imports() if f.top and f.module.split(".")[0] in HEAVY and f.file != "cli.py"]
-    assert not wrong
+    # the classes of a registry of transformers derive from its own; sparse/hub.py imports the file inside a function
+    late = "sparse/quantizer.py"
+    wrong = [f for f in all_imports() if f.top and f.module.split(".")[0] in HEAVY]
+    assert not [f for f in wrong if f.file != late and not f.file.startswith("cli")]
+    assert not [f for f in all_imports() if f.top and f.module == "obs_kernels.sparse.quantizer"]
 
 
 def test_addresses_are_taken_in_one_folder():
