@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -150,6 +151,8 @@ def print_report(report: dict[str, Any]) -> None:
             _print_doctor(target, report)
         case "bench":
             _print_bench_report(target, report)
+        case "compress" | "convert":
+            _print_conversion(target, report)
         case _:
             _print_result(target, report)
 
@@ -198,6 +201,22 @@ def _print_result(target: Any, report: dict[str, Any]) -> None:
     for note in report.get("notes") or ():
         target.print(f"note: {note}")
     target.print(f"{number(report.get('seconds'), '.1f')} s")
+
+
+def _print_conversion(target: Any, report: dict[str, Any]) -> None:
+    """Layers by pattern, those that stayed dense with the reason, and sizes."""
+    kinds = Counter(report["layers"].values())
+    target.print(f"{report['from']} to {report['to']}: {report['out']}")
+    for pattern, count in sorted(kinds.items()):
+        target.print(f"  {count} layers of {pattern}")
+    for name, reason in report["dense_layers"].items():
+        target.print(f"  dense: {name}: {reason}")
+    first, second = report["sizes"].values()
+    target.print(f"weights: {megabytes(first)} before, {megabytes(second)} now, {number(second / first, '.3f')} of it")
+    if report.get("verified"):
+        target.print(f"read back: all {report['verified']} tensors are as in the source, bit for bit")
+    for note in report.get("notes") or ():
+        target.print(f"note: {note}")
 
 
 def _print_doctor(target: Any, found: dict[str, Any]) -> None:

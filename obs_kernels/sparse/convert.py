@@ -190,8 +190,16 @@ def check_target(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return target
 
 
+def read_model(folder: Path) -> nn.Module:
+    """The model of a folder in any form, with packed layers unless it is dense.
+
+    Raises:
+        CheckpointFormatError: no such folder, or damaged.
+    """
+    return _read(folder, form_of(folder), None)
+
+
 def _read(folder: Path, form: str, dtype: str | None) -> nn.Module:
-    """The model of a folder, with packed layers unless it is dense."""
     kind = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and kind not in PACK_DTYPES:
         raise ConfigError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
@@ -214,12 +222,19 @@ def _read_dense(folder: Path) -> nn.Module:
     architecture = architecture_of(stored.read_config(folder))
     if not any(folder.glob("*.safetensors")):
         raise CheckpointFormatError(f"{folder} has no safetensors; save the model by save_pretrained first")
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, info = architecture.from_pretrained(
             os.fspath(folder), dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises a dozen kinds for damaged files
         raise CheckpointFormatError(f"{folder} could not be read: {type(error).__name__}: {error}") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointFormatError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -263,4 +278,4 @@ def _verify(target: Path, wanted: dict[str, torch.Tensor]) -> int:
     return len(wanted)
 
 
-__all__ = ["FORMS", "check_target", "compress_folder", "convert", "form_of"]
+__all__ = ["FORMS", "check_target", "compress_folder", "convert", "form_of", "read_model"]
