@@ -28,6 +28,7 @@ from obs_kernels.cli_common import errors as _errors
 from obs_kernels.cli_common import say as _say
 from obs_kernels.cli_common import show as _show
 from obs_kernels.cli_files import compress, convert
+from obs_kernels.cli_speed import speed
 
 if TYPE_CHECKING:
     from obs_kernels.pruning import OBSConfig, PruningPlan
@@ -286,18 +287,20 @@ def demo(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Results of python -m bench.run: bench/results/*.json.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Folders of prune; JSON files of prune, eval, speed, python -m bench.run.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder to write: report.md, report.html, plots with CSV.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tables and roofline plots from bench results. Other JSON files among them are named and left out."""
+    """One page of pruning, accuracy and speed of a model, or of bench results. Other JSON files are named, left out."""
     with _errors(as_json, debug):
-        from obs_kernels.report.bench_files import read_results, write_reports
+        from obs_kernels.run_report import gather, write
 
-        found = read_results(files)
+        found = gather(files)
         if out is not None:
-            found["written"] = [str(path) for path in write_reports(out, found)]
+            found["written"] = [str(path) for path in write(out, found)]
         _show(found, as_json)
 
 
@@ -393,5 +396,5 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     return OBSConfig.from_dict(chosen)
 
 
-for _command in (compress, convert):
+for _command in (compress, convert, speed):
     app.command()(_command)

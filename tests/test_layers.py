@@ -37,7 +37,7 @@ LEVELS = {
     "pruning": 4,
     "recipes": 5,
     "training": 6,
-    **dict.fromkeys(("cli", "cli_common", "cli_files", "cli_speed", "inference", "__main__"), 7),
+    **dict.fromkeys(("cli", "cli_common", "cli_files", "cli_speed", "inference", "run_report", "__main__"), 7),
     "": 8,  # obs_kernels/__init__.py
 }
 SIDEWAYS = {0, 7}

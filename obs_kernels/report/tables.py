@@ -10,6 +10,8 @@ from typing import IO, Any
 
 from obs_kernels.errors import MissingDependencyError
 from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title
+from obs_kernels.report.markdown import runs_table
+from obs_kernels.report.speed import SPEED_TEXT, speed_facts, speed_table
 from obs_kernels.report.values import megabytes, number, shape_text
 
 _WIDE = 160
@@ -143,7 +145,7 @@ class CellRows:
 
 def print_report(report: dict[str, Any]) -> None:
     """The report of any job ("prune", "eval", "demo", "plan", "doctor", "bench") on stdout."""
-    target = console(width=BENCH_WIDTH if report.get("job") == "bench" else _WIDE)
+    target = console(width=BENCH_WIDTH if report.get("job") in ("bench", "speed", "report") else _WIDE)
     match report.get("job"):
         case "plan":
             _print_plan(target, report["plan"])
@@ -151,6 +153,10 @@ def print_report(report: dict[str, Any]) -> None:
             _print_doctor(target, report)
         case "bench":
             _print_bench_report(target, report)
+        case "speed":
+            print_speed(target, report)
+        case "report":
+            _print_merged(target, report)
         case "compress" | "convert":
             _print_conversion(target, report)
         case _:
@@ -172,6 +178,33 @@ def print_bench(target: Any, doc: dict[str, Any]) -> None:
         ends = "peer" in row["config"] and index + 1 < len(rows) and "peer" not in rows[index + 1]["config"]
         table.add_row(*cells[index], end_section=ends)
     target.print(table)
+
+
+def print_speed(target: Any, doc: dict[str, Any]) -> None:
+    """Facts and rows of one result of ``obs-kernels speed``; cells apart by a line."""
+    target.print(f"speed of {doc.get('model')}")
+    for line in speed_facts(doc):
+        target.print(line)
+    head, cells = speed_table(doc)
+    if cells:
+        table = _table(*((name, name not in SPEED_TEXT) for name in head))
+        for index, row in enumerate(cells):
+            table.add_row(*row, end_section=index + 1 < len(cells) and cells[index + 1][:2] != row[:2])
+        target.print(table)
+    for note in doc.get("notes") or ():
+        target.print(f"note: {note}")
+
+
+def _print_merged(target: Any, report: dict[str, Any]) -> None:
+    if report["runs"]:
+        head, rows = runs_table(report["runs"])
+        table = _table(*((name, index > 2) for index, name in enumerate(head)))
+        for row in rows:
+            table.add_row(*row)
+        target.print(table)
+    for doc in report["speed"]:
+        print_speed(target, doc | {"notes": []})
+    _print_bench_report(target, report)
 
 
 def _print_bench_report(target: Any, report: dict[str, Any]) -> None:
