@@ -43,8 +43,7 @@ def gather(paths: Sequence[Path]) -> dict[str, Any]:
                 panels += _panel(folder, doc)
         elif _is_comparison(doc):
             cells = list(doc["cells"].values())
-            runs.append({"name": name, "model": (doc.get("header") or {}).get("model"), "comparison": cells}
-                        | {"accuracy": {"dense": doc["dense"]}})  # fmt: skip
+            runs.append({"name": name, "model": name, "comparison": cells, "accuracy": {"dense": doc["dense"]}})
         else:
             notes.append(f"{path.name} left out: it is no result of prune, eval, demo, speed or bench.run")
     if not runs and not speeds:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from obs_kernels.report.bench import ratio_text
-from obs_kernels.report.values import MISSING, number
+from obs_kernels.report.values import MISSING, cell_name, number
 
 SPEED_TEXT = ("model", "pattern", "way")
 """Columns of ``speed_table`` that hold no numbers."""
@@ -150,7 +150,8 @@ def accuracy_points(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for cell in run.get("comparison") or ():
             if isinstance(cell.get("f1"), (int, float)):
                 share = cell.get("f1_share") or (100.0 * cell["f1"] / dense_f1 if dense_f1 else None)
-                label = f"{cell['pattern']} {cell.get('method', '')}".strip()
+                kind = f"{cell['curvature']}, " if cell.get("curvature") else ""
+                label = f"{cell['pattern']} {kind}{cell_name(cell)}"
                 points.append(
                     {
                         "pattern": str(cell["pattern"]),
@@ -164,7 +165,11 @@ def accuracy_points(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def joined(runs: Sequence[Mapping[str, Any]], speeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points of accuracy against speed-up, by pattern; "front" is True where no other point is better in both."""
+    """Points of accuracy against speed-up, by pattern; "front" is True where no other point is better in both.
+
+    Accuracy ("value") is the share of the dense model's F1 where every point has one: runs may have been evaluated on
+    different questions. Else it is F1.
+    """
     best = best_speedups(speeds)
     points = [
         {**point, "speedup": best[point["pattern"]]["speedup"], "timed": best[point["pattern"]]}
@@ -174,14 +179,17 @@ def joined(runs: Sequence[Mapping[str, Any]], speeds: Sequence[Mapping[str, Any]
     f1 = next((run["accuracy"]["dense"]["f1"] for run in runs if (run.get("accuracy") or {}).get("dense")), None)
     if points and f1 is not None:
         points.append({"pattern": "dense", "label": "dense", "f1": f1, "share": 100.0, "speedup": 1.0, "timed": None})
+    metric = "share" if all(point["share"] is not None for point in points) else "f1"
+    for point in points:
+        point |= {"metric": metric, "value": point[metric]}
     for point in points:
         point["front"] = not any(_beats(other, point) for other in points)
     return points
 
 
 def _beats(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    no_worse = one["f1"] >= two["f1"] and one["speedup"] >= two["speedup"]
-    return no_worse and (one["f1"] > two["f1"] or one["speedup"] > two["speedup"])
+    no_worse = one["value"] >= two["value"] and one["speedup"] >= two["speedup"]
+    return no_worse and (one["value"] > two["value"] or one["speedup"] > two["speedup"])
 
 
 def _thousandth(value: Any) -> float | None:

@@ -16,25 +16,31 @@ _MARGIN = 0.12
 
 
 def tradeoff_plot(points: Sequence[Mapping[str, Any]], *, file_format: str = "svg") -> str | bytes:
-    """F1 against speed-up: a mark for each point, one colour a pattern, and the line of those that none beats in both.
+    """Accuracy against speed-up: one colour a pattern, and the line of those marks that none beats in both.
 
     Args:
         points: of ``speed.joined``.
         file_format: as in ``plots.layers_plot``.
     """
     patterns = list(dict.fromkeys(point["pattern"] for point in points))
+    label = "F1, % of dense" if points and points[0]["metric"] == "share" else "F1, %"
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         front = sorted((p for p in points if p["front"]), key=lambda p: p["speedup"])
         axes.step(
-            [p["speedup"] for p in front], [p["f1"] for p in front], where="post", color=_INK, linewidth=1.0, alpha=0.6
+            [p["speedup"] for p in front],
+            [p["value"] for p in front],
+            where="post",
+            color=_INK,
+            linewidth=1.0,
+            alpha=0.6,
         )
         for index, pattern in enumerate(patterns):
             mine = [p for p in points if p["pattern"] == pattern]
             axes.scatter(
                 [p["speedup"] for p in mine],
-                [p["f1"] for p in mine],
+                [p["value"] for p in mine],
                 s=[46 if p["front"] else 16 for p in mine],
                 color=_INK if pattern == "dense" else _COLOURS[index % len(_COLOURS)],
                 marker="s" if pattern == "dense" else "o",
@@ -44,18 +50,20 @@ def tradeoff_plot(points: Sequence[Mapping[str, Any]], *, file_format: str = "sv
         for point in front:
             axes.annotate(
                 str(point["label"]),
-                (point["speedup"], point["f1"]),
+                (point["speedup"], point["value"]),
                 xytext=(6, 4),
                 textcoords="offset points",
                 fontsize=8,
             )
         axes.axvline(1.0, color=_INK, linestyle=":", linewidth=1)
-        axes.set(xlabel="speed-up over the best dense model (1: dense)", ylabel="F1, %")
+        axes.set(xlabel="speed-up over the best dense model (1: dense)", ylabel=label)
         axes.margins(x=0.18, y=0.12)
         axes.grid(color=_INK, alpha=0.12)
         axes.set_axisbelow(True)
         axes.set_title("the line joins what nothing beats in both", loc="left", fontsize=9)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        legend = axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        for handle in legend.legend_handles:
+            handle.set_sizes([32])
 
     return _render(draw, (8.0, 4.4), "tradeoff", file_format)
 

@@ -224,8 +224,9 @@ def _read_dense(folder: Path) -> nn.Module:
         raise CheckpointFormatError(f"{folder} has no safetensors; save the model by save_pretrained first")
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         model, info = architecture.from_pretrained(
             os.fspath(folder), dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -233,6 +234,7 @@ def _read_dense(folder: Path) -> nn.Module:
     except Exception as error:  # transformers raises a dozen kinds for damaged files
         raise CheckpointFormatError(f"{folder} could not be read: {type(error).__name__}: {error}") from None
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
