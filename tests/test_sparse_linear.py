@@ -205,6 +205,16 @@ def test_autocast_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(compiled(inputs(3)), sparse(inputs(3)))
 
 
+@pytest.mark.parametrize("switch", [None, 5])
+def test_export_with_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch, switch: int | None) -> None:
+    monkeypatch.undo()
+    _, sparse = layer(keep_dense=switch is not None)
+    sparse.sparse_from = switch or 0
+    dynamic = ({0: torch.export.Dim("tokens", min=switch or 2, max=64)},)
+    program = torch.export.export(nn.Sequential(sparse), (inputs(8),), dynamic_shapes=dynamic, strict=True)
+    torch.testing.assert_close(program.module()(inputs(11)), sparse(inputs(11)))
+
+
 def test_without_autocast_mixed_types_are_an_error() -> None:
     _, sparse = layer(dtype=torch.bfloat16)
     with pytest.raises(DTypeNotSupportedError, match="share a dtype"):

@@ -31,6 +31,8 @@ from obs_kernels.sparse.crossover import KernelTable
 OP = "sparse_linear"
 ROW_OP = "encoder"
 PATTERNS = ("64:2:8", "128:2:8", "128:2:16")
+HALF = "2:4"
+"""Only where ``--block-size`` asks for it."""
 BATCHES = (1, 8, 32, 64)
 LENGTHS = (128, 256, 512)
 CPU_MODEL, CPU_PATTERNS, CPU_CELL = "tiny", ("64:2:8",), (2, 16)
@@ -52,9 +54,9 @@ def run(context: Context) -> list[Row]:
             except MissingDependencyError as error:
                 context.skip(ROW_OP, {"B": 1}, name, str(error))
                 return []
-            known = PATTERNS if gpu else CPU_PATTERNS
-            wanted = selection.block_sizes
-            patterns = tuple(text for text in known if wanted is None or parse_pattern(text).m in wanted)
+            known, wanted = PATTERNS if gpu else CPU_PATTERNS, selection.block_sizes
+            named = [text for text in (HALF, *known) if wanted is not None and parse_pattern(text).m in wanted]
+            patterns = known if wanted is None else tuple(named)
             if not patterns:
                 continue
             seconds = CELL_SECONDS if gpu else context.seconds

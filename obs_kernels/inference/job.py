@@ -145,6 +145,8 @@ def _notes(device: torch.device, plan: Plan, imposed: dict[str, int], source: st
     reason = unavailable("sparse_linear", "cuda", device.type)
     if reason is not None:
         notes.append(f"sparse_linear runs on the reference path here, slower than dense: cuda: {reason}")
+    if plan.fuse_ffn is not None:
+        notes.append("predictions count bare products: that the activation runs inside one is not in them")
     if plan.table is None:
         notes.append("no prediction: the package has no kernel rows of this device; give --kernel-rows FILE")
     missing = EnergyMeter(device).reason

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ class SparseLinear(nn.Module):
     def _forward_in_layouts(self, x: Tensor, sparse: SparseWeight, bias: Tensor | None) -> Tensor:
         lead = x.shape[:-1]
         feature = x.dim() > 1 and not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
-        flat = x.movedim(-1, 0).reshape(x.shape[-1], -1) if feature else x.reshape(lead.numel(), x.shape[-1])
+        flat = x.movedim(-1, 0).reshape(x.shape[-1], -1) if feature else x.reshape(math.prod(lead), x.shape[-1])
         y = sparse_linear(
             flat,
             sparse,
@@ -145,7 +146,7 @@ class SparseLinear(nn.Module):
 
     def _takes_dense(self, x: Tensor) -> bool:
         if self._dispatch == "auto":
-            tokens = x.shape[:-1].numel()
+            tokens = math.prod(x.shape[:-1])
             dense = self.sparse_from is None or tokens < self.sparse_from
             if not torch.compiler.is_compiling():
                 name = f"[{self.out_features}, {self.in_features}] {self.pattern}"

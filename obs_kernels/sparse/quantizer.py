@@ -80,13 +80,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.sparse.validate(name)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *_: Any, **__: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For ``model.save_pretrained`` of transformers: as ``obs_kernels.save_pretrained`` writes it."""
         sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
         vars(self.quantization_config).update(config_section({name: str(m.pattern) for name, m in sparse.items()}))
         return packed_state(model, sparse), {}
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
         """``model.save_pretrained`` writes the packed tensors."""
         return True
 
