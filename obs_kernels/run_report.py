@@ -12,8 +12,8 @@ from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.report.bench import is_bench_result
 from obs_kernels.report.bench_files import read_json, read_results
 from obs_kernels.report.speed import accuracy_points, is_speed_result, joined
+from obs_kernels.sparse.stored import SECTION, read_config, read_tensors, target_patterns
 
-RUN_JOBS = ("prune", "eval", "demo")
 SECTIONS = ("model", "data", "train", "pruning", "accuracy", "comparison", "sizes", "packed", "config", "environment")
 """Of a run, shown in full where it is the only one."""
 PANEL_ROWS, PANEL_COLS = 64, 64
@@ -37,8 +37,8 @@ def gather(paths: Sequence[Path]) -> dict[str, Any]:
             benches.append(path)
         elif is_speed_result(doc):
             speeds.append(doc)
-        elif isinstance(doc, dict) and doc.get("job") in RUN_JOBS:
-            runs.append({**doc, "name": name})
+        elif isinstance(doc, dict) and isinstance(doc.get("job"), str) and isinstance(doc.get("accuracy"), dict):
+            runs.append({**doc, "name": name, "pattern": _pattern_of(doc)})
             if folder is not None and len(panels) < MOST_PANELS:
                 panels += _panel(folder, doc)
         elif _is_comparison(doc):
@@ -89,6 +89,19 @@ def _files(paths: Sequence[Path]) -> list[tuple[Path, Path | None]]:
     return found
 
 
+def _pattern_of(doc: dict[str, Any]) -> str | None:
+    """The pattern of a run: of its pruning, or of the packed folder that it evaluated."""
+    known = (doc.get("pruning") or {}).get("pattern")
+    if known is not None or not (Path(str(doc.get("model"))) / "config.json").is_file():
+        return known
+    try:
+        patterns = target_patterns(read_config(Path(str(doc["model"]))).get(SECTION))
+    except CheckpointFormatError:
+        return None
+    found = set(map(str, patterns.values()))
+    return found.pop() if len(found) == 1 else None
+
+
 def _is_comparison(doc: Any) -> bool:
     """Whether it compares cells of patterns and methods beside a dense model, as ``bench.oneshot_squad`` does."""
     cells = doc.get("cells") if isinstance(doc, dict) else None
@@ -109,7 +122,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": run["name"],
         "model": run.get("model"),
-        "pattern": pruning.get("pattern"),
+        "pattern": run.get("pattern"),
         "curvature": config.get("curvature"),
         "dense_f1": (accuracy.get("dense") or accuracy.get("baseline") or {}).get("f1"),
         "f1": found.get("f1"),
@@ -139,8 +152,6 @@ def _doubts(runs: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]], po
 
 def _panel(folder: Path, doc: dict[str, Any]) -> list[dict[str, Any]]:
     """The corner of the first pruned layer's mask, from the weights of the run's folder; none where it has none."""
-    from obs_kernels.sparse.stored import read_tensors
-
     layers = (doc.get("pruning") or {}).get("layers") or []
     weights = folder / "dense"
     if not layers or not weights.is_dir():

@@ -147,6 +147,21 @@ def test_cells_of_a_comparison(tmp_path: Path) -> None:
     assert points[0]["label"] == "2:4 magnitude, none" and points[0]["share"] == 50.0
 
 
+def test_an_evaluation_knows_its_pattern_by_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    config = {"quantization_config": {"quant_method": "obs_kernels", "format_version": 1, "pattern": "2:4",
+                                      "targets": ["a", "b"]}}  # fmt: skip
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    doc = {"job": "eval", "model": str(tmp_path / "packed"), "accuracy": {"model": {"f1": 60.0, "f1_share": 75.0}}}
+    (tmp_path / "eval.json").write_text(json.dumps(doc))
+    (tmp_path / "speed.json").write_text(json.dumps(speed_doc({"2:4": 80.0})))
+    report = gather([tmp_path / "eval.json", tmp_path / "speed.json"])
+    assert report["runs"][0]["pattern"] == "2:4" and [p["value"] for p in report["points"]] == [75.0]
+    config["quantization_config"]["format_version"] = 7
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    assert gather([tmp_path / "eval.json"])["runs"][0]["pattern"] is None
+
+
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_the_page(runs: list[Path], name: str) -> None:
     report = gather(runs)

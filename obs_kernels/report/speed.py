@@ -134,8 +134,8 @@ def accuracy_points(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     points = []
     for run in runs:
         accuracy = run.get("accuracy") or {}
-        found = accuracy.get("pruned") or (accuracy.get("model") if run.get("job") == "eval" else None)
-        pattern = (run.get("pruning") or {}).get("pattern") or run.get("pattern")
+        found = accuracy.get("pruned") or accuracy.get("model")
+        pattern = run.get("pattern") or (run.get("pruning") or {}).get("pattern")
         if found and pattern and isinstance(found.get("f1"), (int, float)):
             points.append(
                 {

@@ -8,12 +8,14 @@ the usual finders load it, enters the classes, and leaves. So nothing is importe
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+log = logging.getLogger("obs_kernels")
 REGISTRY = "transformers.quantizers.auto"
 
 
@@ -29,8 +31,8 @@ def register() -> None:
 def _enter() -> None:
     try:
         import obs_kernels.sparse.quantizer  # noqa: F401 - its decorators enter the classes
-    except ImportError:
-        return  # a transformers without the registry as we know it: obs_kernels.load needs none
+    except ImportError as error:  # a transformers whose registry is another: obs_kernels.load needs none
+        log.info("from_pretrained of transformers takes no packed folders here: %s; use obs_kernels.load", error)
 
 
 class _RegistryFinder(MetaPathFinder):
