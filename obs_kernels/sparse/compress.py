@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,7 @@ def compress_(
         if tokens is not None and not measure:
             reason = table.why_dense(rows, cols, tokens, candidate.pattern)
             if reason is not None:
-                _check_mask(name, candidate)
+                _check_pattern(name, candidate)
                 dense[name] = reason
                 continue
         layer = _pack(name, candidate, keep_dense=keep_dense, table=table)
@@ -205,27 +206,38 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _check_mask(name: str, candidate: _Candidate) -> None:
-    """What ``_pack`` would refuse is refused in a layer that stays dense too."""
-    weight = weight_of(candidate.module)
-    mask = candidate.mask
-    if mask is not None and bool((weight.masked_fill(mask, 0.0) != 0).any()):
+def _check_zeros(name: str, candidate: _Candidate) -> None:
+    """Refuse weights that grew back where the mask has pruned them."""
+    if candidate.mask is not None and bool((weight_of(candidate.module).masked_fill(candidate.mask, 0.0) != 0).any()):
         raise SparsityPatternError(
             f"{name}: pruned weights are no longer zero; call pruner.apply_masks() before compress_"
         )
-    try:
-        candidate.pattern.check_shape(weight.shape, name=f"{name}.weight")
-        candidate.pattern.validate_mask(weight != 0 if mask is None else mask)
-    except SparsityPatternError as error:
-        raise SparsityPatternError(f"{name}: {error}") from None
+
+
+def _check_pattern(name: str, candidate: _Candidate) -> None:
+    """What packing would refuse is refused in a layer that stays dense too."""
+    weight = weight_of(candidate.module)
+    _check_zeros(name, candidate)
+    with _named(name):
+        candidate.pattern.validate_mask(weight != 0 if candidate.mask is None else candidate.mask)
 
 
 def _pack(name: str, candidate: _Candidate, *, keep_dense: bool, table: KernelTable) -> SparseLinear:
-    _check_mask(name, candidate)
-    layer = SparseLinear.from_linear(candidate.module, candidate.pattern, candidate.mask, keep_dense=keep_dense)
+    _check_zeros(name, candidate)
+    with _named(name):
+        layer = SparseLinear.from_linear(candidate.module, candidate.pattern, candidate.mask, keep_dense=keep_dense)
     if keep_dense:
         layer.sparse_from = table.sparse_from(layer.out_features, layer.in_features, layer.pattern)
     return layer
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """The layer's name in front of what is wrong with its pattern."""
+    try:
+        yield
+    except SparsityPatternError as error:
+        raise SparsityPatternError(f"{name}: {error}") from None
 
 
 @torch.no_grad()
