@@ -18,6 +18,7 @@ from torch import nn
 import obs_kernels as obs
 from bench.cases import inference as case
 from bench.harness import Context, Selection
+from bench.inference_table import inference_table
 from obs_kernels.errors import CheckpointFormatError, ConfigError, DataFormatError
 from obs_kernels.inference import encoders, measure, ways
 from obs_kernels.inference.job import run_speed_job
@@ -282,6 +283,27 @@ def test_rows_of_the_bench() -> None:
     }
     assert schema_problems(doc) == []
     assert case.OP in dispatch.TABLE
+
+
+def test_the_table_of_the_bench() -> None:
+    cell = {
+        "batch": 32,
+        "length": 512,
+        "tokens": 16384,
+        "dense": {"us": 20_000.0, "p20": 1.0, "p80": 9e9, "way": "compiled graph"},
+        "sparse": {
+            "64:2:8": {"us": 16_000.0, "p20": 1.0, "p80": 9e9, "way": "graph", "speedup": 1.25,
+                       "predicted": {"speedup": 1.3}},
+            "128:2:8": {"us": 25_000.0, "p20": 1.0, "p80": 9e9, "way": "graph", "speedup": 0.8},
+            "2:4": {"us": None},
+        },
+    }  # fmt: skip
+    rows = case.cell_rows(cell, "bert-large", "bf16", gpu=True)
+    assert [row["pattern"] for row in rows] == [None, "64:2:8", "128:2:8"]
+    lines = inference_table({"env": {"device": "a GPU", "commit": "abc"}, "rows": rows}).splitlines()
+    assert lines[0].startswith("a GPU, commit abc, bf16")
+    assert lines[2] == "| model | batch x length | dense, ms | 64:2:8 | 128:2:8 |"
+    assert lines[4] == "| bert-large | 32 x 512 | 20.00 (compiled graph) | 1.25 (1.30) | 0.80 (–) |"
 
 
 # the commands

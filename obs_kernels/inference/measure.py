@@ -96,6 +96,7 @@ def make_twin(dense: nn.Module, pattern: str, inputs: dict[str, Tensor], plan: P
     before = _allocated(device)
     made = sparse_twin(dense, pattern, tokens=tokens, measure=plan.layers == "measure", fuse_ffn=plan.fuse_ffn)
     _run_once(made[0], inputs)
+    gc.collect()
     grown = _allocated(device) - before if device.type == "cuda" else _resident_bytes(made[0])
     return Twin(*made, grown)
 
