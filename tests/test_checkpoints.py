@@ -174,7 +174,6 @@ assert not [f for f in sys.meta_path if type(f).__module__.startswith("obs_kerne
     "imports",
     [
         "import obs_kernels\nassert 'transformers' not in sys.modules\nimport transformers",
-        "import transformers\nimport obs_kernels",
         "import transformers\ntransformers.BertModel\nimport obs_kernels",
     ],
 )
@@ -507,7 +506,7 @@ def copied(clean: Path, tmp_path: Path) -> Path:
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_tensors(clean: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Shapes, dtypes and every index of one or two tensors."""
     folder = copied(clean, tmp_path)
@@ -538,7 +537,7 @@ def test_any_tensors(clean: Path, tmp_path: Path, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_bytes(clean: Path, tmp_path: Path, data: st.DataObject) -> None:
     """A cut file, changed bytes of header or data, another length of the header."""
     folder = copied(clean, tmp_path)
@@ -567,7 +566,7 @@ JSON = st.recursive(
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_section(clean: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Whatever JSON stands in the section of the config."""
     folder = copied(clean, tmp_path)

@@ -50,6 +50,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
     """Masks come from pruning: ``quantization_config=`` cannot pack a dense model on the way."""
 
+    wanted_dtype: torch.dtype | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that was asked for, which every dtype of the product allows; noted for later."""
+        self.wanted_dtype = dtype
+        return dtype
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
@@ -70,14 +77,17 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             replace_module(model, linear, _skeleton(name, linear, patterns[name]))
         ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         markers = {rf"{re.escape(name)}\.weight$" for name in {*names, *filter(None, names.values())}}  # packed_state
-        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *markers}  # type: ignore[assignment]
+        kind = list if isinstance(ignored, list) else set  # transformers adds its own of the same type
+        model._keys_to_ignore_on_load_unexpected = kind((*(ignored or ()), *markers))  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for name, module in model.named_modules():
-            if isinstance(module, SparseLinear):
-                vars(module).pop("weight", None)  # see _skeleton
-                if not module.values.is_meta:  # else offloaded to disk
-                    module.sparse.validate(name)
+        sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+        for name, module in sparse.items():
+            vars(module).pop("weight", None)  # see _skeleton
+            if not module.values.is_meta:  # else offloaded to disk
+                module.sparse.validate(name)
+        if self.wanted_dtype is not None and any(m.values.dtype != self.wanted_dtype for m in sparse.values()):
+            _cast(model, self.wanted_dtype)
         return model
 
     def get_state_dict_and_metadata(
@@ -101,6 +111,16 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """``torch.compile`` takes the layers whole."""
         return True
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and packed values, where a tensor that was found under another name kept the file's dtype (5.17)."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            module.values = module.values.to(dtype)
 
 
 def _skeleton(name: str, linear: nn.Module, pattern: NMPattern) -> SparseLinear:
