@@ -101,7 +101,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     lines = [r.message for r in caplog.records if r.message.startswith("SparseLinear")]
     assert lines == [
         "SparseLinear [32, 32] 2:4 on cpu: dense below 8 tokens",
-        "SparseLinear [32, 32] 2:4 on cpu: sparse from 8 on",
+        "SparseLinear [32, 32] 2:4 on cpu: sparse from 8 tokens on",
     ]
 
 

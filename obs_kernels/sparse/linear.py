@@ -286,10 +286,9 @@ def empty_sparse_linear(linear: nn.Module, pattern: NMPattern, tensors: dict[str
 
 @lru_cache(maxsize=1024)
 def _log_choice(name: str, dense: bool, sparse_from: int | None, device_type: str) -> None:
-    limit = "at any number of tokens" if sparse_from is None else f"below {sparse_from:,} tokens"
-    log.info(
-        "SparseLinear %s on %s: %s", name, device_type, f"dense {limit}" if dense else f"sparse from {sparse_from:,} on"
-    )
+    below = "at any number of tokens" if sparse_from is None else f"below {sparse_from:,} tokens"
+    above = f"from {sparse_from:,} tokens on" if sparse_from else "at any number of tokens"
+    log.info("SparseLinear %s on %s: %s", name, device_type, f"dense {below}" if dense else f"sparse {above}")
 
 
 __all__ = [
