@@ -358,6 +358,14 @@ def test_the_stored_format(folder: Path):
     }  # fmt: skip
 
 
+def test_the_empty_weights_may_be_missing(folder: Path):
+    """They stop other readers (README of the folder); ours needs none."""
+    rewrite(folder, lambda t: [t.pop(key) for key in ("0.weight", "3.weight")])
+    model = net("16:2:8").eval()
+    compress_(model)
+    assert torch.equal(load(folder, model=fresh_net())(inputs()), model(inputs()))
+
+
 def test_the_readme_says_how_to_load(folder: Path):
     text = (folder / "README.md").read_text()
     for word in (
