@@ -412,9 +412,13 @@ def test_bad_arguments_change_nothing(changes: dict[str, Any], text: str) -> Non
 @pytest.mark.parametrize("tokens", [None, 16])
 def test_a_broken_pattern_names_layer_group_and_entries(tokens: int | None) -> None:
     model = two_layers()
-    model[1].weight.data[5, 4:8] = 1.0
-    with pytest.raises(SparsityPatternError, match=r"^1: .*keeps 4 of 4 in row 5, group 1 \(columns 4 to 7\)"):
+    model[1].weight.data[5, 4:8] = torch.tensor([1.0, 0.5, 0.0, -2.0])
+    entries = r"Entries: \[5, 4\] = 1, \[5, 5\] = 0.5, \[5, 7\] = -2$"
+    with pytest.raises(SparsityPatternError, match=rf"^1: .*3 of 4 in row 5, group 1 \(columns 4 to 7\).* {entries}"):
         compress_(model, tokens, pattern="2:4")
+    panel = nn.Sequential(layer(32, 32, "2:8")[0])
+    with pytest.raises(SparsityPatternError, match=r"^0: .*keeps columns \[.*\] in panel 0"):
+        compress_(panel, tokens, pattern="32:2:8")
     assert all(type(m) is nn.Linear for m in model)
 
 

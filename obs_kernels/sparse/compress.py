@@ -216,15 +216,14 @@ def _check_zeros(name: str, candidate: _Candidate) -> None:
 
 def _check_pattern(name: str, candidate: _Candidate) -> None:
     """What packing would refuse is refused in a layer that stays dense too."""
-    weight = weight_of(candidate.module)
     _check_zeros(name, candidate)
-    with _named(name):
-        candidate.pattern.validate_mask(weight != 0 if candidate.mask is None else candidate.mask)
+    with _named(name, candidate):
+        candidate.pattern.validate_mask(_kept(candidate))
 
 
 def _pack(name: str, candidate: _Candidate, *, keep_dense: bool, table: KernelTable) -> SparseLinear:
     _check_zeros(name, candidate)
-    with _named(name):
+    with _named(name, candidate):
         layer = SparseLinear.from_linear(candidate.module, candidate.pattern, candidate.mask, keep_dense=keep_dense)
     if keep_dense:
         layer.sparse_from = table.sparse_from(layer.out_features, layer.in_features, layer.pattern)
@@ -232,12 +231,28 @@ def _pack(name: str, candidate: _Candidate, *, keep_dense: bool, table: KernelTa
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """The layer's name in front of what is wrong with its pattern."""
+def _named(name: str, candidate: _Candidate) -> Iterator[None]:
+    """The layer's name in front of what is wrong with its pattern, and the entries behind it."""
     try:
         yield
     except SparsityPatternError as error:
-        raise SparsityPatternError(f"{name}: {error}") from None
+        raise SparsityPatternError(f"{name}: {error}{_entries(candidate)}") from None
+
+
+def _entries(candidate: _Candidate) -> str:
+    """The kept weights of the first group with too many; nothing where a panel is at fault, whose columns are named."""
+    kept, m = _kept(candidate), candidate.pattern.m
+    bad = kept.unflatten(1, (-1, m)).sum(2) > candidate.pattern.n
+    if not bool(bad.any()):
+        return ""
+    row, group = bad.nonzero()[0].tolist()
+    columns = [group * m + c for c in kept[row, group * m : (group + 1) * m].nonzero().flatten().tolist()]
+    weight = weight_of(candidate.module)
+    return ". Entries: " + ", ".join(f"[{row}, {c}] = {float(weight[row, c]):.4g}" for c in columns)
+
+
+def _kept(candidate: _Candidate) -> Tensor:
+    return weight_of(candidate.module) != 0 if candidate.mask is None else candidate.mask
 
 
 @torch.no_grad()
