@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``obs-kernels``: prune, eval, plan, doctor, demo, report.
+"""``obs-kernels``: prune, eval, plan, doctor, demo, report, and the commands of the other ``cli_`` modules.
 
 A thin layer over ``obs_kernels.training``: options in, tables out. With ``--json`` stdout holds one JSON object and
 nothing else; progress goes to stderr. Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted.
@@ -16,13 +16,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from obs_kernels.errors import ConfigError, ObsKernelsError
-from obs_kernels.report.values import json_text
+from obs_kernels.errors import ConfigError
 
 try:
     import typer
 except ImportError:
     sys.exit("obs-kernels needs typer and rich, which are not installed. Fix: pip install 'obs_kernels[cli]'")
+
+from obs_kernels.cli_common import Debug, Json, Overwrite
+from obs_kernels.cli_common import errors as _errors
+from obs_kernels.cli_common import say as _say
+from obs_kernels.cli_common import show as _show
+from obs_kernels.cli_files import compress, convert
+from obs_kernels.cli_speed import speed
 
 if TYPE_CHECKING:
     from obs_kernels.pruning import OBSConfig, PruningPlan
@@ -43,9 +49,6 @@ Train = Annotated[str | None, typer.Option(help="Questions for the gradients: a 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")]
 BatchSize = Annotated[int, typer.Option(help="Windows a batch.")]
 MaxEval = Annotated[int | None, typer.Option(help="Evaluate on that many questions, chosen by the seed.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder of an earlier run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # the fields of OBSConfig; None leaves the default, or what --config says
 Pattern = Annotated[str | None, typer.Option(help="2:4, 2:8, 64:2:8, unstructured:0.9, block4:0.8; n:m keeps n of m.")]
@@ -284,18 +287,20 @@ def demo(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Results of python -m bench.run: bench/results/*.json.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Folders of prune; JSON files of prune, eval, speed, python -m bench.run.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder to write: report.md, report.html, plots with CSV.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tables and roofline plots from bench results. Other JSON files among them are named and left out."""
+    """One page of pruning, accuracy and speed of a model, or of bench results. Other JSON files are named, left out."""
     with _errors(as_json, debug):
-        from obs_kernels.report.bench_files import read_results, write_reports
+        from obs_kernels.run_report import gather, write
 
-        found = read_results(files)
+        found = gather(files)
         if out is not None:
-            found["written"] = [str(path) for path in write_reports(out, found)]
+            found["written"] = [str(path) for path in write(out, found)]
         _show(found, as_json)
 
 
@@ -348,16 +353,6 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
-    """The report of a job on stdout: one JSON object, or tables."""
-    if as_json:
-        typer.echo(json_text(report))
-        return
-    from obs_kernels.report.tables import print_report
-
-    print_report(report)
-
-
 def _show_memory(found: PruningPlan) -> None:
     from obs_kernels.report.tables import memory_lines
 
@@ -401,22 +396,5 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     return OBSConfig.from_dict(chosen)
 
 
-@contextmanager
-def _errors(as_json: bool, debug: bool) -> Iterator[None]:
-    """Errors of the package, and of the system, as one block on stderr and exit code 1; Ctrl-C as a line and 130."""
-    try:
-        yield
-    except (ObsKernelsError, OSError) as error:
-        if debug or isinstance(error, BrokenPipeError):
-            raise
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        if as_json:
-            typer.echo(json_text({"error": {"type": type(error).__name__, "message": str(error)}}))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was left half-written", err=True)
-        raise typer.Exit(130) from None
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+for _command in (compress, convert, speed):
+    app.command()(_command)

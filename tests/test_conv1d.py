@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,9 +115,7 @@ def test_own_loop_and_masks(pair: tuple[Linears, Convs], batches: list[Tensor]) 
     pruner.finalize()
 
 
-def test_packing_leaves_them_dense(
-    pair: tuple[Linears, Convs], batches: list[Tensor], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_packing_and_back(pair: tuple[Linears, Convs], batches: list[Tensor]) -> None:
     class Both(nn.Module):
         def __init__(self, linears: Linears, convs: Convs) -> None:
             super().__init__()
@@ -130,11 +128,37 @@ def test_packing_leaves_them_dense(
     model = Both(*pair)
     cfg = obs.OBSConfig(pattern="2:4", num_grads=12, targets=("Linear", "Conv1D"))
     obs.sparsify_(model, cfg, batches, loss_fn)
-    before = model(batches[0])
-    with caplog.at_level(logging.WARNING, "obs_kernels"):
-        assert obs.compress_(model) == {"linears.up": "2:4", "linears.down": "2:4"}
-    assert "2 pruned layers are no nn.Linear" in caplog.text and "convs.up" in caplog.text
+    before, state = model(batches[0]), {k: v.clone() for k, v in model.state_dict().items()}
+    names = ["linears.up", "linears.down", "convs.up", "convs.down"]
+    assert obs.compress_(model) == dict.fromkeys(names, "2:4")
+    assert isinstance(model.convs.up, obs.SparseLinear)
     torch.testing.assert_close(model(batches[0]), before)
+    assert obs.decompress_(model) == names
+    assert type(model.convs.up) is Conv1D and model.convs.up.nf == 16
+    after = model.state_dict()
+    assert set(after) == set(state) and all(torch.equal(after[k], state[k]) for k in state)
+    torch.testing.assert_close(model(batches[0]), before)
+
+
+def test_a_packed_gpt2_goes_to_disk_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    cfg = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(cfg).eval()
+    settings = obs.OBSConfig(pattern="2:8", targets=("Conv1D",), method="magnitude", update="none")
+    obs.sparsify_(model, settings, None, None)
+    ids = torch.randint(0, 40, (2, 6))
+    with torch.no_grad():
+        dense = model(ids).logits
+        assert len(obs.compress_(model, fuse_ffn="token").fused) == 2
+        wanted = model(ids).logits
+        torch.testing.assert_close(wanted, dense, rtol=1e-4, atol=1e-5)
+        path = obs.save_pretrained(model, tmp_path / "out")
+        for found in (obs.load(path), transformers.AutoModelForCausalLM.from_pretrained(path)):
+            torch.testing.assert_close(found(ids).logits, dense, rtol=1e-4, atol=1e-5)
+            assert found.lm_head.weight is found.transformer.wte.weight
+        plain = obs.save_pretrained(model, tmp_path / "dense", save_dense=True)
+        found = transformers.AutoModelForCausalLM.from_pretrained(plain)
+        torch.testing.assert_close(found(ids).logits, dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("curvature", ["block", "row"])

@@ -37,7 +37,7 @@ LEVELS = {
     "pruning": 4,
     "recipes": 5,
     "training": 6,
-    **dict.fromkeys(("cli", "__main__"), 7),
+    **dict.fromkeys(("cli", "cli_common", "cli_files", "cli_speed", "inference", "run_report", "__main__"), 7),
     "": 8,  # obs_kernels/__init__.py
 }
 SIDEWAYS = {0, 7}
@@ -175,8 +175,11 @@ def test_compiled_code_is_imported_inside_functions():
 
 
 def test_heavy_libraries_are_imported_late():
-    wrong = [f for f in all_imports() if f.top and f.module.split(".")[0] in HEAVY and f.file != "cli.py"]
-    assert not wrong
+    # the classes of a registry of transformers derive from its own; sparse/hub.py imports the file inside a function
+    late = "sparse/quantizer.py"
+    wrong = [f for f in all_imports() if f.top and f.module.split(".")[0] in HEAVY]
+    assert not [f for f in wrong if f.file != late and not f.file.startswith("cli")]
+    assert not [f for f in all_imports() if f.top and f.module == "obs_kernels.sparse.quantizer"]
 
 
 def test_addresses_are_taken_in_one_folder():

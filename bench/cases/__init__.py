@@ -7,7 +7,7 @@ from importlib import import_module
 
 from bench.harness.case import Case
 
-TOPICS = ("fisher", "inverse", "search", "update", "hessian", "sweep", "calibration", "pruning", "matmul")
+TOPICS = ("fisher", "inverse", "search", "update", "hessian", "sweep", "calibration", "pruning", "matmul", "inference")
 """In the order in which they are measured."""
 
 

@@ -21,10 +21,7 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
     """
     docs, files, notes = [], [], []
     for path in paths:
-        try:
-            doc = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataFormatError(f"file must be a JSON file, got {str(path)!r} ({error}); check the path") from None
+        doc = read_json(path)
         if not is_bench_result(doc):
             notes.append(f"{path.name} left out: it is no result of bench.run (no rows and ceilings)")
             continue
@@ -45,6 +42,18 @@ def read_results(paths: Sequence[Path]) -> dict[str, Any]:
     return {"job": "bench", "bench": docs, "files": files, "notes": notes}
 
 
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        DataFormatError: it is missing, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataFormatError(f"file must be a JSON file, got {str(path)!r} ({error}); check the path") from None
+
+
 def write_reports(folder: Path, report: dict[str, Any]) -> list[Path]:
     """report.md, report.html, and for each result its rows as CSV beside its plot as PNG and SVG.
 
@@ -55,10 +64,16 @@ def write_reports(folder: Path, report: dict[str, Any]) -> list[Path]:
     """
     from obs_kernels.report.html import render_html
     from obs_kernels.report.markdown import render_markdown
-    from obs_kernels.report.plots import roofline_plot
 
     pages = {"report.md": render_markdown(report), "report.html": render_html(report)}
-    written = [write_text(folder / name, text) for name, text in pages.items()]
+    return [write_text(folder / name, text) for name, text in pages.items()] + write_results(folder, report)
+
+
+def write_results(folder: Path, report: dict[str, Any]) -> list[Path]:
+    """For each bench result of the report its rows as CSV beside its plot as PNG and SVG, where it has one."""
+    from obs_kernels.report.plots import roofline_plot
+
+    written: list[Path] = []
     stems = [Path(name).stem for name in report["files"]]
     for index, (stem, doc) in enumerate(zip(stems, report["bench"], strict=True)):
         name = stem if stems.count(stem) == 1 else f"{stem}-{index + 1}"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from obs_kernels.errors import MissingDependencyError
-from obs_kernels.report import bench, values
+from obs_kernels.report import bench, markdown, speed, speed_plots, values
+from obs_kernels.report.markdown import report_title
 from obs_kernels.report.plots import comparison_plot, layers_plot, roofline_plot
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -26,8 +27,9 @@ def render_html(report: dict[str, Any]) -> str:
     Args:
         report: plain values; every section is optional: "pruning" (``PruningReport.to_dict()``), "accuracy"
             ({"dense": {...}, "pruned": {...}}), "comparison" (list of ``CellResult.to_dict()``), "packed", "sizes"
-            ({name: bytes}), "bench" (list of results of ``bench.run``), "config", "environment", "notes", and the
-            names "model", "data", "train". All text is escaped.
+            ({name: bytes}), "bench" (list of results of ``bench.run``), "config", "environment", "notes", the
+            names "model", "data", "train", and of several runs "runs", "points" (``speed.joined``), "speed" (list of
+            reports of ``obs-kernels speed``), "panels" (corners of masks). All text is escaped.
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
@@ -43,6 +45,8 @@ def render_html(report: dict[str, Any]) -> str:
         "layers": layers_plot(pruning["layers"]) if pruning.get("layers") else "",
         "comparison": comparison_plot(cells, (accuracy.get("dense") or {}).get("f1")) if cells else "",
     }
+    points, speeds, panels = (report.get(key) or [] for key in ("points", "speed", "panels"))
+    plots["tradeoff"] = speed_plots.tradeoff_plot(points) if points else ""
     benches = [_bench_section(doc, index) for index, doc in enumerate(report.get("bench") or ())]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters.update(
@@ -51,12 +55,17 @@ def render_html(report: dict[str, Any]) -> str:
         shape=values.shape_text,
         setting=values.setting,
         cell_name=values.cell_name,
+        ratio=bench.ratio_text,
     )
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Pruning report: {pruning['pattern']}" if pruning else "Kernel bench" if benches else "Report",
+        title=report_title(report),
         sources={key: report[key] for key in ("model", "data", "train") if report.get(key)},
         facts=_facts(report),
         benches=benches,
+        runs=markdown.runs_table(report["runs"]) if report.get("runs") else None,
+        points=points,
+        speeds=[_speed_section(doc, index) for index, doc in enumerate(speeds)],
+        panels=[speed_plots.mask_plot(panel, name=f"mask{index}") for index, panel in enumerate(panels)],
         pruning=pruning,
         accuracy=accuracy,
         cells=cells,
@@ -78,6 +87,19 @@ def _bench_section(doc: dict[str, Any], index: int) -> dict[str, Any]:
         "facts": bench.bench_facts(doc),
         "plot": drawn,
         "columns": [(name, name not in bench.TEXT_COLUMNS) for name in head],
+        "rows": rows,
+    }
+
+
+def _speed_section(doc: dict[str, Any], index: int) -> dict[str, Any]:
+    """What the page shows of one result of ``obs-kernels speed``."""
+    head, rows = speed.speed_table(doc)
+    cell = speed.largest_cell(doc)
+    return {
+        "title": f"Speed of {doc.get('model')}",
+        "facts": speed.speed_facts(doc),
+        "plot": speed_plots.layer_times_plot(cell, name=f"times{index}") if cell is not None else "",
+        "columns": [(name, name not in speed.SPEED_TEXT) for name in head],
         "rows": rows,
     }
 

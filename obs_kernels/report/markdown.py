@@ -6,19 +6,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title
+from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title, ratio_text
+from obs_kernels.report.speed import speed_facts, speed_table
 from obs_kernels.report.values import MISSING, cell_name, megabytes, number, setting, shape_text
 
 
 def render_markdown(report: dict[str, Any]) -> str:
     """The sections that ``report`` has: bench, accuracy, comparison, sizes, layers, notes, settings, environment."""
     pruning = report.get("pruning") or {}
-    parts = [f"# {_title(report)}", ""]
+    parts = [f"# {report_title(report)}", ""]
     for key in ("model", "data", "train"):
         if report.get(key):
             parts.append(f"- {key}: `{report[key]}`")
     for doc in report.get("bench") or ():
         parts += ["", f"## {bench_title(doc)}", "", *bench_lines(doc)]
+    parts += _runs(report)
+    for doc in report.get("speed") or ():
+        parts += ["", f"## Speed of {doc.get('model')}", "", *speed_lines(doc)]
     parts += _accuracy(report.get("accuracy") or {})
     parts += _comparison(report.get("comparison") or [], report.get("accuracy") or {})
     parts += _sizes(report)
@@ -36,9 +40,60 @@ def render_markdown(report: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _title(report: dict[str, Any]) -> str:
+def report_title(report: dict[str, Any]) -> str:
+    """What the report is of."""
+    if report.get("job") == "report":
+        models = {doc.get("model") for key in ("runs", "speed") for doc in report.get(key) or ()} - {None}
+        return f"Report: {', '.join(sorted(map(str, models)))}" if models else "Report"
     pattern = (report.get("pruning") or {}).get("pattern")
     return f"Pruning report: {pattern}" if pattern else "Kernel bench" if report.get("bench") else "Report"
+
+
+def speed_lines(doc: dict[str, Any]) -> list[str]:
+    """Facts and rows of one result of ``obs-kernels speed``."""
+    head, rows = speed_table(doc)
+    facts = [f"- {line}" for line in speed_facts(doc)]
+    return [*facts, "", *_table(head, rows, text_columns=head.index("way") + 1)] if rows else [*facts, "", "No cells."]
+
+
+def runs_table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the runs of a report."""
+    head = ["run", "pattern", "curvature", "dense F1", "F1", "% of dense F1", "sparsity", "packed / dense size", "s"]
+    formats = (("dense_f1", ".2f"), ("f1", ".2f"), ("f1_share", ".1f"), ("sparsity", ".4f"), ("size", ".3f"))
+    rows = [
+        [
+            str(run["name"]),
+            run["pattern"] or MISSING,
+            run["curvature"] or MISSING,
+            *(number(run[key], spec) for key, spec in formats),
+            number(run["seconds"], ".1f"),
+        ]
+        for run in runs
+    ]
+    return head, rows
+
+
+def _runs(report: dict[str, Any]) -> list[str]:
+    """Accuracy and speed-up side by side, then the runs."""
+    lines: list[str] = []
+    if report.get("points"):
+        head = ("pattern", "label", "on the front", "F1", "% of dense F1", "speed-up")
+        rows = [
+            (
+                point["pattern"],
+                point["label"],
+                "yes" if point["front"] else "",
+                number(point["f1"], ".2f"),
+                number(point["share"], ".1f"),
+                ratio_text(point["speedup"]),
+            )
+            for point in report["points"]
+        ]
+        lines += ["", "## Accuracy against speed-up", "", *_table(head, rows, text_columns=3)]
+    if report.get("runs"):
+        names, cells = runs_table(report["runs"])
+        lines += ["", "## Runs", "", *_table(names, cells, text_columns=3)]
+    return lines
 
 
 def bench_lines(doc: dict[str, Any]) -> list[str]:

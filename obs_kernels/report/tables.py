@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any
 
 from obs_kernels.errors import MissingDependencyError
 from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title
+from obs_kernels.report.markdown import runs_table
+from obs_kernels.report.speed import SPEED_TEXT, speed_facts, speed_table
 from obs_kernels.report.values import megabytes, number, shape_text
 
 _WIDE = 160
@@ -142,7 +145,7 @@ class CellRows:
 
 def print_report(report: dict[str, Any]) -> None:
     """The report of any job ("prune", "eval", "demo", "plan", "doctor", "bench") on stdout."""
-    target = console(width=BENCH_WIDTH if report.get("job") == "bench" else _WIDE)
+    target = console(width=BENCH_WIDTH if report.get("job") in ("bench", "speed", "report") else _WIDE)
     match report.get("job"):
         case "plan":
             _print_plan(target, report["plan"])
@@ -150,6 +153,12 @@ def print_report(report: dict[str, Any]) -> None:
             _print_doctor(target, report)
         case "bench":
             _print_bench_report(target, report)
+        case "speed":
+            print_speed(target, report)
+        case "report":
+            _print_merged(target, report)
+        case "compress" | "convert":
+            _print_conversion(target, report)
         case _:
             _print_result(target, report)
 
@@ -169,6 +178,33 @@ def print_bench(target: Any, doc: dict[str, Any]) -> None:
         ends = "peer" in row["config"] and index + 1 < len(rows) and "peer" not in rows[index + 1]["config"]
         table.add_row(*cells[index], end_section=ends)
     target.print(table)
+
+
+def print_speed(target: Any, doc: dict[str, Any]) -> None:
+    """Facts and rows of one result of ``obs-kernels speed``; cells apart by a line."""
+    target.print(f"speed of {doc.get('model')}")
+    for line in speed_facts(doc):
+        target.print(line)
+    head, cells = speed_table(doc)
+    if cells:
+        table = _table(*((name, name not in SPEED_TEXT) for name in head))
+        for index, row in enumerate(cells):
+            table.add_row(*row, end_section=index + 1 < len(cells) and cells[index + 1][:2] != row[:2])
+        target.print(table)
+    for note in doc.get("notes") or ():
+        target.print(f"note: {note}")
+
+
+def _print_merged(target: Any, report: dict[str, Any]) -> None:
+    if report["runs"]:
+        head, rows = runs_table(report["runs"])
+        table = _table(*((name, index > 2) for index, name in enumerate(head)))
+        for row in rows:
+            table.add_row(*row)
+        target.print(table)
+    for doc in report["speed"]:
+        print_speed(target, doc | {"notes": []})
+    _print_bench_report(target, report)
 
 
 def _print_bench_report(target: Any, report: dict[str, Any]) -> None:
@@ -198,6 +234,22 @@ def _print_result(target: Any, report: dict[str, Any]) -> None:
     for note in report.get("notes") or ():
         target.print(f"note: {note}")
     target.print(f"{number(report.get('seconds'), '.1f')} s")
+
+
+def _print_conversion(target: Any, report: dict[str, Any]) -> None:
+    """Layers by pattern, those that stayed dense with the reason, and sizes."""
+    kinds = Counter(report["layers"].values())
+    target.print(f"{report['from']} to {report['to']}: {report['out']}")
+    for pattern, count in sorted(kinds.items()):
+        target.print(f"  {count} layers of {pattern}")
+    for name, reason in report["dense_layers"].items():
+        target.print(f"  dense: {name}: {reason}")
+    first, second = report["sizes"].values()
+    target.print(f"weights: {megabytes(first)} before, {megabytes(second)} now, {number(second / first, '.3f')} of it")
+    if report.get("verified"):
+        target.print(f"read back: all {report['verified']} tensors are as in the source, bit for bit")
+    for note in report.get("notes") or ():
+        target.print(f"note: {note}")
 
 
 def _print_doctor(target: Any, found: dict[str, Any]) -> None:

@@ -3,6 +3,19 @@
 
 from obs_kernels.ops import SparseWeight
 from obs_kernels.sparse.checkpoint import load, save_pretrained
-from obs_kernels.sparse.linear import SparseLinear, compress_, decompress_, detect_pattern
+from obs_kernels.sparse.compress import CompressionReport, compress_, decompress_, detect_pattern
+from obs_kernels.sparse.hub import register
+from obs_kernels.sparse.linear import SparseLinear
 
-__all__ = ["SparseLinear", "SparseWeight", "compress_", "decompress_", "detect_pattern", "load", "save_pretrained"]
+register()
+
+__all__ = [
+    "CompressionReport",
+    "SparseLinear",
+    "SparseWeight",
+    "compress_",
+    "decompress_",
+    "detect_pattern",
+    "load",
+    "save_pretrained",
+]

@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from obs_kernels.checks import PACK_DTYPES
 from obs_kernels.errors import CheckpointFormatError, ConfigError, MissingDependencyError
 from obs_kernels.files import whole_folder
-from obs_kernels.patterns import NMPattern, parse_pattern
-from obs_kernels.sparse.linear import SparseLinear, empty_sparse_linear, replace_module
-
-FORMAT_VERSION = 1
-QUANT_METHOD = "obs_kernels"
-WEIGHTS = "model.safetensors"
-PARTS = ("values", "codes", "columns")
+from obs_kernels.patterns import NMPattern
+from obs_kernels.sparse import stored
+from obs_kernels.sparse.linear import SparseLinear, empty_sparse_linear, is_packable, replace_module
+from obs_kernels.sparse.stored import FORMAT_VERSION, MAX_SHARD_SIZE, PARTS, SECTION
 
 FOLDER_README = """# Packed checkpoint of obs_kernels
 
@@ -29,57 +26,86 @@ The pruned layers are stored packed (`<layer>.values`, `.codes`, `.columns`). Lo
     import obs_kernels
     model = obs_kernels.load("this folder")
 
-Loading it with a library that does not know the format leaves those layers with fresh random weights. For plain masked
-weights that any tool reads, save with `save_pretrained(model, path, save_dense=True)`.
+or, after `import obs_kernels`, with transformers: `AutoModel.from_pretrained("this folder")`, or the class of the task.
+
+Without the package the folder is refused: each packed layer also has an empty `<layer>.weight`, whose shape fits no
+model, so that transformers and `load_state_dict` raise instead of leaving fresh random weights in its place (unless
+`ignore_mismatched_sizes=True` asks for just that). For plain masked weights that any tool reads, save with
+`save_pretrained(model, path, save_dense=True)`, or run `obs-kernels convert "this folder" --to dense --out DIR`.
 """
 
 
-def save_pretrained(model: nn.Module, path: str | os.PathLike[str], save_dense: bool = False) -> Path:
+def save_pretrained(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    save_dense: bool = False,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Path:
     """Write ``model`` to folder ``path``: packed layers in the stored format, all else as it is; whole or not at all.
 
     Args:
         model: a module with ``SparseLinear`` layers (see ``compress_``), or any module with ``save_dense=True``.
         path: folder to create or to replace.
         save_dense: write plain masked weights instead, readable by any tool.
+        max_shard_size: bytes, or a text such as "5GB"; a model above it is written in shards with an index.
 
     Raises:
-        ConfigError: nothing is packed and ``save_dense`` is False.
+        ConfigError: nothing is packed and ``save_dense`` is False, or a bad size.
     """
-    from safetensors.torch import save_file
-
+    stored.shard_bytes(max_shard_size)
     sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     if not sparse and not save_dense:
         raise ConfigError("the model has no packed layer; call compress_(model) first, or pass save_dense=True")
-    state: dict[str, Tensor] = {k: v.detach() for k, v in model.state_dict().items()}
-    if save_dense:
-        for name, module in sparse.items():
-            for part in PARTS:
-                state.pop(f"{name}.{part}", None)
-            state[f"{name}.weight"] = module.sparse.to_dense()
-    tensors = _unshared(model, state)
-    config = _model_config(model)
-    config.pop("quantization_config", None)
-    if not save_dense:
-        patterns = sorted({str(m.pattern) for m in sparse.values()})
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "pattern": patterns[0] if len(patterns) == 1 else patterns,
-            "targets": {name: str(m.pattern) for name, m in sparse.items()} if len(patterns) > 1 else list(sparse),
-        }
+    state = dense_state(model, sparse) if save_dense else packed_state(model, sparse)
+    section = None if save_dense else stored.config_section({name: str(m.pattern) for name, m in sparse.items()})
     with whole_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if not save_dense:
-            (folder / "README.md").write_text(FOLDER_README)
+        write_folder(folder, model, state, section, max_shard_size, readme="" if save_dense else FOLDER_README)
     return Path(path)
+
+
+def write_folder(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, Tensor],
+    section: dict[str, Any] | None,
+    max_shard_size: int | str,
+    *,
+    readme: str = "",
+) -> None:
+    """config.json with ``section`` in it, ``state`` as safetensors, and the README, into a folder that is there."""
+    config = _model_config(model)
+    config.pop(SECTION, None)
+    if section is not None:
+        config[SECTION] = section
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    stored.write_tensors(folder, _unshared(model, state), max_shard_size)
+    if readme:
+        (folder / "README.md").write_text(readme)
+
+
+def packed_state(model: nn.Module, sparse: dict[str, SparseLinear]) -> dict[str, Tensor]:
+    """The state of the model, and beside each packed layer the empty weight at which other readers stop."""
+    state: dict[str, Tensor] = {k: v.detach() for k, v in model.state_dict().items()}
+    return state | {f"{name}.weight": module.values.new_empty(0) for name, module in sparse.items()}
+
+
+def dense_state(model: nn.Module, sparse: dict[str, SparseLinear]) -> dict[str, Tensor]:
+    """The state of the model as if no layer were packed."""
+    state: dict[str, Tensor] = {k: v.detach() for k, v in model.state_dict().items()}
+    for name, module in sparse.items():
+        for part in PARTS:
+            state.pop(f"{name}.{part}", None)
+        weight = module.sparse.to_dense()
+        state[f"{name}.weight"] = weight.T if module.is_conv1d else weight
+    return state
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Read a folder of ``save_pretrained``; missing, extra or damaged tensors are refused.
 
     Args:
-        path: the folder.
+        path: the folder; one file or shards.
         model: a module of the right architecture to fill, changed only if all is well; None builds the transformers
             model that ``config.json`` names.
 
@@ -87,21 +113,27 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         CheckpointFormatError: not such a folder, another version, or damaged.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    state = _read_tensors(folder / WEIGHTS)
-    patterns = _target_patterns(config)
-    target = _build_model(config) if model is None else model
+    config = stored.read_config(folder)
+    patterns = stored.target_patterns(config.get(SECTION))
+    state = stored.read_tensors(folder)
+    return fill_model(folder, build_model(config) if model is None else model, patterns, state)
+
+
+def fill_model(folder: Path, target: nn.Module, patterns: dict[str, NMPattern], state: dict[str, Tensor]) -> nn.Module:
+    """Put ``state`` into ``target``, with packed layers where ``patterns`` names them; changed if all is well only."""
     modules = dict(target.named_modules())
     replaced: dict[str, SparseLinear] = {}
     for name, pattern in patterns.items():
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
+        if linear is None or not is_packable(linear):
             raise CheckpointFormatError(
                 f"{folder}: target {name!r} is no nn.Linear of the model; the config does not fit it"
             )
         parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
         if not {"values", "codes"} <= set(parts):
             raise CheckpointFormatError(f"{folder}: {name}.values or .codes is missing; the file is incomplete")
+        if f"{name}.weight" in state and tuple(state[f"{name}.weight"].shape) == (0,):
+            state.pop(f"{name}.weight")  # see packed_state
         try:
             replaced[name] = empty_sparse_linear(linear, pattern, parts)
         except CheckpointFormatError as error:
@@ -137,58 +169,6 @@ def _check_keys(folder: Path, model: nn.Module, replaced: dict[str, SparseLinear
             )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise CheckpointFormatError(f"{folder} has no config.json; give a folder written by save_pretrained")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"{folder}/config.json is not readable: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointFormatError(f"{folder}/config.json must hold an object, got {type(config).__name__}")
-    return config
-
-
-def _target_patterns(config: dict[str, Any]) -> dict[str, NMPattern]:
-    section = config.get("quantization_config")
-    if section is None:
-        return {}
-    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
-        raise CheckpointFormatError(
-            f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {section!r:.100}"
-        )
-    if type(section.get("format_version")) is not int or section["format_version"] != FORMAT_VERSION:
-        raise CheckpointFormatError(
-            f"format_version must be {FORMAT_VERSION}, got {section.get('format_version')!r}; update "
-            f"obs_kernels or pack the model again"
-        )
-    targets = section.get("targets")
-    if isinstance(targets, list):
-        targets = {str(name): section.get("pattern") for name in targets}
-    if not isinstance(targets, dict):
-        raise CheckpointFormatError("quantization_config.targets must be a list of layer names, or {name: pattern}")
-    try:
-        patterns = {str(name): parse_pattern(text) for name, text in targets.items()}
-    except ConfigError as error:
-        raise CheckpointFormatError(f"quantization_config: {error}") from None
-    for name, pattern in patterns.items():
-        if not isinstance(pattern, NMPattern):
-            raise CheckpointFormatError(f"quantization_config: {name} has pattern {pattern}, which is never packed")
-    return patterns
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointFormatError(f"{path} is missing; the folder is incomplete")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointFormatError(f"{path} is damaged: {error}") from None
-
-
 def _model_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -199,7 +179,12 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     return values | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _build_model(config: dict[str, Any]) -> nn.Module:
+def architecture_of(config: dict[str, Any]) -> Any:
+    """The class of transformers that a config names; nothing else is ever called, whatever the file says.
+
+    Raises:
+        CheckpointFormatError: it names none. MissingDependencyError: transformers is not installed.
+    """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     try:
@@ -209,21 +194,34 @@ def _build_model(config: dict[str, Any]) -> nn.Module:
             "transformers is needed to build the model; pip install transformers, or pass model="
         ) from None
     architecture = getattr(transformers, name, None) if isinstance(name, str) else None
-    # nothing but a model class of transformers is ever called, whatever the file says
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise CheckpointFormatError(
             f"architecture {name!r} is not a transformers model; pass model= with the module to fill"
         )
+    return architecture
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """The transformers model of a config, in its dtype, with random weights.
+
+    Raises:
+        CheckpointFormatError: the config describes none. MissingDependencyError: transformers is not installed.
+    """
+    architecture = architecture_of(config)
     dtype = getattr(torch, str(config.get("dtype", "float32")), None)
     if dtype not in PACK_DTYPES:
         raise CheckpointFormatError(
             f"config.json: dtype must be float16, bfloat16, float32 or float64, got {config.get('dtype')!r}"
         )
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    plain = {k: v for k, v in config.items() if k != SECTION}
     try:
-        settings = transformers.AutoConfig.for_model(**plain)
+        from transformers import AutoConfig
+
+        settings = AutoConfig.for_model(**plain)
         if architecture.config_class is not type(settings):
-            raise ValueError(f"{name} takes another config than model_type {config.get('model_type')!r}")
+            raise ValueError(
+                f"{architecture.__name__} takes another config than model_type {config.get('model_type')!r}"
+            )
         model: nn.Module = nn.Module.to(architecture(settings), dtype)
     except Exception as error:  # whatever a damaged config makes the library raise
         raise CheckpointFormatError(f"config.json does not describe a model: {type(error).__name__}: {error}") from None

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole encoders in one Markdown table, from a result of ``bench.run --op inference``.
+
+python -m bench.inference_table [bench/results/inference.json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from obs_kernels.report.values import MISSING, number
+
+RESULT = Path(__file__).parent / "results" / "inference.json"
+
+
+def inference_table(doc: Mapping[str, Any]) -> str:
+    """Speed-up of each pattern over the best dense model, and in brackets what the kernel rows let expect.
+
+    Args:
+        doc: the JSON of the result. Losing cells stay, as ratios below 1.
+    """
+    rows = [row for row in doc["rows"] if row["op"] == "encoder"]
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
+    cells: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["name"], row["shape"]["B"], row["shape"]["L"])
+        cells.setdefault(key, {})[row["pattern"] or "dense"] = row
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
+    lines = [
+        f"{doc['env']['device']}, commit {doc['env']['commit']}, {dtypes}: x the best dense time (x by kernel rows); "
+        f"dense is the fastest of eager, CUDA graph, compiled, and both:",
+        "",
+        f"| model | batch x length | dense, ms | {' | '.join(patterns)} |",
+        f"|---|---:|---:{'|---:' * len(patterns)}|",
+    ]
+    for (name, batch, length), found in cells.items():
+        dense = found.get("dense")
+        shown = [_ratio(found.get(pattern)) for pattern in patterns]
+        best = MISSING if dense is None else f"{number(dense['us'] / 1e3, ',.2f')} ({dense['config']['config']})"
+        lines.append(f"| {name} | {batch} x {length} | {best} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["x_dense"] is None:
+        return MISSING
+    return f"{row['x_dense']:.2f} ({number(row['detail'].get('predicted_x'), '.2f')})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    path = Path(arguments[0]) if arguments else RESULT
+    print(inference_table(json.loads(path.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the sparse product that ship with the package, taken from a result of the bench.
+
+    python -m bench.kernel_rows [bench/results/matmul.json]
+
+``compress_(tokens=)`` and ``obs-kernels speed`` read them; run it again whenever the result changes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from obs_kernels.files import write_text
+from obs_kernels.sparse.crossover import ROWS_FILE, KernelTable
+
+RESULT = Path(__file__).parent / "results" / "matmul.json"
+TARGET = Path(__file__).parent.parent / "obs_kernels" / "sparse" / ROWS_FILE
+
+
+def rows_text(path: Path) -> str:
+    """The text of the package's file for a result."""
+    table = KernelTable.from_bench(json.loads(path.read_text(encoding="utf-8"))).to_dict()
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in table.pop("rows"))
+    head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in table.items())
+    columns = json.dumps(["rows", "cols", "tokens", "pattern", "sparse_us", "dense_us"])
+    return f'{{\n{head}  "columns": {columns},\n  "rows": [\n{rows}\n  ]\n}}\n'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the package's file."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    write_text(TARGET, rows_text(Path(arguments[0]) if arguments else RESULT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
