@@ -161,7 +161,9 @@ def _table(
     model: nn.Module, pattern: str | None, loader: Any, tokenizer: Any, dev: Any, args: argparse.Namespace
 ) -> OneShotTable:
     """Table of ``model``, or of a copy whose channels are reordered for ``pattern``: the same function."""
-    base = OBSConfig(pattern="2:4", num_grads=args.num_grads, fisher_block_size=DIAGONAL_SIZE, seed=loader.seed)
+    base = OBSConfig(
+        pattern="2:4", num_grads=args.num_grads, fisher_block_size=DIAGONAL_SIZE, seed=loader.seed, curvature="block"
+    )
     if pattern is not None:
         model = copy.deepcopy(model)
         gained = reorder_channels_(model, pattern, loader, base, rounds=ROUNDS)

@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dampening_frac=args.dampening_frac,
         passes=args.passes,
         seed=args.seed,
+        curvature="block",
     )
     loader = calibration_loader(train, num_samples=args.num_grads, batch_size=args.batch_size, seed=args.seed)
     table = OneShotTable(

@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = [int(size) for size in args.passes_sizes.split(",") if size]
     group = max(_group(pattern) for pattern in patterns)
     widest = max(group, *sizes)  # its diagonal holds the blocks of every smaller size
-    config = OBSConfig(pattern=f"2:{group}", num_grads=args.num_grads, fisher_block_size=widest, seed=args.seed)
+    config = OBSConfig(
+        pattern=f"2:{group}", num_grads=args.num_grads, fisher_block_size=widest, seed=args.seed, curvature="block"
+    )
     pruner = OBSPruner(model, config)
     start = time.perf_counter()
     pruner.collect(

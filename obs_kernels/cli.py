@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -368,10 +368,9 @@ def _need_pattern(pattern: str | None, config: Path | None) -> None:
 def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     """The settings of the file, where there is one; options that were given take their place, --ignore adds to them.
 
-    Patterns that row curvature takes get it, layer by layer, unless something says otherwise.
+    Row curvature goes layer by layer, unless something says otherwise.
     """
-    from obs_kernels.patterns import parse_pattern
-    from obs_kernels.pruning.config import ROW_SETTINGS, OBSConfig
+    from obs_kernels.pruning.config import OBSConfig
 
     values: Any = {}
     if path is not None:
@@ -387,13 +386,9 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
         before = values.get("ignore", known["ignore"])
         given["ignore"] = [*([before] if isinstance(before, str) else before), *given["ignore"]]
     chosen = values | given
-    free = "curvature" not in chosen and isinstance(chosen.get("pattern"), str)
-    fits = all(chosen.get(name, value) == value for name, value in ROW_SETTINGS.items())  # else the block Fisher
-    if free and fits and parse_pattern(chosen["pattern"]).fixed_count:
-        chosen["curvature"] = "row"
-    if chosen.get("curvature") == "row":
-        chosen.setdefault("sequential", True)
-    return OBSConfig.from_dict(chosen)
+    config = OBSConfig.from_dict(chosen)
+    by_layer = config.curvature == "row" and "sequential" not in chosen
+    return replace(config, sequential=True) if by_layer else config
 
 
 for _command in (compress, convert, speed):

@@ -39,7 +39,9 @@ def bert(pattern: str = "2:4", kind: str = "BertForQuestionAnswering", **changes
     model: nn.Module = getattr(transformers, kind)(
         transformers.BertConfig(**sizes, intermediate_size=128, **changes)
     ).eval()
-    obs.sparsify_(model, obs.OBSConfig(pattern=pattern, method="magnitude", update="none"), None, None)
+    obs.sparsify_(
+        model, obs.OBSConfig(pattern=pattern, method="magnitude", update="none", curvature="block"), None, None
+    )
     return model
 
 

@@ -159,14 +159,16 @@ def test_without_train_the_file_is_split(command: Callable[..., list[object]], w
     report = run_json(*command(train=None, num_grads=4))
     assert "left out of the evaluation" in report["notes"][0]
     assert report["accuracy"]["dense"]["questions"] == 8
-    rest, calibration = load_questions(work / "data.json", None, OBSConfig(pattern="2:4", num_grads=999), [])
+    rest, calibration = load_questions(
+        work / "data.json", None, OBSConfig(pattern="2:4", num_grads=999, curvature="block"), []
+    )
     assert not {e.context for e in rest} & {e.context for e in calibration}
     assert len(rest) == len(calibration) == 6
 
 
 def test_questions_of_the_evaluation_never_give_gradients(work: Path):
     with pytest.raises(ConfigError, match="only questions of data"):
-        load_questions(work / "data.json", work / "data.json", OBSConfig(pattern="2:4"), [])
+        load_questions(work / "data.json", work / "data.json", OBSConfig(pattern="2:4", curvature="block"), [])
 
 
 @pytest.mark.parametrize(

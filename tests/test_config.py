@@ -16,7 +16,7 @@ FIELDS = {
     "pattern": "64:2:8",
     "num_grads": 1024,
     "gradients": "sample",
-    "curvature": "block",
+    "curvature": "row",
     "fisher_block_size": None,
     "damp": None,
     "dampening_frac": 0.01,
@@ -44,6 +44,30 @@ def test_fields_and_defaults_of_the_design():
 
 
 @pytest.mark.parametrize(
+    ("curvature", "changes"),
+    [
+        ("row", {"pattern": "2:4"}),
+        ("row", {"pattern": "64:2:16", "recomputations": 2, "sequential": True}),
+        ("row", {"pattern": "2:8", "curvature": "auto", "damp": 1e-3}),
+        ("block", {"pattern": "unstructured:0.9"}),
+        ("block", {"pattern": "block4:0.8"}),
+        ("block", {"pattern": "10:32", "method": "greedy"}),
+        ("block", {"pattern": "4:32"}),
+        ("block", {"pattern": "2:4", "method": "magnitude", "update": "none"}),
+        ("block", {"pattern": "64:2:8", "method": "pairwise"}),
+        ("block", {"pattern": "2:4", "update": "none"}),
+        ("block", {"pattern": "2:4", "fisher_block_size": 64, "passes": 3}),
+        ("block", {"pattern": "2:4", "gradients": "batch"}),
+        ("layer", {"pattern": "2:4", "curvature": "layer"}),
+    ],
+)
+def test_curvature_that_nobody_names_is_the_measured_one(curvature, changes):
+    cfg = OBSConfig(**changes)
+    assert cfg.curvature == curvature
+    assert OBSConfig.from_dict(cfg.to_dict()) == cfg, "what it became is what is stored"
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"pattern": "4:2"}, ["4:2", "0 < n < m"]),
@@ -63,8 +87,8 @@ def test_fields_and_defaults_of_the_design():
         ({"curvature": "row", "pattern": "unstructured:0.9"}, ["n:m and v:n:m", "unstructured:0.9", "'block'"]),
         ({"curvature": "layer", "pattern": "64:2:8"}, ["n:m and unstructured", "64:2:8"]),
         ({"curvature": "layer", "pattern": "block4:0.8"}, ["n:m and unstructured", "block4:0.8"]),
-        ({"sequential": True}, ["sequential", "curvature='row' or 'layer'", "'block'"]),
-        ({"sweep_order": "diagonal"}, ["sweep_order", "curvature='row' or 'layer'", "'block'"]),
+        ({"sequential": True, "curvature": "block"}, ["sequential", "curvature='row' or 'layer'", "'block'"]),
+        ({"sweep_order": "diagonal", "curvature": "block"}, ["sweep_order", "curvature='row' or 'layer'", "'block'"]),
         ({"sweep_order": "random", "curvature": "row"}, ["sweep_order", "'given', 'diagonal'", "got 'random'"]),
         ({"sequential": "yes", "curvature": "row"}, ["sequential must be true or false", "'yes'"]),
         ({"fisher_block_size": 0}, ["fisher_block_size", "at least 1", "got 0"]),
@@ -182,8 +206,8 @@ def test_parsed_pattern():
 
 
 def test_equality_and_hash():
-    a = OBSConfig(pattern="2:8", damp="1e-7", targets="Linear")
-    b = OBSConfig(pattern=" 2:8", damp=1e-7, targets=["Linear"])
+    a = OBSConfig(pattern="2:8", damp="1e-7", targets="Linear", curvature="block")
+    b = OBSConfig(pattern=" 2:8", damp=1e-7, targets=["Linear"], curvature="block")
     assert a == b and hash(a) == hash(b) and a.fingerprint() == b.fingerprint()
     others = [
         dataclasses.replace(a, **{k: v})

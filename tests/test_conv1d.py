@@ -60,7 +60,7 @@ def batches(gen: torch.Generator) -> list[Tensor]:
 
 
 def config(target: str, pattern: str, **changes: Any) -> obs.OBSConfig:
-    return obs.OBSConfig(pattern=pattern, num_grads=12, targets=(target,), **changes)
+    return obs.OBSConfig(pattern=pattern, num_grads=12, targets=(target,), **{"curvature": "block"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_packing_and_back(pair: tuple[Linears, Convs], batches: list[Tensor]) ->
             return y
 
     model = Both(*pair)
-    cfg = obs.OBSConfig(pattern="2:4", num_grads=12, targets=("Linear", "Conv1D"))
+    cfg = obs.OBSConfig(pattern="2:4", num_grads=12, targets=("Linear", "Conv1D"), curvature="block")
     obs.sparsify_(model, cfg, batches, loss_fn)
     before, state = model(batches[0]), {k: v.clone() for k, v in model.state_dict().items()}
     names = ["linears.up", "linears.down", "convs.up", "convs.down"]
@@ -144,7 +144,7 @@ def test_a_packed_gpt2_goes_to_disk_and_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     cfg = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(cfg).eval()
-    settings = obs.OBSConfig(pattern="2:8", targets=("Conv1D",), method="magnitude", update="none")
+    settings = obs.OBSConfig(pattern="2:8", targets=("Conv1D",), method="magnitude", update="none", curvature="block")
     obs.sparsify_(model, settings, None, None)
     ids = torch.randint(0, 40, (2, 6))
     with torch.no_grad():

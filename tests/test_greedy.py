@@ -149,4 +149,4 @@ def test_empty() -> None:
 def test_only_for_fixed_counts() -> None:
     with pytest.raises(ConfigError, match="method='greedy' needs an n:m"):
         OBSConfig(pattern="unstructured:0.5", method="greedy")
-    assert OBSConfig(pattern="2:8", method="greedy").method == "greedy"
+    assert OBSConfig(pattern="2:8", method="greedy", curvature="block").method == "greedy"

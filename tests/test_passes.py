@@ -149,7 +149,7 @@ def test_the_pruner_passes(pattern: str) -> None:
     for count, size in itertools.product((0, 3), (parse_pattern(pattern).m, 32)):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
-        config = OBSConfig(pattern=pattern, num_grads=64, fisher_block_size=size, passes=count)
+        config = OBSConfig(pattern=pattern, num_grads=64, fisher_block_size=size, passes=count, curvature="block")
         pruner = OBSPruner(model, config)
         pruner.collect(batches, lambda m, x: (m(x) - x).square().mean(1))
         reports[count, size] = pruner.prune().saliency

@@ -52,7 +52,7 @@ def test_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("bench.permutation.squad_loss", loss)
     before, weight = model(input_ids=ids).start_logits, model.bert.encoder.layer[0].output.dense.weight.clone()
-    base = OBSConfig(pattern="4:2:8", num_grads=4, fisher_block_size=8)
+    base = OBSConfig(pattern="4:2:8", num_grads=4, fisher_block_size=8, curvature="block")
     gained = reorder_channels_(model, "4:2:8", [{"input_ids": ids}], base, rounds=10)
     assert gained["kept score"] > 1
     assert not torch.equal(model.bert.encoder.layer[0].output.dense.weight, weight)

@@ -57,7 +57,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def config(pattern: str = "2:4", **changes) -> OBSConfig:
-    return OBSConfig(**({"pattern": pattern, "num_grads": 24} | changes))
+    return OBSConfig(**({"pattern": pattern, "num_grads": 24, "curvature": "block"} | changes))
 
 
 def collected(model: nn.Module, cfg: OBSConfig, **kwargs) -> OBSPruner:
@@ -1271,7 +1271,7 @@ def test_damaged_state_is_refused_and_changes_nothing(how):
 @pytest.mark.parametrize("change", [{"num_grads": 25}, {"pattern": "2:4"}, {"method": "pairwise", "update": "none"}])
 def test_state_of_another_config_is_refused(change):
     state = collected(mlp(), config("2:8")).state_dict()
-    pruner = collected(mlp(), OBSConfig(**({"pattern": "2:8", "num_grads": 24} | change)))
+    pruner = collected(mlp(), OBSConfig(**({"pattern": "2:8", "num_grads": 24, "curvature": "block"} | change)))
     before = bits(pruner)
     with pytest.raises(ResumeMismatchError, match=f"differs in .*{next(iter(change))}"):
         pruner.load_state_dict(state)

@@ -219,7 +219,7 @@ def test_the_report_of_a_pruning_alone(tmp_path: Path):
 
     from obs_kernels import OBSConfig, sparsify_
 
-    config = OBSConfig(pattern="2:4", method="magnitude", update="none")
+    config = OBSConfig(pattern="2:4", method="magnitude", update="none", curvature="block")
     done = sparsify_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config, None, None)
     text = done.save(tmp_path / "report.html").read_text()
     assert "Pruning report: 2:4" in text and "<svg" in text and torch.__version__ in text

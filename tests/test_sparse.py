@@ -224,7 +224,9 @@ def test_masks_of_the_pruner_decide():
     """A layer that was not pruned stays dense, and a kept zero keeps its place."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight.data.masked_fill_(~mask_of((16, 16), "2:8"), 0.0)
-    pruner = obs.OBSPruner(model, OBSConfig(pattern="2:4", method="magnitude", update="none", ignore=("1",)))
+    pruner = obs.OBSPruner(
+        model, OBSConfig(pattern="2:4", method="magnitude", update="none", ignore=("1",), curvature="block")
+    )
     pruner.prune()
     mask = pruner.masks()["0.weight"]
     with torch.no_grad():
@@ -241,7 +243,7 @@ def test_masks_of_the_pruner_decide():
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "block4:0.5"])
 def test_patterns_without_a_packed_format(pattern):
     model = nn.Sequential(nn.Linear(16, 16))
-    pruner = obs.OBSPruner(model, OBSConfig(pattern=pattern, method="magnitude", update="none"))
+    pruner = obs.OBSPruner(model, OBSConfig(pattern=pattern, method="magnitude", update="none", curvature="block"))
     pruner.prune()
     pruner.finalize()
     with pytest.raises(ConfigError, match=f"pattern {pattern} has no packed format"):
@@ -268,7 +270,7 @@ def test_a_weight_that_breaks_the_pattern_changes_nothing():
 def test_weights_that_grew_back_after_finalize_are_not_dropped_in_silence():
     """Trained on without apply_masks: packing by the mask would change the model's output."""
     model = nn.Sequential(nn.Linear(16, 16))
-    pruner = obs.OBSPruner(model, OBSConfig(pattern="2:4", method="magnitude", update="none"))
+    pruner = obs.OBSPruner(model, OBSConfig(pattern="2:4", method="magnitude", update="none", curvature="block"))
     pruner.prune()
     pruner.finalize()
     model[0].weight.data[0, :4] = 1.0
@@ -462,7 +464,7 @@ def tiny_bert(**changes):
 
 
 def prune_bert(model: nn.Module, pattern: str) -> None:
-    obs.sparsify_(model, OBSConfig(pattern=pattern, method="magnitude", update="none"), None, None)
+    obs.sparsify_(model, OBSConfig(pattern=pattern, method="magnitude", update="none", curvature="block"), None, None)
 
 
 IDS = torch.tensor([[3, 4, 5, 6, 0], [7, 8, 9, 10, 11]])
@@ -512,7 +514,7 @@ def test_bert_with_tied_embeddings(tmp_path: Path):
             vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
         )
     ).eval()
-    pruner = obs.OBSPruner(model, OBSConfig(pattern="2:4", method="magnitude", update="none"))
+    pruner = obs.OBSPruner(model, OBSConfig(pattern="2:4", method="magnitude", update="none", curvature="block"))
     assert any(s.reason.startswith("tied with") for s in pruner.skipped)
     pruner.prune()
     pruner.finalize()

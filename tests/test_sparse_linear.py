@@ -277,7 +277,7 @@ def bert(**changes: Any) -> Any:
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64, **changes)).eval()
-    obs.sparsify_(model, obs.OBSConfig(pattern="2:4", method="magnitude", update="none"), None, None)
+    obs.sparsify_(model, obs.OBSConfig(pattern="2:4", method="magnitude", update="none", curvature="block"), None, None)
     return model
 
 

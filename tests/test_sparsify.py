@@ -38,7 +38,7 @@ def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def config(**changes) -> OBSConfig:
-    return OBSConfig(**({"pattern": "2:8", "num_grads": 12, "recomputations": 2} | changes))
+    return OBSConfig(**({"pattern": "2:8", "num_grads": 12, "recomputations": 2, "curvature": "block"} | changes))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def _row(
     device = context.selection.device
     gpu = device.type == "cuda"
     loader = make_batches(encoder, shape["S"], shape["batch"])
-    cfg = OBSConfig(pattern="2:4", fisher_block_size=shape["D"], num_grads=shape["S"])
+    cfg = OBSConfig(pattern="2:4", fisher_block_size=shape["D"], num_grads=shape["S"], curvature="block")
 
     def collect(timings: PhaseTimes | None = None) -> OBSPruner:
         pruner = OBSPruner(model, cfg)

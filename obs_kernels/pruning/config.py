@@ -14,7 +14,7 @@ from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import BlockPattern, NMPattern, Pattern, UnstructuredPattern, VNMPattern, parse_pattern
 
 GRADIENTS = ("sample", "batch")
-CURVATURES = ("block", "row", "layer")
+CURVATURES = ("auto", "block", "row", "layer")
 SWEEP_ORDERS = ("given", "diagonal")
 ROW_SETTINGS: dict[str, Any] = {
     "gradients": "sample",
@@ -52,7 +52,9 @@ class OBSConfig:
             sparseml).
         curvature: "block", the block Fisher; "row", one loss-weighted Hessian for all rows of a weight and a scale a
             row, exact choice in a sweep over the columns and a joint solve of each row; "layer", SparseGPT: the Hessian
-            with unit weights and the published choice.
+            with unit weights and the published choice. "auto" becomes "row" for n:m and v:n:m unless a setting asks for
+            what only the block Fisher has, else "block": in one shot row curvature keeps more at each of them
+            (``bench/results/oneshot_squad.md``).
         fisher_block_size: D; None takes m for n:m and v:n:m, 32 for blocks, 50 for unstructured.
         damp: absolute value added to the diagonal of F; None uses ``dampening_frac``.
         dampening_frac: damping as a share of the mean diagonal of F over a tensor's live weights.
@@ -82,7 +84,7 @@ class OBSConfig:
     pattern: str
     num_grads: int = 1024
     gradients: str = "sample"
-    curvature: str = "block"
+    curvature: str = "auto"
     fisher_block_size: int | None = None
     damp: float | None = None
     dampening_frac: float = 0.01
@@ -132,7 +134,13 @@ class OBSConfig:
             ("on_nonfinite", ON_NONFINITE),
         ):
             checks.check_choice(name, getattr(self, name), choices)
+        if self.curvature == "auto":
+            self._set("curvature", self._measured_curvature(parsed))
         self._check_together(parsed)
+
+    def _measured_curvature(self, pattern: Pattern) -> str:
+        free = all(getattr(self, name) == value for name, value in ROW_SETTINGS.items())
+        return "row" if free and takes_row_curvature(pattern) else "block"
 
     def _check_together(self, pattern: Pattern) -> None:
         if self.curvature == "block":
@@ -153,7 +161,8 @@ class OBSConfig:
             raise ConfigError(
                 f"curvature={self.curvature!r} takes {takes} patterns, got {pattern}; use curvature='block'"
             )
-        if row and isinstance(pattern, NMPattern) and math.comb(pattern.m, pattern.n) > checks.MAX_KEPT_SETS:
+        if row and not takes_row_curvature(pattern):
+            assert isinstance(pattern, NMPattern)
             raise ConfigError(
                 f"curvature='row' takes patterns of at most {checks.MAX_KEPT_SETS} kept sets a group, got {pattern} "
                 f"with {math.comb(pattern.m, pattern.n)}; use curvature='block' with method='greedy', or a smaller m"
@@ -234,6 +243,11 @@ class OBSConfig:
     def fingerprint(self) -> str:
         """A text that is equal for equal settings."""
         return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def takes_row_curvature(pattern: Pattern) -> bool:
+    """Whether the sweep of row curvature can weigh all kept sets of a group."""
+    return isinstance(pattern, NMPattern) and math.comb(pattern.m, pattern.n) <= checks.MAX_KEPT_SETS
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def run_demo(
     if (model is None) != (data is None):
         raise ConfigError("model and data go together: give both, or neither for the synthetic demo")
     network, tokenizer = load_qa_model(demo_model_dir() if model is None else model, device=pick_device(device))
-    base = OBSConfig(pattern="2:4", num_grads=NUM_GRADS, fisher_block_size=BLOCK_SIZE)
+    base = OBSConfig(pattern="2:4", num_grads=NUM_GRADS, fisher_block_size=BLOCK_SIZE, curvature="block")
     notes: list[str] = []
     if data is None:
         notes.append(

@@ -197,7 +197,7 @@ def standard_cells(
             for parts in recomputations:
                 cell = Cell(pattern, method, update, parts)
                 try:
-                    OBSConfig(pattern=pattern, method=method, update=update, recomputations=parts)
+                    OBSConfig(pattern=pattern, method=method, update=update, recomputations=parts, curvature="block")
                 except ConfigError:
                     continue  # pairwise has no meaning without pairs
                 cells.append(cell)

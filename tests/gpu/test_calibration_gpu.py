@@ -34,7 +34,7 @@ def full_precision() -> Iterator[None]:
 
 
 def config(**changes) -> OBSConfig:
-    return OBSConfig(**({"pattern": "2:4", "fisher_block_size": 16, "num_grads": 1000} | changes))
+    return OBSConfig(**({"pattern": "2:4", "fisher_block_size": 16, "num_grads": 1000, "curvature": "block"} | changes))
 
 
 def tiny_bert() -> nn.Module:

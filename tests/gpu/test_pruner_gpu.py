@@ -32,7 +32,7 @@ def pruned(pattern: str, dtype: torch.dtype, **options: object) -> tuple[obs.OBS
     def loss_fn(module: nn.Module, batch: Tensor) -> Tensor:
         return (module(batch).float() - batch.flip(1).float()).square().sum(1)
 
-    pruner = obs.OBSPruner(model, obs.OBSConfig(pattern=pattern, num_grads=64, **options))
+    pruner = obs.OBSPruner(model, obs.OBSConfig(pattern=pattern, num_grads=64, **{"curvature": "block"} | options))
     pruner.collect(batches, loss_fn)
     return pruner, pruner.prune(), model
 
