@@ -98,7 +98,9 @@ def test_teachers_with_another_head_are_refused_before_training():
     student = Answerer().train()
     with pytest.raises(ConfigError, match="names 'start_logits', which the teacher does not give"):
         Distiller(Answerer(spans=False)).check(student, INPUTS)
-    with pytest.raises(ConfigError, match=r"logits of the teacher must be \[2, 2\] .* got \[2, 3\]; the teacher has an"):
+    with pytest.raises(
+        ConfigError, match=r"logits of the teacher must be \[2, 2\] .* got \[2, 3\]; the teacher has an"
+    ):
         Distiller(Answerer(spans=False, labels=3), outputs=("logits",)).check(Answerer(spans=False), INPUTS)
     Distiller(Answerer()).check(student, INPUTS)
     assert all(module.training for module in student.modules())

@@ -93,9 +93,7 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if self.pruner is None or self.gradual is not None:  # a second training starts anew, from the zeros it finds
             self.pruner = OBSPruner(kwargs["model"], self.config)
         steps = self.steps_per_epoch or _steps_per_epoch(kwargs.get("train_dataloader"), args)
-        self.gradual = GradualPruning(
-            self.pruner, self.schedule, self.loader, self.loss_fn, steps_per_epoch=steps
-        )
+        self.gradual = GradualPruning(self.pruner, self.schedule, self.loader, self.loss_fn, steps_per_epoch=steps)
         if state.global_step > 0:
             self.gradual.load_state_dict(read_state(self._checkpoint(args, state)))
         self.position = self.gradual.position
@@ -138,7 +136,9 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if state.is_world_process_zero:
             write_state(_folder(args, state), self._running().state_dict())
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Finish, or warn that the training ended before the last pruning; ``callback.gradual.finish()`` then raises."""
         gradual = self._running()
         if gradual.is_due is None:

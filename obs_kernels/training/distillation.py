@@ -146,7 +146,9 @@ def _pairs(student: Any, teacher: Any, outputs: Sequence[str]) -> list[tuple[str
     """(name, student's logits, teacher's) of each output, alike in shape."""
     found = []
     for place, name in enumerate(outputs):
-        mine, theirs = (_named(values, name, place, who) for values, who in ((student, "student"), (teacher, "teacher")))
+        mine, theirs = (
+            _named(values, name, place, who) for values, who in ((student, "student"), (teacher, "teacher"))
+        )
         if mine.shape != theirs.shape:
             raise ConfigError(
                 f"{name} of the teacher must be {list(mine.shape)} as the student's, got {list(theirs.shape)}; the "
