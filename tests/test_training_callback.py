@@ -372,7 +372,9 @@ def test_bad_input_of_the_loop() -> None:
         GradualPruning(pruner_of(model), SCHEDULE, stacked(samples()), span_loss, steps_per_epoch=0)
     gradual = GradualPruning(pruner_of(model), SCHEDULE, stacked(samples()), span_loss, steps_per_epoch=6)
     gradual.before_step(3)
-    with pytest.raises(ConfigError, match="after 1 of 3 prunings; the next is due at step 6, the last .2:8. at step 9"):
+    with pytest.raises(
+        ConfigError, match=r"after 1 of 3 prunings; the next is due at step 6, the last \(2:8\) at step 9"
+    ):
         gradual.finish()
     for state in ({}, gradual.state_dict() | {"position": 4}, {"position": 1, "identity": gradual.identity()}):
         with pytest.raises(ResumeMismatchError):

@@ -57,12 +57,12 @@ class HeldMasks:
                 if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                     value.masked_fill_(dead, 0.0)
         if averaged is not None:
-            for weight, dead in zip(self._weights_of(averaged), self._dead, strict=True):
-                weight.masked_fill_(dead, 0.0)
+            for copied, dead in zip(self._weights_of(averaged), self._dead, strict=True):
+                copied.masked_fill_(dead, 0.0)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zeros at pruned places of ``.grad``, so that a clipping by norm looks at what can move; before the clipping."""
+        """Zeros at pruned places of ``.grad``; before a clipping by norm, which then looks at what can move."""
         for layer, dead in zip(self.layers, self._dead, strict=True):
             if layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(dead, 0.0)

@@ -57,7 +57,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         raise CheckpointFormatError(f"{where / STATE_JSON} must be of format version {FORMAT_VERSION}; save it again")
     if document.get("tensors") != hashlib.sha256(data).hexdigest():
         raise CheckpointFormatError(
-            f"{where / STATE_TENSORS} is not the file that {STATE_JSON} was written with; resume from another checkpoint"
+            f"{where / STATE_TENSORS} is not the file that {STATE_JSON} was written with; resume from another"
         )
     try:
         state = _joined(document["state"], load(data))

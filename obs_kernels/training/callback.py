@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -28,10 +28,10 @@ log = logging.getLogger("obs_kernels")
 class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Prunes at the scheduled optimizer steps of a Trainer and holds the masks after every one.
 
-    ``callback = OBSPruningCallback(config, schedule, loader, loss_fn)``, then ``Trainer(..., callbacks=[callback])`` and
-    ``callback.attach(trainer)``, so that its numbers go through ``trainer.log`` to every tracker. Each checkpoint of the
-    Trainer gets the masks and the position as safetensors and JSON beside ``trainer_state.json``, and a resumed run goes
-    on from them.
+    ``callback = OBSPruningCallback(config, schedule, loader, loss_fn)``, then ``Trainer(..., callbacks=[callback])``
+    and ``callback.attach(trainer)``, so that its numbers go through ``trainer.log`` to every tracker. Each checkpoint of
+    the Trainer gets the masks and the position as safetensors and JSON beside ``trainer_state.json``, and a resumed run
+    goes on from them.
 
     Args:
         pruner: of the Trainer's model, or a config, of which one is built when the training begins.
@@ -49,7 +49,7 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             earlier stage. ResumeMismatchError: the checkpoint is of another recipe, with the keys that differ.
     """
 
-    _of_run: weakref.WeakValueDictionary[str, OBSPruningCallback] = weakref.WeakValueDictionary()
+    _of_run: ClassVar[weakref.WeakValueDictionary[str, OBSPruningCallback]] = weakref.WeakValueDictionary()
     """The callbacks of this process by what they were made of: the Trainer rebuilds a callback from plain values."""
 
     def __init__(
@@ -139,7 +139,7 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finish, or warn that the training ended before the last pruning; ``callback.gradual.finish()`` then raises."""
+        """Finish, or warn that the training ended before the last pruning, where ``callback.gradual.finish()`` raises."""
         gradual = self._running()
         if gradual.is_due is None:
             gradual.finish()
@@ -176,8 +176,8 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             if (folder / STATE_JSON).is_file():
                 return folder
         raise ResumeMismatchError(
-            f"no {STATE_JSON} in {', '.join(map(str, folders))}: the run that is resumed was not pruned by this callback, "
-            f"or died while it saved; resume from another checkpoint, or name its folder with resume_from="
+            f"no {STATE_JSON} in {', '.join(map(str, folders))}: the run that is resumed was not pruned by this "
+            f"callback, or died while it saved; resume from another checkpoint, or name its folder with resume_from="
         )
 
 

@@ -120,8 +120,8 @@ class GradualPruning:
         if (due := self.is_due) is not None:
             last = self.prunings[-1]
             raise ConfigError(
-                f"training ended after {self.position} of {len(self.prunings)} prunings; the next is due at step {due}, "
-                f"the last ({last.pattern}) at step {last.step}: train longer, or end the schedule earlier"
+                f"training ended after {self.position} of {len(self.prunings)} prunings; the next is due at step "
+                f"{due}, the last ({last.pattern}) at step {last.step}: train longer, or end the schedule earlier"
             )
         return self.pruner.finalize()
 
