@@ -29,9 +29,9 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     """Prunes at the scheduled optimizer steps of a Trainer and holds the masks after every one.
 
     ``callback = OBSPruningCallback(config, schedule, loader, loss_fn)``, then ``Trainer(..., callbacks=[callback])``
-    and ``callback.attach(trainer)``, so that its numbers go through ``trainer.log`` to every tracker. Each checkpoint of
-    the Trainer gets the masks and the position as safetensors and JSON beside ``trainer_state.json``, and a resumed run
-    goes on from them.
+    and ``callback.attach(trainer)``, so that its numbers go through ``trainer.log`` to every tracker. Each checkpoint
+    of the Trainer gets the masks and the position as safetensors and JSON beside ``trainer_state.json``, and a resumed
+    run goes on from them.
 
     Args:
         pruner: of the Trainer's model, or a config, of which one is built when the training begins.
@@ -139,7 +139,7 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finish, or warn that the training ended before the last pruning, where ``callback.gradual.finish()`` raises."""
+        """Finish, or warn that training ended before the last pruning, where ``callback.gradual.finish()`` raises."""
         gradual = self._running()
         if gradual.is_due is None:
             gradual.finish()

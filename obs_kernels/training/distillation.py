@@ -2,8 +2,8 @@
 """Distillation: a student learns what a teacher answers, softened by a temperature, beside or in place of the labels.
 
 ``loss = (1 - hardness) * task + hardness * term`` with ``term = T^2 * KL(teacher || student) / items`` at temperature
-T, averaged over the named outputs. An item is what one distribution belongs to: a window for the positions of an answer, a
-sample for a class, a token for a vocabulary.
+T, averaged over the named outputs. An item is what one distribution belongs to: a window for the positions of an
+answer, a sample for a class, a token for a vocabulary.
 """
 
 from __future__ import annotations
