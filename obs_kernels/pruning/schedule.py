@@ -198,7 +198,7 @@ class PruningSchedule:
             raise ConfigError(f"steps_per_epoch must be an integer of at least 1, got {steps_per_epoch!r}")
         by_step: dict[int, Pattern] = {}
         for epoch, stage in zip(self.epochs(), self.patterns(pattern), strict=True):
-            by_step[math.floor(epoch * steps_per_epoch + 0.5 + EPSILON)] = stage
+            by_step[step_of(epoch, steps_per_epoch)] = stage
         found: list[ScheduledPruning] = []
         before: Pattern | None = None
         for step, stage in by_step.items():
@@ -230,6 +230,11 @@ class PruningSchedule:
                 f"{self.end_epoch:g} every {self.update_frequency:g} are {length}; use end_epoch = {needed:g}"
             )
         return tuple(stages)
+
+
+def step_of(epoch: float, steps_per_epoch: int) -> int:
+    """Optimizer steps done at ``epoch``: the nearest whole number, halves up."""
+    return math.floor(epoch * steps_per_epoch + 0.5 + EPSILON)
 
 
 def structure_ladder(pattern: Pattern) -> tuple[int, ...]:
