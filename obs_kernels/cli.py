@@ -262,7 +262,8 @@ def demo(
     with _errors(as_json, debug):
         from obs_kernels.report.tables import CellRows, console
         from obs_kernels.training.demo import run_demo
-        from obs_kernels.training.prune_job import demo_report, write_reports
+        from obs_kernels.training.model_folder import write_reports
+        from obs_kernels.training.prune_job import demo_report
 
         rows = CellRows(console(sys.stderr if as_json else sys.stdout))
         with _folder(out, overwrite=overwrite) as folder:
@@ -306,7 +307,7 @@ def _folder(out: Path | None, *, overwrite: bool) -> Iterator[Path | None]:
         yield None
         return
     from obs_kernels.files import whole_folder
-    from obs_kernels.training.prune_job import check_out
+    from obs_kernels.training.model_folder import check_out
 
     with whole_folder(check_out(out, overwrite=overwrite)) as folder:
         yield folder

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from obs_kernels import OBSConfig
 from obs_kernels.errors import ConfigError
-from obs_kernels.training import Distiller, cycle_starts, learning_rate_schedule
+from obs_kernels.pruning.schedule import PruningSchedule
+from obs_kernels.recipes import Recipe, TrainingSettings
+from obs_kernels.training import Distiller, learning_rate_schedule
 from obs_kernels.training.distillation import distillation_term
 from obs_kernels.training.learning_rates import learning_rate_factor
 
@@ -132,14 +135,15 @@ def test_curves_by_hand():
 def test_cycles_begin_at_the_prunings():
     """The 30-epoch recipes: falls over epochs 0-2, then 4-epoch cycles from the first pruning to the end."""
     epoch = 10
-    starts = cycle_starts([epoch * e for e in range(2, 27, 4)], 30 * epoch, 4 * epoch)
+    schedule = PruningSchedule(start_epoch=2, end_epoch=26, update_frequency=4, shape="cubic", initial_sparsity=0.7)
+    training = TrainingSettings(epochs=30, lr_schedule="cyclic_linear")
+    recipe = Recipe("r", training, pruning=OBSConfig(pattern="unstructured:0.9"), schedule=schedule)
+    starts = recipe.cycle_starts(epoch)
     assert starts == tuple(epoch * e for e in (0, 2, 6, 10, 14, 18, 22, 26))
+    assert {p.step for p in schedule.prunings(recipe.pruning.parsed_pattern, epoch)} <= set(starts)
     factor = learning_rate_factor("cyclic_linear", total_steps=300, final_factor=0.1, starts=starts)
     assert all(factor(start) == 1.0 for start in starts)
     assert all(factor(start - 1) == pytest.approx(0.1) for start in (*starts[1:], 300))
-    # cycles go on after the last pruning, the last one shortened
-    assert cycle_starts([20], 70, 20) == (0, 20, 40, 60)
-    assert cycle_starts([], 5, 2) == (0, 2, 4)
 
 
 def test_the_scheduler_sets_the_rate_of_each_step_and_resumes():
@@ -175,5 +179,3 @@ def test_the_scheduler_sets_the_rate_of_each_step_and_resumes():
 def test_bad_curves_are_refused(shape, settings, text):
     with pytest.raises(ConfigError, match=text):
         learning_rate_factor(shape, **({"total_steps": 4} | settings))
-    with pytest.raises(ConfigError, match="cycle_steps must be at least 1"):
-        cycle_starts([], 4, 0)

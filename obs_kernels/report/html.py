@@ -59,6 +59,7 @@ def render_html(report: dict[str, Any]) -> str:
         benches=benches,
         pruning=pruning,
         accuracy=accuracy,
+        score_columns=values.score_columns(accuracy),
         cells=cells,
         packed=report.get("packed") or {},
         sizes=report.get("sizes") or {},

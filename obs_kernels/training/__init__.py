@@ -9,17 +9,16 @@ if TYPE_CHECKING:
     from obs_kernels.training.callback import OBSPruningCallback
     from obs_kernels.training.distillation import Distiller
     from obs_kernels.training.gradual import GradualPruning
-    from obs_kernels.training.learning_rates import cycle_starts, learning_rate_schedule
+    from obs_kernels.training.learning_rates import learning_rate_schedule
 
 _PLACES = {
     "Distiller": "distillation",
     "GradualPruning": "gradual",
     "OBSPruningCallback": "callback",
-    "cycle_starts": "learning_rates",
     "learning_rate_schedule": "learning_rates",
 }
 
-__all__ = ["Distiller", "GradualPruning", "OBSPruningCallback", "cycle_starts", "learning_rate_schedule"]
+__all__ = ["Distiller", "GradualPruning", "OBSPruningCallback", "learning_rate_schedule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,21 +18,6 @@ from obs_kernels.errors import ConfigError
 SHAPES = ("constant", "linear", "cyclic_linear")
 
 
-def cycle_starts(prunings: Sequence[int], total_steps: int, cycle_steps: int) -> tuple[int, ...]:
-    """Optimizer steps at which the rate starts again: 0, each pruning step, then every ``cycle_steps`` to the end.
-
-    Args:
-        prunings: optimizer steps done before each pruning, ascending.
-        total_steps: of the whole training.
-        cycle_steps: length of the falls after the last pruning (or from 0 on, without any), at least 1.
-    """
-    if cycle_steps < 1:
-        raise ConfigError(f"cycle_steps must be at least 1, got {cycle_steps}; take the steps between two prunings")
-    starts = sorted({0, *(step for step in prunings if 0 <= step < total_steps)})
-    starts += range(starts[-1] + cycle_steps, total_steps, cycle_steps)
-    return tuple(starts)
-
-
 def learning_rate_factor(
     shape: str,
     *,
@@ -52,7 +37,7 @@ def learning_rate_factor(
         shape: one of the three.
         total_steps: of the whole training, at least 1.
         final_factor: where a fall ends, as a share of the start, 0 to 1.
-        starts: for "cyclic_linear", ascending from 0, see ``cycle_starts``.
+        starts: for "cyclic_linear", ascending from 0, see ``Recipe.cycle_starts``.
         warmup_steps: at the very beginning the factor is also at most ``(step + 1) / (warmup_steps + 1)``.
         first_step: "linear" stays at 1 before it.
 

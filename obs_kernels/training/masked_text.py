@@ -81,21 +81,16 @@ class MaskedTextData(TaskData):
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Perplexity of hidden tokens, the same ones at every call."""
         began, total, count = time.perf_counter(), 0.0, 0
-        hidden: Batch = {}
 
-        class Hidden(TokenTable):
-            def inputs(table, rows: Tensor) -> Batch:  # noqa: N805 - of the class inside
-                nonlocal hidden
-                hidden = self._hidden(super().inputs(rows), rows, _EVALUATION)
-                return hidden
+        def hidden(rows: Tensor) -> Batch:
+            return self._hidden(self.dev.inputs(rows), rows, _EVALUATION)
 
-        table = Hidden(self.dev.input_ids, None, self.dev.lengths)
-        for _, _, outputs in eval_outputs(model, table, self.eval_batch_size):
-            losses, asked = self._token_losses(outputs, hidden)
+        for _, batch, outputs in eval_outputs(model, self.dev.lengths, hidden, self.eval_batch_size):
+            losses, asked = self._token_losses(outputs, batch)
             total, count = total + float(losses.double().sum()), count + int(asked.sum())
         loss = total / max(count, 1)
         scores = {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
-        return scores | {"questions": len(self.dev), "seconds": time.perf_counter() - began}
+        return scores | {"samples": len(self.dev), "seconds": time.perf_counter() - began}
 
     def probe_batch(self) -> Batch:
         """The first blocks of the evaluation."""

@@ -134,13 +134,13 @@ class TextPairData(TaskData):
         """Accuracy in percent, and for two classes F1 of the second."""
         began = time.perf_counter()
         picked = torch.empty_like(self.dev_labels)
-        for rows, _, outputs in eval_outputs(model, self.dev, self.eval_batch_size):
+        for rows, _, outputs in eval_outputs(model, self.dev.lengths, self.dev.inputs, self.eval_batch_size):
             picked[rows] = self.logits(outputs)[0].argmax(1).cpu()
         scores: dict[str, Any] = {"accuracy": 100.0 * float((picked == self.dev_labels).double().mean())}
         if len(self.classes) == 2:
             both = int(((picked == 1) & (self.dev_labels == 1)).sum())
             scores["f1"] = 200.0 * both / max(int((picked == 1).sum() + (self.dev_labels == 1).sum()), 1)
-        return scores | {"questions": len(picked), "seconds": time.perf_counter() - began}
+        return scores | {"samples": len(picked), "seconds": time.perf_counter() - began}
 
     def probe_batch(self) -> Batch:
         """The first pairs of the evaluation."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,12 @@ def require_fast(tokenizer: Any) -> None:
         raise ConfigError(f"tokenizer must be a fast one, got {kind}; use AutoTokenizer")
 
 
-def eval_outputs(model: nn.Module, table: TokenTable, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
-    """(rows, inputs, outputs) of each batch of ``table``, longest first; eval mode, no gradients."""
-    rows = longest_first(table.lengths, torch.arange(len(table)))
+def eval_outputs(
+    model: nn.Module, lengths: Tensor, batch_of: Callable[[Tensor], dict[str, Tensor]], batch_size: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
+    """(rows, batch, outputs) of each batch of samples of ``lengths`` [N], longest first; eval mode, no gradients."""
+    rows = longest_first(lengths, torch.arange(len(lengths)))
     with eval_mode(model), torch.inference_mode():
         for part in rows.split(batch_size):
-            inputs = table.inputs(part)
-            yield part, inputs, model(**model_inputs(model, inputs))
+            batch = batch_of(part)
+            yield part, batch, model(**model_inputs(model, batch))
