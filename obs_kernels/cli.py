@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``obs-kernels``: prune, eval, plan, doctor, demo, report.
+"""``obs-kernels``: prune, eval, plan, doctor, demo, report, recipes, train.
 
 A thin layer over ``obs_kernels.training``: options in, tables out. With ``--json`` stdout holds one JSON object and
 nothing else; progress goes to stderr. Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted.
@@ -16,13 +16,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from obs_kernels.errors import ConfigError, ObsKernelsError
-from obs_kernels.report.values import json_text
+from obs_kernels.errors import ConfigError
 
 try:
     import typer
 except ImportError:
     sys.exit("obs-kernels needs typer and rich, which are not installed. Fix: pip install 'obs_kernels[cli]'")
+
+from obs_kernels import cli_recipes, cli_train
+from obs_kernels.cli_shared import Debug, Json, errors, say, show
 
 if TYPE_CHECKING:
     from obs_kernels.pruning import OBSConfig, PruningPlan
@@ -37,6 +39,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(cli_recipes.app, name="recipes")
+app.command()(cli_train.train)
+
 Model = Annotated[str, typer.Option(help="Folder or hub name of a question answering model.")]
 Data = Annotated[str, typer.Option(help="Questions to evaluate on: SQuAD v1.1 .json[.gz], or a hub name.")]
 Train = Annotated[str | None, typer.Option(help="Questions for the gradients: a file, or a hub name.")]
@@ -44,8 +49,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")]
 BatchSize = Annotated[int, typer.Option(help="Windows a batch.")]
 MaxEval = Annotated[int | None, typer.Option(help="Evaluate on that many questions, chosen by the seed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder of an earlier run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # the fields of OBSConfig; None leaves the default, or what --config says
 Pattern = Annotated[str | None, typer.Option(help="2:4, 2:8, 64:2:8, unstructured:0.9, block4:0.8; n:m keeps n of m.")]
@@ -152,12 +155,12 @@ def prune(
     for name, value in (("--data", data), ("--out", out)):
         if value is None and not dry_run:
             raise typer.BadParameter("is needed, unless with --dry-run", param_hint=name)
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.training.prune_job import run_plan_job, run_prune_job
 
         settings = _config(config, options)
         if dry_run or data is None or out is None:
-            _show(run_plan_job(model=model, config=settings, device=device), as_json)
+            show(run_plan_job(model=model, config=settings, device=device), as_json)
             return
         report = run_prune_job(
             model=model,
@@ -172,9 +175,9 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             on_plan=None if as_json else _show_memory,
-            say=_say,
+            say=say,
         )
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command(name="eval")
@@ -190,7 +193,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Exact match and F1 of a dense or packed model, by the official SQuAD v1.1 metric."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.training.prune_job import run_eval_job
 
         report = run_eval_job(
@@ -201,9 +204,9 @@ def evaluate(
             max_eval=max_eval,
             batch_size=batch_size,
             seed=seed,
-            say=_say,
+            say=say,
         )
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command()
@@ -229,18 +232,18 @@ def plan(
     """Layers, memory, and what prune would leave out and why. Needs no data and computes nothing."""
     options = dict(locals())
     _need_pattern(pattern, config)
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.training.prune_job import run_plan_job
 
-        _show(run_plan_job(model=model, config=_config(config, options), device=device), as_json)
+        show(run_plan_job(model=model, config=_config(config, options), device=device), as_json)
 
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Versions, GPUs, backends with reasons, and a run of each op against brute force. Exit code 1 if one fails."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         found = _examine()
-        _show(found, as_json)
+        show(found, as_json)
         if not found["ok"]:
             raise typer.Exit(1)
 
@@ -259,7 +262,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Prune a small model to several patterns by each method, compare, pack, reload. No network, no files needed."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.report.tables import CellRows, console
         from obs_kernels.training.demo import run_demo
         from obs_kernels.training.model_folder import write_reports
@@ -280,7 +283,7 @@ def demo(
             report = demo_report(report, device)
             if folder is not None:
                 write_reports(folder, report)
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command()
@@ -291,13 +294,13 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Tables and roofline plots from bench results. Other JSON files among them are named and left out."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.report.bench_files import read_results, write_reports
 
         found = read_results(files)
         if out is not None:
             found["written"] = [str(path) for path in write_reports(out, found)]
-        _show(found, as_json)
+        show(found, as_json)
 
 
 @contextmanager
@@ -349,21 +352,11 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
-    """The report of a job on stdout: one JSON object, or tables."""
-    if as_json:
-        typer.echo(json_text(report))
-        return
-    from obs_kernels.report.tables import print_report
-
-    print_report(report)
-
-
 def _show_memory(found: PruningPlan) -> None:
     from obs_kernels.report.tables import memory_lines
 
     for line in memory_lines(found.to_dict()):
-        _say(line)
+        say(line)
 
 
 def _need_pattern(pattern: str | None, config: Path | None) -> None:
@@ -400,24 +393,3 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     if chosen.get("curvature") == "row":
         chosen.setdefault("sequential", True)
     return OBSConfig.from_dict(chosen)
-
-
-@contextmanager
-def _errors(as_json: bool, debug: bool) -> Iterator[None]:
-    """Errors of the package, and of the system, as one block on stderr and exit code 1; Ctrl-C as a line and 130."""
-    try:
-        yield
-    except (ObsKernelsError, OSError) as error:
-        if debug or isinstance(error, BrokenPipeError):
-            raise
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        if as_json:
-            typer.echo(json_text({"error": {"type": type(error).__name__, "message": str(error)}}))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was left half-written", err=True)
-        raise typer.Exit(130) from None
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``obs-kernels train``: options in, ``train_job`` does the rest."""
+"""``obs-kernels train``: options in, ``training.train_job`` does the rest."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from obs_kernels.errors import ConfigError
+from obs_kernels.cli_recipes import RecipeArgs, overrides_of
+from obs_kernels.cli_shared import Debug, Json, errors, say, show
 
 
 def train(
@@ -16,12 +17,14 @@ def train(
     data: Annotated[str, typer.Option(help="Samples to evaluate on: a file of the task, or a hub name.")],
     recipe: Annotated[str, typer.Option(help="Name (see obs-kernels recipes) or YAML file.")],
     out: Annotated[Path, typer.Option(help="Folder to write: dense/, packed/, report.*")],
-    train: Annotated[str | None, typer.Option(help="Samples to train on; left out: the hub name's train split.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder or hub name, self (the model as it comes), disable.")] = None,
-    task: Annotated[str | None, typer.Option(help="squad, mnli, qqp or mlm; left out: the recipe's.")] = None,
-    recipe_args: Annotated[
-        list[str] | None, typer.Option("--recipe-args", help="key=value in place of the recipe's; may be repeated.")
+    train: Annotated[
+        str | None, typer.Option(help="Samples to train on; left out: the hub name's train split.")
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or hub name, self (the model as it comes), disable.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="squad, mnli, qqp or mlm; left out: the recipe's.")] = None,
+    recipe_args: RecipeArgs = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_train: Annotated[int | None, typer.Option(help="Train on that many samples, drawn by the seed.")] = None,
     max_eval: Annotated[int | None, typer.Option(help="Evaluate on that many samples, drawn by the seed.")] = None,
@@ -30,17 +33,15 @@ def train(
     report_to: Annotated[str, typer.Option(help="Tracker of transformers, such as tensorboard.")] = "none",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.work.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Fine-tune a model by a recipe and prune it meanwhile; write the folder OUT. Several GPUs: run it by torchrun."""
-    from obs_kernels.cli import _errors, _say, _show
-
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.recipes import load_recipe
         from obs_kernels.training.train_job import run_train_job
 
-        overrides = _overrides(recipe_args or []) | ({} if task is None else {"training.task": task})
+        overrides = overrides_of(recipe_args) | ({} if task is None else {"training.task": task})
         report = run_train_job(
             model=model,
             data=data,
@@ -56,18 +57,7 @@ def train(
             report_to=report_to,
             overwrite=overwrite,
             resume=resume,
-            say=_say,
+            say=say,
         )
         if report.get("accuracy"):  # of the first process
-            _show(report, as_json)
-
-
-def _overrides(texts: list[str]) -> dict[str, Any]:
-    """{"key": "value"} of ``key=value`` texts; several may stand in one, parted by blanks."""
-    found = {}
-    for text in " ".join(texts).split():
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise ConfigError(f"--recipe-args must be key=value, got {text!r}; for example damp=1e-7")
-        found[key] = value
-    return found
+            show(report, as_json)

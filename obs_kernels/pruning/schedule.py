@@ -24,7 +24,7 @@ CURVES = {
 }
 """Share of the way from the initial to the final sparsity, by the share x of the way in time."""
 EPSILON = 1e-9
-"""Of epochs and counts: what rounding leaves of a whole number."""
+"""Of epochs, counts and sparsities: differences that rounding makes."""
 
 
 def recomputation_stages(
@@ -202,7 +202,7 @@ class PruningSchedule:
         found: list[ScheduledPruning] = []
         before: Pattern | None = None
         for step, stage in by_step.items():
-            if stage.sparsity > (0.0 if before is None else before.sparsity):
+            if stage.sparsity > (0.0 if before is None else before.sparsity) + EPSILON:
                 found.append(ScheduledPruning(step, stage))
                 before = stage
         return tuple(found)
@@ -253,7 +253,9 @@ def structure_ladder(pattern: Pattern) -> tuple[int, ...]:
 
 
 def _at_sparsity(pattern: Pattern, sparsity: float) -> Pattern:
-    """``pattern`` with another sparsity, for n:m the nearest count (halves prune more); a whole group is sparsity 0."""
+    """``pattern`` with a lower sparsity, for n:m the nearest count (halves prune more); a whole group is sparsity 0."""
+    if sparsity >= pattern.sparsity - EPSILON:
+        return pattern
     if isinstance(pattern, NMPattern):
         pruned = math.floor(pattern.m * sparsity + 0.5 + EPSILON)
         return replace(pattern, n=pattern.m - pruned) if pruned else UnstructuredPattern(0.0)

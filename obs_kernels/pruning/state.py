@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,11 +79,12 @@ def _stages_of(texts: Any, config: OBSConfig) -> tuple[Pattern, ...]:
     try:
         for text in texts:
             found.append(parse_pattern(text))
-            check_reachable(found[-1], reached=found[-2] if len(found) > 1 else None, final=final)
+            check_reachable(found[-1], reached=None, final=final)
     except ConfigError as error:
         raise ResumeMismatchError(f"state['stages'] is damaged: {error}") from None
-    if found[-1] != final:
-        raise ResumeMismatchError(f"state['stages'] must end at {final}, got {found[-1]}; save it again")
+    falls = all(one.sparsity <= two.sparsity for one, two in pairwise(found))
+    if not falls or found[-1] != final:
+        raise ResumeMismatchError(f"state['stages'] must lead to {final}, got {list(texts)}; save it again")
     return tuple(found)
 
 

@@ -119,8 +119,8 @@ class DistillationSettings:
     Attributes:
         hardness: share of the teacher's term, 0 to 1; 1 leaves the labels out.
         temperature: T, by which the logits of both are divided.
-        teacher: folder or hub name; "self" takes the model as it comes, before any pruning; None has to be given when
-            the training starts.
+        teacher: folder or hub name; "self" takes the model as it comes, before a layer is dropped or a weight pruned;
+            None has to be given when the training starts.
         outputs: the outputs that are compared, their terms averaged; None takes those of the task.
     """
 

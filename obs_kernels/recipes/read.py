@@ -99,6 +99,8 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     schema: dict[str, Any] = _adapters()[Recipe].json_schema()
+    for part in schema["$defs"].values():
+        part["additionalProperties"] = False
     schema["properties"] = {"obs_kernels": {"const": FORMAT_VERSION}} | schema["properties"]
     return schema
 

@@ -53,9 +53,7 @@ def _accuracy(accuracy: dict[str, Any]) -> list[str]:
     if not accuracy:
         return []
     columns = score_columns(accuracy)
-    rows = [
-        (name, *(number(scores.get(key), spec) for _, key, spec in columns)) for name, scores in accuracy.items()
-    ]
+    rows = [(name, *(number(scores.get(key), spec) for _, key, spec in columns)) for name, scores in accuracy.items()]
     return ["", "## Accuracy", "", *_table(("", *(title for title, _, _ in columns)), rows)]
 
 

@@ -50,7 +50,9 @@ class MaskedTextData(TaskData):
     ) -> None:
         require_fast(tokenizer)
         if tokenizer.mask_token_id is None:
-            raise ConfigError("tokenizer must have a mask token for task 'mlm', got none; use that of a BERT-like model")
+            raise ConfigError(
+                "tokenizer must have a mask token for task 'mlm', got none; use that of a BERT-like model"
+            )
         self.mask_id, self.vocab_size = int(tokenizer.mask_token_id), len(tokenizer)
         self.special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
         self.eval_batch_size, self.seed = settings.eval_batch_size, settings.seed

@@ -88,7 +88,9 @@ def load_model(
             f"model {name!r} could not be loaded: {type(error).__name__}: {error}; check the folder or the hub name"
         ) from error
     if HEADS[head] not in type(model).__name__:
-        raise ConfigError(f"model {name!r} must have a head for {head}, got {type(model).__name__}; give its dense folder")
+        raise ConfigError(
+            f"model {name!r} must have a head for {head}, got {type(model).__name__}; give its dense folder"
+        )
     if trained_head and missing:
         raise ConfigError(
             f"model {name!r} has no trained head for {head}: it lacks {sorted(missing)[0]} and {len(missing) - 1} more "
