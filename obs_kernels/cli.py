@@ -393,3 +393,7 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     if chosen.get("curvature") == "row":
         chosen.setdefault("sequential", True)
     return OBSConfig.from_dict(chosen)
+
+
+if __name__ == "__main__":
+    main()

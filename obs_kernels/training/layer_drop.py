@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder layers taken out of a model for good: from its modules and from its config, so that what is saved has none."""
+"""Encoder layers taken out of a model for good: from its modules and its config, so that none of them is saved."""
 
 from __future__ import annotations
 

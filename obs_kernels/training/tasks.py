@@ -129,7 +129,7 @@ def load_task(
     """
     if train is None and os.path.isfile(os.fspath(data)):
         raise ConfigError(
-            f"train must name the samples to train on where data is a file ({os.fspath(data)!r}), got None; give --train"
+            f"train must name the samples to train on where data is a file ({os.fspath(data)!r}); give --train"
         )
     train = data if train is None else train
     positions = int(getattr(getattr(model, "config", None), "max_position_embeddings", None) or settings.max_length)

@@ -175,7 +175,7 @@ def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
         if suffixes and suffixes[-1] == ".tsv":
             return list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
         if suffixes and suffixes[-1] == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             found = json.loads(text)
             rows = found.get("data") if isinstance(found, dict) else found

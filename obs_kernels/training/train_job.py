@@ -219,7 +219,11 @@ def _distiller(
             "the recipe learns from a teacher, got none; pass --teacher FOLDER, --teacher self for the model as it "
             "comes, or --teacher disable"
         )
-    values = {"hardness": settings.hardness, "temperature": settings.temperature, "outputs": settings.outputs}
+    values: dict[str, Any] = {
+        "hardness": settings.hardness,
+        "temperature": settings.temperature,
+        "outputs": settings.outputs,
+    }
     if name == SELF:
         return Distiller.of_copy(net, **values)
     teacher, _ = load_model(name, HEADS[recipe.training.task], device=device, trained_head=True)

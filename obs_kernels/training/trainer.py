@@ -46,7 +46,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         """Batches of like length, in an order that seed and epoch decide."""
         rows = EpochRows(self.data.lengths, self.args.train_batch_size, seed=self.recipe.training.seed)
         loader = torch.utils.data.DataLoader(
-            self.train_dataset,
+            self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=rows,  # type: ignore[arg-type]
             collate_fn=self._collate,
             pin_memory=self.args.device.type == "cuda",
@@ -58,8 +58,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         if self.lr_scheduler is None:
             training, steps = self.recipe.training, self.steps_per_epoch
             starts = self.recipe.cycle_starts(steps)
+            chosen = self.optimizer if optimizer is None else optimizer
+            assert chosen is not None
             self.lr_scheduler = learning_rate_schedule(
-                self.optimizer if optimizer is None else optimizer,
+                chosen,
                 training.lr_schedule,
                 total_steps=num_training_steps,
                 final_factor=training.final_learning_rate / training.learning_rate,
