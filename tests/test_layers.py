@@ -38,7 +38,7 @@ LEVELS = {
     "pruning": 4,
     "recipes": 5,
     "training": 6,
-    **dict.fromkeys(("cli", "cli_shared", "cli_recipes", "__main__"), 7),
+    **dict.fromkeys(("cli", "cli_shared", "cli_recipes", "cli_train", "__main__"), 7),
     "": 8,  # obs_kernels/__init__.py
 }
 SIDEWAYS = {0, 7}

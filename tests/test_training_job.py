@@ -197,13 +197,22 @@ def test_upstream_pruning_and_sparse_transfer(command: Callable[..., list[object
     assert report["pruning"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
     up = weights_of(tmp_path / "up" / "dense")
     transfer = {"recipe": "8epochs_sparse_transfer_squad", "model": tmp_path / "up" / "dense", "teacher": work / "qa"}
-    report = run_json(*command(*SHORT, "end_epoch=2", **transfer))
+    report = run_json(*command(*SHORT, "end_epoch=2", "start_epoch=1", "update_frequency=1", **transfer))
     assert list(report["accuracy"]) == ["before", "teacher", "pruned"]
     down = weights_of(tmp_path / "out" / "dense")
     pruned = [name for name in up if "encoder" in name and name.endswith("dense.weight")]
     for name in pruned:
         assert torch.equal(down[name] == 0, up[name] == 0) and not torch.equal(down[name], up[name])
-    done = run(*command(*SHORT, "end_epoch=2", **transfer | {"model": work / "qa"}, out=tmp_path / "no"))
+    done = run(
+        *command(
+            *SHORT,
+            "end_epoch=2",
+            "start_epoch=1",
+            "update_frequency=1",
+            **transfer | {"model": work / "qa"},
+            out=tmp_path / "no",
+        )
+    )
     assert done.exit_code == 1 and "the model must come with 0.9 of its weights pruned" in done.stderr
 
 
@@ -245,14 +254,28 @@ def test_bad_input_is_refused_before_anything_is_written(
         "is neither a file nor a name of a recipe": command(recipe="nothing_of_the_kind"),
         "'answers' must hold at least one answer": command(train=work / "unanswered.json"),
         "got none; give a labelled part": command(
-            *SHORT, "end_epoch=2", recipe="30epochs_unstructured80_mnli", model=work / "mnli", data=work / "test.tsv"
+            *SHORT,
+            "end_epoch=2",
+            "start_epoch=1",
+            "update_frequency=1",
+            recipe="30epochs_unstructured80_mnli",
+            model=work / "mnli",
+            data=work / "test.tsv",
         ),
         "must be fp32 or bf16 on a CPU": command(*GRADUAL, "precision=fp16"),
         "train must name the samples": command(train=None),
         "does not exist; check the path": command(model=tmp_path / "nowhere"),
     }
     pairs = {"recipe": "30epochs_unstructured80_mnli", "model": work / "mnli", "data": work / "mnli.tsv"}
-    three = command(*SHORT, "end_epoch=2", teacher=work / "qqp", train=work / "mnli.tsv", **pairs)
+    three = command(
+        *SHORT,
+        "end_epoch=2",
+        "start_epoch=1",
+        "update_frequency=1",
+        teacher=work / "qqp",
+        train=work / "mnli.tsv",
+        **pairs,
+    )
     cases["logits of the teacher must be [1, 3] as the student's, got [1, 2]"] = three
     cases["rows % 64 == 0"] = command(*GRADUAL, "pattern=64:2:8", "targets=[query, qa_outputs]", "ignore=[]")
     found = {text: refused(*arguments) for text, arguments in cases.items()}
