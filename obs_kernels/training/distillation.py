@@ -75,13 +75,21 @@ class Distiller:
             for module, mode in training:
                 module.training = mode
 
-    def loss(self, task: Tensor | None, student: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    def loss(
+        self,
+        task: Tensor | None,
+        student: Any,
+        inputs: Mapping[str, Tensor],
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """The whole loss, a scalar.
 
         Args:
             task: mean loss on the labels, a scalar; None only for ``hardness=1``.
             student: the student's outputs on ``inputs``, with gradient.
             inputs: what both models take; ``attention_mask`` says which tokens count.
+            attention_mask: [B, T], where that of ``inputs`` has another shape; nonzero (True) at tokens that count.
 
         Raises:
             ConfigError: outputs do not fit, or ``task`` is None where it counts.
@@ -93,7 +101,7 @@ class Distiller:
             self._answers(inputs),
             outputs=self.outputs,
             temperature=self.temperature,
-            attention_mask=inputs.get("attention_mask"),
+            attention_mask=inputs.get("attention_mask") if attention_mask is None else attention_mask,
         )
         return term if task is None else (1.0 - self.hardness) * task + self.hardness * term
 
