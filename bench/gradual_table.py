@@ -19,8 +19,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "# Pruning in training on SQuAD",
         "",
         f"Every row: {header['epochs']:g} epochs, batch {header['batch_size']}, AdamW {header['learning_rate']:g} "
-        f"falling linearly to {header['final_factor']:g} of it, teacher the dense model (hardness {header['hardness']:g}, "
-        f"T = {header['temperature']:g}), {header['precision']}. Gradual rows prune over the first "
+        f"falling linearly to {header['final_factor']:g} of it, teacher the dense model "
+        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}), {header['precision']}. Gradual rows prune over the first "
         f"{header['prune_epochs']:g} epochs, one-shot rows before the first step; {header['num_grads']} gradients, "
         f"damping {header['dampening_frac']:g} of the mean diagonal, D = {header['fisher_block_size']} for block "
         f"curvature. F1 on {share} of the dev set; the dense model as it came has "
@@ -51,8 +51,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
             continue
         lines.append(
             f"| {' | '.join(name)} | {row['seed']} | {row['exact_match']:.2f} | {row['f1']:.2f} | "
-            f"{row['f1_share']:.1f} | {row['sparsity']:.4f} | {row['violations']} | {row['epochs']:g} | {row['seconds_train']:.0f} | "
-            f"{row['seconds_prune']:.0f} | {row['commit'][:7]} |"
+            f"{row['f1_share']:.1f} | {row['sparsity']:.4f} | {row['violations']} | {row['epochs']:g} | "
+            f"{row['seconds_train']:.0f} | {row['seconds_prune']:.0f} | {row['commit'][:7]} |"
         )
     return "\n".join(lines) + "\n"
 
