@@ -20,10 +20,10 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "",
         f"Every row: {header['epochs']:g} epochs, batch {header['batch_size']}, AdamW {header['learning_rate']:g} "
         f"falling linearly to {header['final_factor']:g} of it, teacher the dense model "
-        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}), {header['precision']}. Gradual rows prune over the first "
-        f"{header['prune_epochs']:g} epochs, one-shot rows before the first step; {header['num_grads']} gradients, "
-        f"damping {header['dampening_frac']:g} of the mean diagonal, D = {header['fisher_block_size']} for block "
-        f"curvature. F1 on {share} of the dev set; the dense model as it came has "
+        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}), {header['precision']}. Gradual rows "
+        f"prune over the first {header['prune_epochs']:g} epochs, one-shot rows before the first step; "
+        f"{header['num_grads']} gradients, damping {header['dampening_frac']:g} of the mean diagonal, "
+        f"D = {header['fisher_block_size']} for block curvature. F1 on {share} of the dev set; the dense model as it came has "
         f"{dense.get('f1', float('nan')):.2f}, which shares refer to. {devices}; commits {commits}.",
         "",
         "## Gradual, by pattern",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
 from obs_kernels.pruning.sparsify import run_until
+from obs_kernels.pruning.step import StagedLayer
 
 
 def gradual_step(
@@ -23,6 +24,7 @@ def gradual_step(
     loss_fn: LossFn | None,
     *,
     timings: PhaseTimes | None = None,
+    stage: Callable[[Sequence[str]], list[StagedLayer]] | None = None,
 ) -> PruningReport:
     """Prune the model of ``pruner`` to ``pattern`` now, in ``config.recomputations`` parts; ``collect`` and ``prune``
     in one call, and the way to prune under ``sequential``.
@@ -39,6 +41,7 @@ def gradual_step(
             passes. None only where no gradient is needed (``config.needs_fisher``).
         loss_fn: ``loss_fn(model, batch)``, see ``OBSPruner.collect``: the loss of the task, without a teacher's.
         timings: seconds of each phase are added to it.
+        stage: in place of ``OBSPruner.stage_layers``; for ``distributed``.
 
     Returns:
         The report of the pattern reached; ``pruner.verify()`` judges against it.
@@ -53,7 +56,7 @@ def gradual_step(
             layer.clear()
         pruner.aim_at(stages)
         with seeded(pruner.layers[0].weight.device, pruner.config.seed):
-            run_until(pruner.stage + len(stages), pruner, loader, loss_fn, timings=timings)
+            run_until(pruner.stage + len(stages), pruner, loader, loss_fn, timings=timings, stage=stage)
     return pruner.report()
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,12 @@ def run_until(
     work_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     timings: PhaseTimes | None = None,
+    stage: Callable[[Sequence[str]], list[StagedLayer]] | None = None,
 ) -> None:
-    """Stages of ``pruner`` until so many of them are done; arguments as in ``sparsify_``."""
+    """Stages of ``pruner`` until so many of them are done; arguments as in ``sparsify_``.
+
+    ``stage`` takes the place of ``pruner.stage_layers``, as where several processes share the work.
+    """
     cfg = pruner.config
     if cfg.needs_fisher and (loader is None or loss_fn is None):
         raise ConfigError(
@@ -121,7 +125,7 @@ def run_until(
                             dense.collect(pruner._named(names))
                         elif cfg.needs_fisher and loader is not None and loss_fn is not None:
                             pruner.collect(loader, loss_fn, layers=names, timings=timings)
-                        done = pruner.stage_layers(names)
+                        done = (stage or pruner.stage_layers)(names)
                         if folder is not None:
                             folder.store(pruner, done)
                         for item in done:

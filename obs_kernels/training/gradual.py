@@ -12,7 +12,8 @@
     gradual.finish()
 
 The Fisher comes from batches and a loss of its own, in eval mode, at the moment of the pruning: accumulation, clipping,
-scaling and dropout of the training do not reach it, and it leaves gradients, modes and random generators alone.
+scaling and dropout of the training do not reach it, and it leaves gradients, modes and random generators alone. Under
+torch.distributed every process has the same batches for it and takes its share; see ``pruning.distributed``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import nn
 from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.pruning import OBSPruner, PruningReport, gradual_step
 from obs_kernels.pruning.calibration import LossFn
+from obs_kernels.pruning.distributed import distributed_step, is_distributed
 from obs_kernels.pruning.held_masks import HeldMasks
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ class GradualPruning:
         report = None
         while (due := self.is_due) is not None and due <= step:
             pattern = self.prunings[self.position].pattern
-            report = gradual_step(self.pruner, pattern, self.loader, self.loss_fn)
+            prune = distributed_step if is_distributed() else gradual_step
+            report = prune(self.pruner, pattern, self.loader, self.loss_fn)
             self.position += 1
             log.info("pruned to %s before step %d: sparsity %.4f", pattern, step, report.sparsity)
         if report is not None:
