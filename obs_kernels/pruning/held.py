@@ -39,7 +39,7 @@ def require_at(pattern: Pattern, layers: Sequence[PrunedLayer]) -> None:
     if pruned + len(layers) < (pattern.sparsity - SHORT) * units:
         raise ConfigError(
             f"the model must come with {pattern.sparsity:.4g} of its weights pruned to be held at pattern {pattern}, "
-            f"got {pruned / units:.4f} over {len(layers)} layers; load the pruned model, or lower the pattern's sparsity"
+            f"got {pruned / units:.4f} over {len(layers)} layers; load the pruned model, or lower the sparsity"
         )
 
 
