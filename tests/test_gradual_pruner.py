@@ -402,8 +402,8 @@ def test_worked_ladder_of_a_panel() -> None:
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("6:8", "open weights"),
-        ("4:8", "open weights"),
+        ("6:8", "would open weights"),
+        ("4:8", "would open weights"),
         ("1:8", "prunes more than"),
         ("8:3:8", "no stage on the way"),
         ("3:16", "no stage on the way"),
