@@ -11,7 +11,7 @@ from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.step import StagedLayer
 
 SHORT = 1e-3
-"""Share of weights that such a model may lack: the counts of its layers were rounded."""
+"""Share of weights that such a model may lack, beside one weight or block a layer: counts were rounded."""
 
 
 def require_at(pattern: Pattern, layers: Sequence[PrunedLayer]) -> None:
@@ -35,11 +35,11 @@ def require_at(pattern: Pattern, layers: Sequence[PrunedLayer]) -> None:
         return
     block = pattern.block if isinstance(pattern, UnstructuredPattern) else 1
     pruned = sum(int((~mask.reshape(-1, block).any(1)).sum()) for mask in masks)
-    share = pruned * block / sum(mask.numel() for mask in masks)
-    if share < pattern.sparsity - SHORT:
+    units = sum(mask.numel() for mask in masks) // block
+    if pruned + len(layers) < (pattern.sparsity - SHORT) * units:
         raise ConfigError(
             f"the model must come with {pattern.sparsity:.4g} of its weights pruned to be held at pattern {pattern}, "
-            f"got {share:.4f} over {len(layers)} layers; load the pruned model, or lower the pattern's sparsity"
+            f"got {pruned / units:.4f} over {len(layers)} layers; load the pruned model, or lower the sparsity"
         )
 
 

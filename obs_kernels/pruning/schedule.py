@@ -67,8 +67,8 @@ def check_reachable(pattern: Pattern, *, reached: Pattern | None, final: Pattern
         )
     if reached is not None and pattern.sparsity <= reached.sparsity + EPSILON:
         raise ConfigError(
-            f"pattern {pattern} would open weights that {reached}, which is reached, has pruned; give a pattern that "
-            f"prunes more, at most {final}"
+            f"pattern {pattern} prunes no more than {reached}, which is reached: it would open weights or do nothing; "
+            f"give a pattern that prunes more, at most {final}"
         )
 
 

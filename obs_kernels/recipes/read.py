@@ -171,10 +171,11 @@ def _place(key: str) -> tuple[str, str | None]:
 
 
 def _validated(kind: type, values: dict[str, Any]) -> Any:
+    adapter = _adapters()[kind]
     from pydantic import ValidationError
 
     try:
-        return _adapters()[kind].validate_python(values)
+        return adapter.validate_python(values)
     except ValidationError as error:
         raise ConfigError(_words(error.errors()[0])) from None
 
