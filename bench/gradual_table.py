@@ -23,8 +23,9 @@ def to_markdown(stored: dict[str, Any]) -> str:
         f"(hardness {header['hardness']:g}, T = {header['temperature']:g}), {header['precision']}. Gradual rows "
         f"prune over the first {header['prune_epochs']:g} epochs, one-shot rows before the first step; "
         f"{header['num_grads']} gradients, damping {header['dampening_frac']:g} of the mean diagonal, "
-        f"D = {header['fisher_block_size']} for block curvature. F1 on {share} of the dev set; the dense model as it came has "
-        f"{dense.get('f1', float('nan')):.2f}, which shares refer to. {devices}; commits {commits}.",
+        f"D = {header['fisher_block_size']} for block curvature. F1 on {share} of the dev set; the dense "
+        f"model as it came has {dense.get('f1', float('nan')):.2f}, which shares refer to. "
+        f"{devices}; commits {commits}.",
         "",
         "## Gradual, by pattern",
         "",
