@@ -15,7 +15,7 @@ from plain_loop import accuracy, losses, make_data
 from torch import nn
 
 from obs_kernels import OBSConfig, OBSPruner
-from obs_kernels.pruning.schedule import PruningSchedule
+from obs_kernels.pruning import PruningSchedule
 from obs_kernels.pruning.state_files import read_state, write_state
 from obs_kernels.training import GradualPruning
 

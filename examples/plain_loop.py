@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from obs_kernels import OBSConfig, OBSPruner, compress_
-from obs_kernels.pruning.schedule import PruningSchedule
+from obs_kernels.pruning import PruningSchedule
 from obs_kernels.training import GradualPruning
 
 EPOCHS = 6

@@ -135,22 +135,29 @@ def test_what_a_run_writes(trained: tuple[Path, dict[str, Any]]) -> None:
     assert int(kept.sum(2).max()) == 2
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("step", "where"), [(1, "training_step"), (3, "on_save")])
 def test_a_killed_job_resumes_bit_for_bit(
-    step: int, command: Callable[..., list[object]], tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    where: str,
+    command: Callable[..., list[object]],
+    tmp_path: Path,
+    trained: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from obs_kernels.training.trainer import TaskTrainer
+    from obs_kernels.training.trainer import TaskTrainer, WholeCheckpoints
 
-    original = TaskTrainer.training_step
+    # at a save, the checkpoint of the next step is there but for its mark: it does not count
+    kind = TaskTrainer if where == "training_step" else WholeCheckpoints
+    original = getattr(kind, where)
 
-    def killed(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self.state.global_step == step:
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (self.state if where == "training_step" else args[1]).global_step == step + (where == "on_save"):
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
     arguments = command(save_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr(TaskTrainer, "training_step", killed)
+        patch.setattr(kind, where, killed)
         assert run(*arguments).exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     done = run(*arguments)
@@ -229,6 +236,13 @@ def test_a_row_recipe_in_bf16(command: Callable[..., list[object]]) -> None:
     steps = [*GRADUAL, "precision=bf16", "gradient_accumulation=2", "start_epoch=0", "end_epoch=1"]
     report = run_json(*command(*steps, recipe="gradual_row_28"))
     assert report["config"]["curvature"] == "row" and report["config"]["sequential"]
+    assert report["checks"] == {"violations": 0, "violations_in_file": 0}
+
+
+def test_no_epochs_prune_in_one_shot(command: Callable[..., list[object]]) -> None:
+    steps = [text for text in SHORT if not text.startswith("epochs")]
+    report = run_json(*command(*steps, "epochs=0", recipe="oneshot_oBERT_28"))
+    assert report["pruning"]["stages"] == ["2:8"] and report["history"] == []
     assert report["checks"] == {"violations": 0, "violations_in_file": 0}
 
 

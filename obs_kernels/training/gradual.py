@@ -75,6 +75,9 @@ class GradualPruning:
             )
         self.position = 0
         """Prunings done."""
+        for layer in pruner.layers:  # a Trainer may have moved the model since the pruner was built
+            device = layer.weight.device
+            layer.mask, layer.first_mask = layer.mask.to(device), layer.first_mask.to(device)
         if not self.prunings and pruner.stage == 0:
             pruner.hold()
         self.masks = HeldMasks(pruner.layers)
