@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from obs_kernels.pruning.distributed import is_distributed, owners_by_bytes
 from tests import gloo_workers
 
 pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
 
@@ -34,11 +34,17 @@ def test_owners_are_balanced_by_bytes() -> None:
     assert set(owners_by_bytes(layers[:1], 4).values()) == {0} and not is_distributed()  # type: ignore[arg-type]
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(gloo_workers.equality, args=(str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(gloo_workers.equality, args=(str(folder),), nprocs=2)
+    return folder
+
+
+def test_two_processes_equal_one(done: Path) -> None:
     for case in gloo_workers.CASES:
         _, pruner = gloo_workers.pruned(case, shared=False)
-        both = [torch.load(tmp_path / f"{case}.{rank}.pt") for rank in (0, 1)]
+        both = [torch.load(done / f"{case}.{rank}.pt") for rank in (0, 1)]
         for found in both:
             assert found["violations"] == 0 and found["config"] == pruner.config.to_dict(), case
             assert found["num_grads"] == pruner.report().num_grads and not found["owned"], case
@@ -53,10 +59,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert torch.equal(both[0]["weights"][layer.name], both[1]["weights"][layer.name])
 
 
-def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:
-    mp.spawn(gloo_workers.refusals, args=(str(tmp_path),), nprocs=2)
+def test_an_error_of_one_process_ends_all(done: Path) -> None:
     for rank in (0, 1):
-        disagree, few, one, after = (tmp_path / f"lines.{rank}").read_text().splitlines()
+        disagree, few, one, after = (done / f"lines.{rank}").read_text().splitlines()
         assert disagree.startswith("disagree: DeviceMismatchError: weights and masks must be the same in all processes")
         assert "got 2 different ones (processes [0], [1])" in disagree and disagree.endswith("unchanged True")
         assert few.startswith("too few: ConfigError: loader must give a batch to each of 2 processes, got 1")
@@ -65,13 +70,8 @@ def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:
         assert after == "after that: fine"
 
 
-def test_a_trainer_of_two_processes(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(found.getsockname()[1]))
-    mp.spawn(gloo_workers.training, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"trained.{rank}.pt") for rank in (0, 1))
+def test_a_trainer_of_two_processes(done: Path) -> None:
+    first, second = (torch.load(done / f"trained.{rank}.pt") for rank in (0, 1))
     for found in (first, second):
         assert found["violations"] == 0 and found["position"] == 3 and found["sparsity"] == pytest.approx(0.75)
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
