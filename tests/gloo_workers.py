@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two gloo processes do in the tests of several processes; imported by the processes themselves."""
+"""What two processes do in the tests of several processes, gloo or NCCL; imported by the processes themselves."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def pruned(case: str, *, shared: bool) -> tuple[nn.Module, OBSPruner]:
+def pruned(case: str, *, shared: bool, device: str = "cpu") -> tuple[nn.Module, OBSPruner]:
     """A model pruned in two steps where the pattern has one on the way; trained a little in between."""
-    model = tiny_model(layers=1, dropout=0.0)
+    model = tiny_model(layers=1, dropout=0.0).to(device)
     pruner = OBSPruner(model, OBSConfig(**CASES[case]))
     step = distributed_step if shared else gradual_step
     stages = [p for p in ("4:8", "16:4:8") if type(pruner.config.parsed_pattern) is type(_parsed(p))]
@@ -49,22 +49,26 @@ def _parsed(text: str) -> Any:
     return parse_pattern(text)
 
 
-def start(rank: int, folder: str) -> None:
+def start(rank: int, folder: str, backend: str) -> str:
+    """The device of this process."""
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    dist.init_process_group(backend, rank=rank, world_size=2, store=store)
+    return f"cuda:{rank}" if backend == "nccl" else "cpu"
 
 
-def equality(rank: int, folder: str) -> None:
-    """Every case, then what is refused; each process writes what it has."""
-    start(rank, folder)
+def equality(rank: int, folder: str, backend: str = "gloo") -> None:
+    """Every case, then what is refused and a Trainer; each process writes what it has."""
+    device = start(rank, folder, backend)
     for case in CASES:
-        _, pruner = pruned(case, shared=True)
+        _, pruner = pruned(case, shared=True, device=device)
         report = pruner.report()
         found = {
-            "weights": {layer.name: layer.matrix.clone() for layer in pruner.layers},
-            "biases": {layer.name: layer.bias.detach().clone() for layer in pruner.layers if layer.bias is not None},
-            "masks": {layer.name: layer.mask for layer in pruner.layers},
+            "weights": {layer.name: layer.matrix.cpu().clone() for layer in pruner.layers},
+            "biases": {n.name: n.bias.detach().cpu().clone() for n in pruner.layers if n.bias is not None},
+            "masks": {layer.name: layer.mask.cpu() for layer in pruner.layers},
             "saliency": report.saliency,
             "num_grads": report.num_grads,
             "config": pruner.config.to_dict(),
@@ -72,8 +76,9 @@ def equality(rank: int, folder: str) -> None:
             "violations": pruner.verify(),
         }
         torch.save(found, Path(folder) / f"{case}.{rank}.pt")
-    refusals(rank, folder)
-    training(rank, folder)
+    if backend == "gloo":
+        refusals(rank, folder)
+        training(rank, folder)
     dist.destroy_process_group()
 
 

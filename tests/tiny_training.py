@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obs_kernels import OBSConfig, OBSPruner
 from obs_kernels.pruning.schedule import PruningSchedule
+from obs_kernels.training.squad import SquadWindows
 
 WIDTH, LENGTH, SAMPLES = 32, 12, 24
 SCHEDULE = PruningSchedule(
@@ -20,7 +21,7 @@ SCHEDULE = PruningSchedule(
 """Of 8; with six steps an epoch before steps 3, 6 and 9."""
 
 
-def tiny_model(seed: int = 0, *, layers: int = 2, dropout: float = 0.1) -> nn.Module:
+def tiny_model(seed: int = 0, *, layers: int = 2, dropout: float = 0.1, positions: int = 32) -> nn.Module:
     from transformers import BertConfig, BertForQuestionAnswering
 
     config = BertConfig(
@@ -29,7 +30,7 @@ def tiny_model(seed: int = 0, *, layers: int = 2, dropout: float = 0.1) -> nn.Mo
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=2 * WIDTH,
-        max_position_embeddings=32,
+        max_position_embeddings=positions,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
@@ -47,6 +48,27 @@ def samples(seed: int = 1, count: int = SAMPLES) -> list[dict[str, Tensor]]:
         {"input_ids": i, "attention_mask": ones, "start_positions": p[0], "end_positions": p[1]}
         for i, p in zip(ids, places, strict=True)
     ]
+
+
+def tiny_windows(count: int, *, longest: int) -> SquadWindows:
+    """Random windows of 20 to ``longest`` tokens with random answers; there is no text behind them."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(20, longest + 1, (count,), generator=generator)
+    places = torch.randint(0, 20, (count, 2), generator=generator).sort(1).values
+    zeros = torch.zeros(count, dtype=torch.long)
+    return SquadWindows(
+        examples=(),
+        input_ids=torch.randint(5, 40, (count, longest), generator=generator, dtype=torch.int32),
+        token_type_ids=None,
+        lengths=lengths,
+        example_index=zeros,
+        context_start=zeros,
+        context_length=lengths,
+        offset_row=zeros,
+        token_offsets=torch.zeros(longest, 2, dtype=torch.int32),
+        start_positions=places[:, 0],
+        end_positions=places[:, 1],
+    )
 
 
 def stacked(found: list[dict[str, Tensor]], size: int = 8) -> list[dict[str, Tensor]]:
