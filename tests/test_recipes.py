@@ -85,8 +85,10 @@ OTHERS = [
     "8epochs_sparse_transfer_mnli",
     "8epochs_sparse_transfer_qqp",
 ]
-OURS = ["gradual_row_24", "gradual_row_28", "gradual_row_28v64", "gradual_row_28v128", "gradual_row_216"]
-OURS += ["gradual_row_216v64"]
+KINDS = ("gradual_row", "oneshot_row", "gradual_block", "gradual_pair", "gradual_magnitude")
+SHAPES = {"24": "2:4", "28": "2:8", "28v64": "64:2:8", "28v128": "128:2:8", "216": "2:16", "216v64": "64:2:16"}
+OURS = [f"{kind}_{shape}" for kind in KINDS for shape in SHAPES]
+LAST = ["gradual_8block75", "gradual_unstructured75", "gradual_unstructured90", "8epochs_dense_squad"]
 SCRIPTS = [
     "30epochs_gradual_pruning_squad_block8.sh",
     "30epochs_gradual_pruning_squad_block8_875.sh",
@@ -164,7 +166,7 @@ def cli(*arguments: object) -> Any:
 def test_the_list_is_whole() -> None:
     names = recipe_names()
     assert len(set(names)) == len(names)
-    assert {*VENOM, *ONESHOT, *THRESHOLDS, *OTHERS, *OURS} <= set(names)
+    assert {*VENOM, *ONESHOT, *THRESHOLDS, *OTHERS, *OURS, *LAST} <= set(names)
     assert not set(recipe_aliases()) & set(names)
     assert set(recipe_aliases().values()) <= set(names)
     for name in names:
@@ -280,10 +282,27 @@ def test_oneshot_in_parts() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_own_recipes(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.pruning is not None and recipe.pruning.curvature == "row" and recipe.pruning.sequential
+    kind, _, shape = name.rpartition("_")
+    pruning = recipe.pruning
+    assert pruning is not None and pruning.pattern == SHAPES[shape]
     found = prunings(recipe)
-    assert found[-1][1] == recipe.pruning.pattern and found[0][0] == 0
-    assert recipe.training.epochs >= 8 and recipe.training.precision == "bf16"
+    assert found[-1][1] == pruning.pattern and found[0][0] == 0 and (len(found) == 1) is kind.startswith("oneshot")
+    method, update = {
+        "gradual_pair": ("pairwise", "joint"),
+        "gradual_magnitude": ("magnitude", "none"),
+    }.get(kind, ("combinatorial", "joint"))
+    assert (pruning.method, pruning.update, pruning.sequential) == (method, update, kind.endswith("row"))
+    assert recipe.training == load_recipe("8epochs_dense_squad").training, "the same budget for all"
+    assert recipe.training.epochs == 8 and recipe.distillation is not None and recipe.distillation.teacher == "self"
+
+
+def test_own_thresholds_and_the_dense_model() -> None:
+    for name, first, last in ((LAST[0], 0.5, 0.75), (LAST[1], 0.5, 0.75), (LAST[2], 0.7, 0.9)):
+        recipe = load_recipe(name)
+        found = [parse_pattern(text).sparsity for _, text in prunings(recipe)]
+        assert len(found) == 4 and (found[0], found[-1]) == (first, last)
+        assert recipe.training == load_recipe(LAST[3]).training
+    assert load_recipe(LAST[3]).pruning is None and load_recipe(LAST[3]).schedule is None
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *(f"{name}.py" for name in MODIFIERS)])
