@@ -140,6 +140,16 @@ def test_columns_of_panels_follow_the_counts(pattern, columns):
     assert [(p.n, p.num_columns) for p in found if isinstance(p, VNMPattern)] == columns
 
 
+def test_a_ladder_with_columns_of_its_own():
+    found = PruningSchedule(0, 3, 1, "structure_decay", ladder=(5, 4, "3/5", 2)).patterns(parse_pattern("64:2:8"))
+    assert [str(p) for p in found] == ["64:5:8", "64:4:8", "64:3:8/5", "64:2:8"]
+    assert [p.num_columns for p in found if isinstance(p, VNMPattern)] == [7, 6, 5, 4]
+    usual = PruningSchedule(0, 1, 1, "structure_decay", ladder=("5/7", 2)).patterns(parse_pattern("64:2:8"))
+    assert [str(p) for p in usual] == ["64:5:8", "64:2:8"], "the usual number goes without saying"
+    own = PruningSchedule(0, 2, 1, "linear").prunings(parse_pattern("64:2:8/6"), 1)
+    assert [str(p.pattern) for p in own] == ["64:5:8", "64:2:8/6"]
+
+
 def test_a_ladder_of_sparsities():
     found = PruningSchedule(0, 2, 1, "structure_decay", ladder=(0.3, 0.6, 0.9))
     assert texts(found, "block4:0.9", 10) == [(0, "block4:0.3"), (10, "block4:0.6"), (20, "block4:0.9")]
@@ -284,6 +294,8 @@ def test_what_is_no_stage(pattern, reached, words):
         ({"shape": "structure_decay", "ladder": "5432"}, "ladder"),
         ({"shape": "structure_decay", "ladder": ("5",)}, "ladder"),
         ({"shape": "structure_decay", "ladder": (True, False)}, "ladder"),
+        ({"shape": "structure_decay", "ladder": ("3/", 2)}, "ladder"),
+        ({"shape": "structure_decay", "ladder": ("a/5", 2)}, "ladder"),
     ],
 )
 def test_refuses(changes, words):
@@ -303,6 +315,9 @@ def test_refuses(changes, words):
         ({"end_epoch": 14, "ladder": (5, 4, 3, 2)}, "block4:0.9", "sparsities"),
         ({"end_epoch": 10, "ladder": (5, 4, 3, 2)}, "2:8", "4 prunings.*are 3.*end_epoch = 14"),
         ({"end_epoch": 18}, "64:2:8", "4 prunings.*are 5.*end_epoch = 14"),
+        ({"end_epoch": 14, "ladder": (5, 4, "3/5", 2)}, "2:8", "no panels"),
+        ({"end_epoch": 14, "ladder": (5, 4, "3/9", 2)}, "64:2:8", "columns must be n to m = 3 to 8"),
+        ({"end_epoch": 14, "ladder": (5, 4, 3, "2/5")}, "64:2:8", "end at pattern 64:2:8"),
         ({"end_epoch": 14}, "unstructured:0.9", "no count n"),
         ({"shape": "cubic", "initial_sparsity": 0.8}, "2:8", "at most 0.75"),
         ({"shape": "linear", "initial_sparsity": 0.95}, "unstructured:0.9", "at most 0.9"),
