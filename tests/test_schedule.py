@@ -211,6 +211,8 @@ def test_the_last_pruning_is_at_the_end_whatever_the_frequency():
 
 def test_steps_are_rounded_halves_up():
     assert [step_of(epoch, 3) for epoch in (0, 0.1, 1 / 6, 0.5, 0.83, 1)] == [0, 0, 1, 2, 2, 3]
+    assert 1.005 * 100 < 100.5 and step_of(1.005, 100) == 101, "a half that rounding made less is a half"
+    assert 0.29 * 50 < 14.5 and texts(schedule(shape="linear", initial_sparsity=0.29), "2:50")[0] == (2, "35:50")
     found = PruningSchedule(0.25, 0.75, 0.25, "linear", 0.5).prunings(parse_pattern("unstructured:0.9"), 10)
     assert [p.step for p in found] == [3, 5, 8]
 
