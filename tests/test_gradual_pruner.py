@@ -204,6 +204,12 @@ def test_a_stage_after_parts_of_the_config() -> None:
     pruner.finalize()
 
 
+def test_a_rounding_away_from_the_pattern_is_the_pattern() -> None:
+    pruner = OBSPruner(net(), config("unstructured:0.9"))
+    assert gradual_step(pruner, "unstructured:0.8999999999999", batches(), loss_fn).stages == ("unstructured:0.9",)
+    pruner.finalize()
+
+
 def test_parts_of_each_stage() -> None:
     pruner = OBSPruner(net(), config("2:8", recomputations=2))
     assert gradual_step(pruner, "4:8", batches(), loss_fn).stages == ("6:8", "4:8")

@@ -599,6 +599,7 @@ def test_the_schema_is_that_of_the_records() -> None:
     assert set(parts["TrainingSettings"]["properties"]) == {f.name for f in dataclasses.fields(TrainingSettings)}
     assert set(parts["OBSConfig"]["properties"]) == {f.name for f in dataclasses.fields(OBSConfig)}
     assert all(part["additionalProperties"] is False for part in (*parts.values(), schema))
+    assert schema["properties"]["obs_kernels"] == {"const": 1}
     json.dumps(schema)
 
 
