@@ -204,6 +204,12 @@ def test_a_stage_after_parts_of_the_config() -> None:
     pruner.finalize()
 
 
+def test_a_rounding_away_from_the_pattern_is_the_pattern() -> None:
+    pruner = OBSPruner(net(), config("unstructured:0.9"))
+    assert gradual_step(pruner, "unstructured:0.8999999999999", batches(), loss_fn).stages == ("unstructured:0.9",)
+    pruner.finalize()
+
+
 def test_parts_of_each_stage() -> None:
     pruner = OBSPruner(net(), config("2:8", recomputations=2))
     assert gradual_step(pruner, "4:8", batches(), loss_fn).stages == ("6:8", "4:8")
@@ -374,26 +380,58 @@ def test_worked_ladder_of_one_group() -> None:
     assert model[0].weight[0, [2, 5]].tolist() == pytest.approx([6.090592, -3.958188], rel=1e-5)
 
 
-def test_worked_ladder_of_a_panel() -> None:
+@pytest.mark.parametrize(
+    ("ladder", "columns", "losses"),
+    [
+        (
+            ("4:5:8", "4:4:8", "4:3:8", "4:2:8"),
+            [[0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 4, 5, 6], [0, 2, 5, 6], [0, 2, 5, 6]],
+            [70.303813, 145.164885, 429.637826, 238.823287],
+        ),
+        (
+            ("4:5:8", "4:4:8", "4:3:8/5", "4:2:8"),
+            [[0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 4, 5, 6], None, [0, 4, 5, 6]],
+            [70.303813, 145.164885, 242.666139, 381.352268],
+        ),
+    ],
+    ids=["7, 6, 4, 4", "7, 6, 5, 4"],
+)
+def test_worked_ladder_of_a_panel(ladder: tuple[str, ...], columns: list[Any], losses: list[float]) -> None:
     """Weights that are zero and not pruned are live there (w[0, 2], w[2, 7], w[3, 5]), so the first mask is given."""
     weight, fisher = example_e(torch.float32)
     pruner = OBSPruner(linear(weight), config("4:2:8", damp=1.0))
     for layer in pruner.layers:
         layer.mask = torch.ones_like(layer.mask)
-    columns, losses = [], []
-    for stage in ("4:5:8", "4:4:8", "4:3:8", "4:2:8"):
-        losses.append(pruned_with(pruner, fisher, stage))
+    found = []
+    for stage, wanted in zip(ladder, columns, strict=True):
+        found.append(pruned_with(pruner, fisher, stage))
         mask = pruner.masks()["0.weight"]
-        columns.append(mask.any(0).nonzero().flatten().tolist())
+        assert wanted is None or mask.any(0).nonzero().flatten().tolist() == wanted
         if stage == "4:3:8":
             assert mask.sum(1).tolist() == [2, 3, 3, 3], "a row keeps what is alive in the panel's columns"
-    assert columns == [[0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 4, 5, 6], [0, 2, 5, 6], [0, 2, 5, 6]]
-    assert losses == pytest.approx([70.303813, 145.164885, 429.637826, 238.823287], rel=1e-5)
-    assert sum(losses) == pytest.approx(883.929812, rel=1e-5)
+        if stage == "4:3:8/5":
+            assert mask.sum(1).tolist() == [3, 3, 3, 3] and int(mask.any(0).sum()) == 5, "and none is short here"
+        assert pruner.verify() == 0 and pruner.report().pattern == stage
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert sum(found) == pytest.approx(883.929812 if "4:3:8" in ladder else 839.487105, rel=1e-5)
     assert (pruner.masks()["0.weight"].sum(1) == 2).all()
     change = (pruner.model[0].weight.detach() - weight).double()  # type: ignore[index]
     whole = 0.5 * torch.einsum("ri,rij,rj->", change, (fisher + torch.eye(8)).double(), change)
-    assert float(whole) == pytest.approx(sum(losses), rel=1e-5)
+    assert float(whole) == pytest.approx(sum(found), rel=1e-5)
+    fresh = OBSPruner(linear(weight), config("4:2:8", damp=1.0))
+    fresh.load_state_dict(pruner.state_dict())
+    assert [str(stage) for stage in fresh.stages] == list(ladder)
+
+
+@pytest.mark.parametrize("name", ["row", "row in order", "pairwise", "wide pairwise"])
+def test_columns_of_its_own_for_a_stage(name: str) -> None:
+    pruner = OBSPruner(net(), config("4:2:8", **CURVATURES[name]))
+    for stage, columns, kept in (("4:5:8", 7, 5), ("4:4:8", 6, 4), ("4:3:8/5", 5, 3), ("4:2:8", 4, 2)):
+        gradual_step(pruner, stage, batches(), loss_fn)
+        for mask in pruner.masks().values():
+            assert (mask.unflatten(1, (-1, 8)).sum(2) == kept).all(), "no row is short"
+            assert int(VNMPattern(v=4, n=2, m=8).panel_columns(mask).sum(2).max()) == columns
+    pruner.finalize()
 
 
 # what is refused, and errors on the way

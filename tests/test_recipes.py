@@ -85,8 +85,10 @@ OTHERS = [
     "8epochs_sparse_transfer_mnli",
     "8epochs_sparse_transfer_qqp",
 ]
-OURS = ["gradual_row_24", "gradual_row_28", "gradual_row_28v64", "gradual_row_28v128", "gradual_row_216"]
-OURS += ["gradual_row_216v64"]
+KINDS = ("gradual_row", "oneshot_row", "gradual_block", "gradual_pair", "gradual_magnitude")
+SHAPES = {"24": "2:4", "28": "2:8", "28v64": "64:2:8", "28v128": "128:2:8", "216": "2:16", "216v64": "64:2:16"}
+OURS = [f"{kind}_{shape}" for kind in KINDS for shape in SHAPES]
+LAST = ["gradual_8block75", "gradual_unstructured75", "gradual_unstructured90", "8epochs_dense_squad"]
 SCRIPTS = [
     "30epochs_gradual_pruning_squad_block8.sh",
     "30epochs_gradual_pruning_squad_block8_875.sh",
@@ -164,7 +166,7 @@ def cli(*arguments: object) -> Any:
 def test_the_list_is_whole() -> None:
     names = recipe_names()
     assert len(set(names)) == len(names)
-    assert {*VENOM, *ONESHOT, *THRESHOLDS, *OTHERS, *OURS} <= set(names)
+    assert {*VENOM, *ONESHOT, *THRESHOLDS, *OTHERS, *OURS, *LAST} <= set(names)
     assert not set(recipe_aliases()) & set(names)
     assert set(recipe_aliases().values()) <= set(names)
     for name in names:
@@ -280,10 +282,27 @@ def test_oneshot_in_parts() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_own_recipes(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.pruning is not None and recipe.pruning.curvature == "row" and recipe.pruning.sequential
+    kind, _, shape = name.rpartition("_")
+    pruning = recipe.pruning
+    assert pruning is not None and pruning.pattern == SHAPES[shape]
     found = prunings(recipe)
-    assert found[-1][1] == recipe.pruning.pattern and found[0][0] == 0
-    assert recipe.training.epochs >= 8 and recipe.training.precision == "bf16"
+    assert found[-1][1] == pruning.pattern and found[0][0] == 0 and (len(found) == 1) is kind.startswith("oneshot")
+    method, update = {
+        "gradual_pair": ("pairwise", "joint"),
+        "gradual_magnitude": ("magnitude", "none"),
+    }.get(kind, ("combinatorial", "joint"))
+    assert (pruning.method, pruning.update, pruning.sequential) == (method, update, kind.endswith("row"))
+    assert recipe.training == load_recipe("8epochs_dense_squad").training, "the same budget for all"
+    assert recipe.training.epochs == 8 and recipe.distillation is not None and recipe.distillation.teacher == "self"
+
+
+def test_own_thresholds_and_the_dense_model() -> None:
+    for name, first, last in ((LAST[0], 0.5, 0.75), (LAST[1], 0.5, 0.75), (LAST[2], 0.7, 0.9)):
+        recipe = load_recipe(name)
+        found = [parse_pattern(text).sparsity for _, text in prunings(recipe)]
+        assert len(found) == 4 and (found[0], found[-1]) == (first, last)
+        assert recipe.training == load_recipe(LAST[3]).training
+    assert load_recipe(LAST[3]).pruning is None and load_recipe(LAST[3]).schedule is None
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *(f"{name}.py" for name in MODIFIERS)])
@@ -426,6 +445,8 @@ def test_overrides() -> None:
         ({"end_epoch": "-1"}, "end_epoch"),
         ({"start_epoch": "2"}, "end before it starts"),
         ({"end_epoch": "9.5", "ladder": "[5, 2]", "update_frequency": "9.5"}, "training.epochs = 8, got 9.5"),
+        ({"epochs": "1.5"}, "training.epochs = 1.5, got 1.5.*no step is left"),
+        ({"epochs": "0"}, "training.epochs = 0, got 1.5"),
         ({"ladder": "[5, 4, 3]", "end_epoch": "1"}, "end at pattern 2:8"),
         ({"outputs": "[logits]"}, "start_logits"),
         ({"pruning": "null"}, "schedule needs a pruning section"),
@@ -497,7 +518,8 @@ def test_files_that_are_refused(changes: dict[str, Any], words: str, tmp_path: P
         ("", "must be a mapping"),
         ("5", "must be a mapping"),
         ("[" * 3000, "no YAML|nested too deeply"),
-        ("a: &a [*a]", "unknown key a"),
+        ("a: &a [*a]", "aliases are not part"),
+        ("a: &a {b: 1}\nc:\n  <<: *a", "aliases are not part"),
         ("#" * (1 << 20) + "\n", "at most"),
         ("\x00", "no YAML"),
     ],
@@ -577,6 +599,7 @@ def test_the_schema_is_that_of_the_records() -> None:
     assert set(parts["TrainingSettings"]["properties"]) == {f.name for f in dataclasses.fields(TrainingSettings)}
     assert set(parts["OBSConfig"]["properties"]) == {f.name for f in dataclasses.fields(OBSConfig)}
     assert all(part["additionalProperties"] is False for part in (*parts.values(), schema))
+    assert schema["properties"]["obs_kernels"] == {"const": 1}
     json.dumps(schema)
 
 

@@ -140,6 +140,16 @@ def test_columns_of_panels_follow_the_counts(pattern, columns):
     assert [(p.n, p.num_columns) for p in found if isinstance(p, VNMPattern)] == columns
 
 
+def test_a_ladder_with_columns_of_its_own():
+    found = PruningSchedule(0, 3, 1, "structure_decay", ladder=(5, 4, "3/5", 2)).patterns(parse_pattern("64:2:8"))
+    assert [str(p) for p in found] == ["64:5:8", "64:4:8", "64:3:8/5", "64:2:8"]
+    assert [p.num_columns for p in found if isinstance(p, VNMPattern)] == [7, 6, 5, 4]
+    usual = PruningSchedule(0, 1, 1, "structure_decay", ladder=("5/7", 2)).patterns(parse_pattern("64:2:8"))
+    assert [str(p) for p in usual] == ["64:5:8", "64:2:8"], "the usual number goes without saying"
+    own = PruningSchedule(0, 2, 1, "linear").prunings(parse_pattern("64:2:8/6"), 1)
+    assert [str(p.pattern) for p in own] == ["64:5:8", "64:2:8/6"]
+
+
 def test_a_ladder_of_sparsities():
     found = PruningSchedule(0, 2, 1, "structure_decay", ladder=(0.3, 0.6, 0.9))
     assert texts(found, "block4:0.9", 10) == [(0, "block4:0.3"), (10, "block4:0.6"), (20, "block4:0.9")]
@@ -201,6 +211,8 @@ def test_the_last_pruning_is_at_the_end_whatever_the_frequency():
 
 def test_steps_are_rounded_halves_up():
     assert [step_of(epoch, 3) for epoch in (0, 0.1, 1 / 6, 0.5, 0.83, 1)] == [0, 0, 1, 2, 2, 3]
+    assert 1.005 * 100 < 100.5 and step_of(1.005, 100) == 101, "a half that rounding made less is a half"
+    assert 0.29 * 50 < 14.5 and texts(schedule(shape="linear", initial_sparsity=0.29), "2:50")[0] == (2, "35:50")
     found = PruningSchedule(0.25, 0.75, 0.25, "linear", 0.5).prunings(parse_pattern("unstructured:0.9"), 10)
     assert [p.step for p in found] == [3, 5, 8]
 
@@ -284,6 +296,8 @@ def test_what_is_no_stage(pattern, reached, words):
         ({"shape": "structure_decay", "ladder": "5432"}, "ladder"),
         ({"shape": "structure_decay", "ladder": ("5",)}, "ladder"),
         ({"shape": "structure_decay", "ladder": (True, False)}, "ladder"),
+        ({"shape": "structure_decay", "ladder": ("3/", 2)}, "ladder"),
+        ({"shape": "structure_decay", "ladder": ("a/5", 2)}, "ladder"),
     ],
 )
 def test_refuses(changes, words):
@@ -303,6 +317,9 @@ def test_refuses(changes, words):
         ({"end_epoch": 14, "ladder": (5, 4, 3, 2)}, "block4:0.9", "sparsities"),
         ({"end_epoch": 10, "ladder": (5, 4, 3, 2)}, "2:8", "4 prunings.*are 3.*end_epoch = 14"),
         ({"end_epoch": 18}, "64:2:8", "4 prunings.*are 5.*end_epoch = 14"),
+        ({"end_epoch": 14, "ladder": (5, 4, "3/5", 2)}, "2:8", "no panels"),
+        ({"end_epoch": 14, "ladder": (5, 4, "3/9", 2)}, "64:2:8", "columns must be n to m = 3 to 8"),
+        ({"end_epoch": 14, "ladder": (5, 4, 3, "2/5")}, "64:2:8", "end at pattern 64:2:8"),
         ({"end_epoch": 14}, "unstructured:0.9", "no count n"),
         ({"shape": "cubic", "initial_sparsity": 0.8}, "2:8", "at most 0.75"),
         ({"shape": "linear", "initial_sparsity": 0.95}, "unstructured:0.9", "at most 0.9"),

@@ -8,13 +8,14 @@ looked up.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError
-from obs_kernels.patterns import NMPattern, Pattern, UnstructuredPattern
+from obs_kernels.patterns import NMPattern, Pattern, UnstructuredPattern, VNMPattern
 
 SHAPES = ("cubic", "linear", "inverse_cubic", "structure_decay", "constant")
 CURVES = {
@@ -40,7 +41,7 @@ def recomputation_stages(
         first = reached.n if isinstance(reached, NMPattern) else pattern.m
         parts = min(recomputations, first - pattern.n)
         counts = [first - int(i * (first - pattern.n) / parts + 0.5) for i in range(1, parts + 1)]
-        return tuple(replace(pattern, n=n) for n in counts)
+        return tuple(_with_count(pattern, n) for n in counts)
     thresholded = cast(UnstructuredPattern, pattern)
     start = 0.0 if reached is None else reached.sparsity
     way = thresholded.target - start
@@ -95,7 +96,9 @@ class PruningSchedule:
             pruning at all: the zeros that the model comes with are held.
         initial_sparsity: of the first pruning, 0 to 1.
         ladder: what each pruning of a structure decay keeps: n of n:m and v:n:m, for the other patterns the sparsity;
-            the last is the final pattern's. None takes ``structure_ladder``.
+            the last is the final pattern's. A text "3/5" is n and the columns of a panel where they are not the usual
+            ones (7, 6, 4, 4 for n = 5, 4, 3, 2; "3/5" in the middle leaves no row short). None takes
+            ``structure_ladder``.
 
     Raises:
         ConfigError: a schedule that ends before it starts, a frequency that is not positive, a value out of range.
@@ -108,7 +111,7 @@ class PruningSchedule:
     update_frequency: float = 1.0
     shape: str = "cubic"
     initial_sparsity: float = 0.0
-    ladder: tuple[int | float, ...] | None = None
+    ladder: tuple[int | float | str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Validate and normalise."""
@@ -258,18 +261,30 @@ def _at_sparsity(pattern: Pattern, sparsity: float) -> Pattern:
         return pattern
     if isinstance(pattern, NMPattern):
         pruned = math.floor(pattern.m * sparsity + 0.5 + EPSILON)
-        return replace(pattern, n=pattern.m - pruned) if pruned else UnstructuredPattern(0.0)
+        return _with_count(pattern, pattern.m - pruned) if pruned else UnstructuredPattern(0.0)
     return replace(cast(UnstructuredPattern, pattern), target=round(sparsity, 12))
 
 
-def _at_rung(pattern: Pattern, rung: int | float) -> Pattern:
+def _with_count(pattern: NMPattern, n: int) -> NMPattern:
+    """``pattern`` with n kept; of a panel in the usual columns, the final pattern in its own."""
+    if n == pattern.n:
+        return pattern
+    return replace(pattern, n=n, columns=None) if isinstance(pattern, VNMPattern) else replace(pattern, n=n)
+
+
+def _at_rung(pattern: Pattern, rung: int | float | str) -> Pattern:
+    if isinstance(rung, str):
+        n, columns = map(int, rung.split("/"))
+        if not isinstance(pattern, VNMPattern):
+            raise ConfigError(f"ladder gives columns to {rung!r}, but pattern {pattern} has no panels; give n alone")
+        return replace(pattern, n=n, columns=columns)
     if isinstance(pattern, NMPattern):
         if not isinstance(rung, int) or not 0 < rung < pattern.m:
             raise ConfigError(
                 f"ladder of pattern {pattern} must hold counts n, 1 to {pattern.m - 1}, got {rung!r}; for example "
                 f"{list(structure_ladder(pattern))}"
             )
-        return replace(pattern, n=rung)
+        return _with_count(pattern, rung)
     if not 0 < rung < 1:
         raise ConfigError(f"ladder of pattern {pattern} must hold sparsities between 0 and 1, got {rung!r}")
     return replace(cast(UnstructuredPattern, pattern), target=float(rung))
@@ -294,8 +309,14 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _ladder(value: Any) -> tuple[int | float, ...]:
+def _ladder(value: Any) -> tuple[int | float | str, ...]:
     rungs = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if not rungs or any(isinstance(rung, bool) or not isinstance(rung, (int, float)) for rung in rungs):
+    if not rungs or not all(_is_rung(rung) for rung in rungs):
         raise ConfigError(f"ladder must be a list of counts or sparsities, got {value!r}; for example [5, 4, 3, 2]")
     return rungs
+
+
+def _is_rung(rung: Any) -> bool:
+    if isinstance(rung, str):
+        return re.fullmatch(r"\d+/\d+", rung) is not None
+    return isinstance(rung, (int, float)) and not isinstance(rung, bool)

@@ -196,10 +196,11 @@ class Recipe:
             if self.pruning is None:
                 raise ConfigError("schedule needs a pruning section that says what to prune; add one or leave it out")
             schedule.patterns(self.pruning.parsed_pattern)
-            if schedule.end_epoch > training.epochs:
+            last = max(schedule.epochs(), default=0.0)
+            if last >= training.epochs > 0 or last > training.epochs:
                 raise ConfigError(
-                    f"schedule.end_epoch must be at most training.epochs = {training.epochs:g}, got "
-                    f"{schedule.end_epoch:g}; train longer, or prune earlier"
+                    f"schedule.end_epoch must be below training.epochs = {training.epochs:g}, got {last:g}: no step is "
+                    f"left after the last pruning; train longer, or prune earlier"
                 )
         if training.lr_schedule == "cyclic_linear" and self.cycle_epochs is None:
             raise ConfigError(

@@ -81,13 +81,17 @@ def _loader() -> Any:
     import yaml
 
     class RecipeLoader(yaml.SafeLoader):
-        """Safe, with the numbers of YAML 1.2, and without keys that stand twice."""
+        """Safe, with the numbers of YAML 1.2, without keys that stand twice and without aliases."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them make a value of any size
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, "aliases are not part of a recipe", mark)
+            return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set[Any]()
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-                if key.tag == "tag:yaml.org,2002:merge":
-                    continue
                 name = self.construct_object(key, deep=True)
                 if isinstance(name, (dict, list)) or name in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
