@@ -46,7 +46,7 @@ class TrainSettings:
     learning_rate: float = 1.5e-4
     final_factor: float = 0.01
     warmup_ratio: float = 0.02
-    weight_decay: float = 0.01
+    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     hardness: float = 1.0
     temperature: float = 2.0

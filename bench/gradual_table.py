@@ -21,7 +21,7 @@ def to_markdown(stored: dict[str, Any]) -> str:
         f"Every row: {header['epochs']:g} epochs, batch {header['batch_size']}, AdamW {header['learning_rate']:g} "
         f"falling linearly to {header['final_factor']:g} of it, teacher the dense model "
         f"(hardness {header['hardness']:g}, T = {header['temperature']:g}), {header['precision']}. Gradual rows "
-        f"prune over the first {header['prune_epochs']:g} epochs, one-shot rows before the first step; "
+        f"prune every {header['prune_every']:g} epochs from the first step on, one-shot rows before it; "
         f"{header['num_grads']} gradients, damping {header['dampening_frac']:g} of the mean diagonal, "
         f"D = {header['fisher_block_size']} for block curvature. F1 on {share} of the dev set; the dense "
         f"model as it came has {dense.get('f1', float('nan')):.2f}, which shares refer to. "

@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "squad_gradual.json"
 DENSE, ONESHOT, GRADUAL = "dense", "one-shot", "gradual"
 N_TO_M = ("2:4", "2:8", "64:2:8", "128:2:8", "2:16", "64:2:16")
 THRESHOLDS = ("block8:0.75", "unstructured:0.75", "unstructured:0.9")
-THRESHOLD_PRUNINGS = 5
+THRESHOLD_PRUNINGS = 4
 """Prunings of a gradual row to a pattern without counts."""
 
 
@@ -115,22 +115,24 @@ def config_of(row: Row, *, num_grads: int, dampening_frac: float, block_size: in
     )
 
 
-def schedule_of(row: Row, *, prune_epochs: float) -> PruningSchedule | None:
-    """One pruning before the first step, or the pattern's ladder (else a cubic rise) over ``prune_epochs`` epochs."""
+def schedule_of(row: Row, *, prune_every: float) -> PruningSchedule | None:
+    """One pruning before the first step, or from there on one every ``prune_every`` epochs: the pattern's ladder of
+    counts, else a cubic rise of the sparsity.
+    """
     if row.way == DENSE:
         return None
     if row.way == ONESHOT:
         return PruningSchedule(start_epoch=0.0, end_epoch=0.0)
     pattern = parse_pattern(row.pattern)
     if isinstance(pattern, NMPattern):
-        count = len(structure_ladder(pattern))
-        step = prune_epochs / (count - 1) if count > 1 else 1.0
-        end = prune_epochs if count > 1 else 0.0
-        return PruningSchedule(start_epoch=0.0, end_epoch=end, update_frequency=step, shape="structure_decay")
-    step = prune_epochs / (THRESHOLD_PRUNINGS - 1)
-    first = round(pattern.sparsity / 2, 4)
+        end = (len(structure_ladder(pattern)) - 1) * prune_every
+        return PruningSchedule(start_epoch=0.0, end_epoch=end, update_frequency=prune_every, shape="structure_decay")
     return PruningSchedule(
-        start_epoch=0.0, end_epoch=prune_epochs, update_frequency=step, shape="cubic", initial_sparsity=first
+        start_epoch=0.0,
+        end_epoch=(THRESHOLD_PRUNINGS - 1) * prune_every,
+        update_frequency=prune_every,
+        shape="cubic",
+        initial_sparsity=0.7 if pattern.sparsity > 0.8 else 0.5,
     )
 
 
@@ -163,7 +165,7 @@ class Bench:
             "num_grads": args.num_grads,
             "dampening_frac": args.dampening_frac,
             "fisher_block_size": args.fisher_block_size,
-            "prune_epochs": args.prune_epochs,
+            "prune_every": args.prune_every,
             "precision": "bf16" if self.autocast else "fp32",
             **asdict(self.settings),
         }
@@ -189,7 +191,7 @@ class Bench:
                 dampening_frac=args.dampening_frac,
                 block_size=args.fisher_block_size,
             ),
-            schedule=schedule_of(row, prune_epochs=args.prune_epochs),
+            schedule=schedule_of(row, prune_every=args.prune_every),
             seed=row.seed,
             graphs=self.graphs,
             autocast=self.autocast,
@@ -301,7 +303,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after that long; the same command goes on")
     parser.add_argument("--only", default="", help="run rows whose name holds this, such as gradual/64:2:8")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that are run several times")
-    parser.add_argument("--prune-epochs", type=float, default=2.0, help="a gradual row prunes from 0 to this epoch")
+    parser.add_argument("--prune-every", type=float, default=0.5, help="epochs between the prunings of a gradual row")
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--dampening-frac", type=float, default=0.01)
     parser.add_argument("--fisher-block-size", type=int, default=64, help="D of block curvature")

@@ -19,10 +19,12 @@ from bench import squad_gradual
 from bench.gradual_run import Trainee
 from bench.gradual_table import MUST, to_markdown
 from obs_kernels.errors import ConfigError
+from obs_kernels.recipes import load_recipe
 from obs_kernels.training.demo_corpus import make_corpus
 from obs_kernels.training.demo_model import demo_model_dir
 
 pytest.importorskip("transformers")
+pytest.importorskip("pydantic")
 
 
 def test_every_row_has_settings_and_a_schedule_that_ends_at_its_pattern() -> None:
@@ -32,16 +34,19 @@ def test_every_row_has_settings_and_a_schedule_that_ends_at_its_pattern() -> Non
     assert must == rows[: len(must)] and len(must) == 7
     for row in rows:
         config = squad_gradual.config_of(row, num_grads=8, dampening_frac=0.01, block_size=64)
-        schedule = squad_gradual.schedule_of(row, prune_epochs=2.0)
+        schedule = squad_gradual.schedule_of(row, prune_every=0.5)
         if row.way == squad_gradual.DENSE:
             assert config is None and schedule is None
             continue
         assert config is not None and schedule is not None and config.curvature == row.curvature
         prunings = schedule.prunings(config.parsed_pattern, 100)
-        assert prunings[-1].pattern == config.parsed_pattern and prunings[-1].step <= 200
+        assert prunings[-1].pattern == config.parsed_pattern and prunings[-1].step <= 250
         assert len(prunings) == (1 if row.way == squad_gradual.ONESHOT else len(prunings)) and prunings[0].step == 0
         assert len(prunings) > 1 or row.way == squad_gradual.ONESHOT
     patterns = {row.pattern for row in rows if row.way == squad_gradual.GRADUAL and row.curvature == "row"}
+    recipe = load_recipe("gradual_row_28v64")
+    row = squad_gradual.Row(squad_gradual.GRADUAL, "64:2:8", "row", "combinatorial")
+    assert squad_gradual.schedule_of(row, prune_every=0.5) == recipe.schedule and recipe.schedule is not None
     assert set(MUST) <= patterns
 
 
@@ -66,7 +71,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(work: Path, out: Path, *more: str) -> list[str]:
     sources = ["--model", str(work / "model"), "--data", str(work / "dev.json"), "--train", str(work / "train.json")]
     sources += ["--work", str(out / "work"), "--json", str(out / "r.json"), "--device", "cpu", "--commit", "0123456789"]
-    sizes = ["--max-length", "96", "--batch-size", "4", "--epochs", "2", "--prune-epochs", "1", "--num-grads", "8"]
+    sizes = ["--max-length", "96", "--batch-size", "4", "--epochs", "2", "--prune-every", "0.4", "--num-grads", "8"]
     return [*sources, *sizes, "--calibration-batch-size", "4", "--fisher-block-size", "16", "--hardness", "0.5", *more]
 
 

@@ -204,7 +204,7 @@ def test_upstream_pruning_and_sparse_transfer(command: Callable[..., list[object
     assert report["pruning"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
     up = weights_of(tmp_path / "up" / "dense")
     transfer = {"recipe": "8epochs_sparse_transfer_squad", "model": tmp_path / "up" / "dense", "teacher": work / "qa"}
-    report = run_json(*command(*SHORT, "end_epoch=2", "start_epoch=1", "update_frequency=1", **transfer))
+    report = run_json(*command(*SHORT, "end_epoch=1.5", "start_epoch=0.5", "update_frequency=1", **transfer))
     assert list(report["accuracy"]) == ["before", "teacher", "pruned"]
     down = weights_of(tmp_path / "out" / "dense")
     pruned = [name for name in up if "encoder" in name and name.endswith("dense.weight")]
