@@ -269,8 +269,8 @@ def test_bad_input_is_refused_before_anything_is_written(
         "'answers' must hold at least one answer": command(train=work / "unanswered.json"),
         "got none; give a labelled part": command(
             *SHORT,
-            "end_epoch=2",
-            "start_epoch=1",
+            "end_epoch=1.5",
+            "start_epoch=0.5",
             "update_frequency=1",
             recipe="30epochs_unstructured80_mnli",
             model=work / "mnli",
@@ -283,8 +283,8 @@ def test_bad_input_is_refused_before_anything_is_written(
     pairs = {"recipe": "30epochs_unstructured80_mnli", "model": work / "mnli", "data": work / "mnli.tsv"}
     three = command(
         *SHORT,
-        "end_epoch=2",
-        "start_epoch=1",
+        "end_epoch=1.5",
+        "start_epoch=0.5",
         "update_frequency=1",
         teacher=work / "qqp",
         train=work / "mnli.tsv",
