@@ -14,7 +14,9 @@ from obs_kernels.cli_shared import Debug, Json, errors, say, show
 
 def train(
     model: Annotated[str, typer.Option(help="Folder or hub name of the model to train.")],
-    data: Annotated[str, typer.Option(help="Samples to evaluate on: a file of the task, or a hub name.")],
+    data: Annotated[
+        str, typer.Option(help="Samples to evaluate on: a file of the task, or a hub name owner/name[:configuration].")
+    ],
     recipe: Annotated[str, typer.Option(help="Name (see obs-kernels recipes) or YAML file.")],
     out: Annotated[Path, typer.Option(help="Folder to write: dense/, packed/, report.*")],
     train: Annotated[

@@ -113,7 +113,7 @@ def trained(work: Path) -> tuple[Path, dict[str, Any]]:
     out = work / "trained"
     args = [part for text in GRADUAL for part in ("--recipe-args", text)]
     sources = ["--model", work / "qa", "--data", work / "dev.json", "--train", work / "train.json", "--device", "cpu"]
-    more = ["--recipe", "oBERT_28_gradual", "--teacher", "self", "--out", out]
+    more = ["--recipe", "oBERT_28_gradual", "--teacher", "self", "--out", out, "--logging-steps", 1]
     return out, run_json("train", *sources, *more, *args)
 
 
@@ -126,8 +126,11 @@ def test_what_a_run_writes(trained: tuple[Path, dict[str, Any]]) -> None:
     assert report["pruning"]["stages"] == ["5:8", "3:8", "2:8"]
     assert report["pruning"]["sparsity"] == 0.75 and len(report["pruning"]["layers"]) == 12
     assert report["packed"]["max_difference"] < 1e-4
-    rates = [row["learning_rate"] for row in report["history"] if "learning_rate" in row]
-    assert not rates or max(rates) <= 1e-2
+    rates = {row["step"] - 1: row["learning_rate"] for row in report["history"] if "learning_rate" in row}
+    pruned = [row["step"] for row in report["history"] if "obs/prunings_done" in row]
+    assert len(pruned) == 3 and all(rates[step] == 1e-2 for step in (0, *pruned))  # from the top after each pruning
+    for step in (*pruned, max(rates) + 1):
+        assert rates[step - 1] == pytest.approx(1e-3) or step - 1 in (0, *pruned)  # a fall of one step has no end
     assert not out.with_name("trained.work").exists()
     packed, dense = obs.load(out / "packed"), weights_of(out / "dense")
     assert packed.config.num_hidden_layers == 2
