@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import shutil
 import sys
@@ -213,9 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         if row.key in stored["rows"]:
             continue
-        if time.monotonic() > deadline:
+        longest = max((r["seconds_train"] for r in stored["rows"].values()), default=0.0) if args.whole else 0.0
+        if time.monotonic() + longest > deadline:
             break
-        _run(bench, row, stored, tree, deadline)
+        _run(bench, row, stored, tree, float("inf") if args.whole else deadline)
+        gc.collect()  # graphs of the row before hold memory
         save(args.json, stored, to_markdown)
     save(args.json, stored, to_markdown)
     left = sum(row.key not in stored["rows"] for row in rows)
@@ -258,7 +261,7 @@ def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], d
         asdict(row)
         | found
         | {
-            "f1_share": 100.0 * found["f1"] / stored["dense"]["f1"],
+            "f1_share": 100.0 * found["f1"] / (stored["dense"]["f1"] or float("nan")),
             "sparsity": 0.0 if report is None else report.sparsity,
             "violations": 0 if trainee.gradual is None else trainee.gradual.pruner.verify(),
             "stages": [] if report is None else list(report.stages),
@@ -299,8 +302,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or hub name of a dense question answering model")
     parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
     parser.add_argument("--train", required=True, help="questions to train on, SQuAD v1.1")
-    parser.add_argument("--work", type=Path, default=Path("squad_gradual.work"), help="folder for checkpoints")
+    parser.add_argument("--work", type=Path, default=Path("build/squad_gradual"), help="folder for checkpoints")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after that long; the same command goes on")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="end every row that is begun; begin none that takes longer than the minutes left, by the longest so far",
+    )
     parser.add_argument("--only", default="", help="run rows whose name holds this, such as gradual/64:2:8")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that are run several times")
     parser.add_argument("--prune-every", type=float, default=0.5, help="epochs between the prunings of a gradual row")

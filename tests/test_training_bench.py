@@ -116,7 +116,8 @@ def test_a_run_in_pieces_gives_the_same_figures(
 
 
 def test_the_dense_row_and_the_table(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    squad_gradual.main(arguments(work, tmp_path, "--only", "dense/"))
+    dense = arguments(work, tmp_path, "--only", "dense/")
+    squad_gradual.main([*dense, "--minutes", "1", "--whole"])
     stored = json.loads((tmp_path / "r.json").read_text())
     (row,) = stored["rows"].values()
     assert row["sparsity"] == 0 and len(row["f1_by_epoch"]) == len(row["loss_by_epoch"]) == 2
