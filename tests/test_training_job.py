@@ -249,6 +249,25 @@ def test_no_epochs_prune_in_one_shot(command: Callable[..., list[object]]) -> No
     assert report["checks"] == {"violations": 0, "violations_in_file": 0}
 
 
+def test_gradients_of_pruned_weights_leave_the_clipped_norm(work: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    from obs_kernels.training.train_job import run_train_job
+
+    found = []
+
+    class Probe(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            weight = kwargs["model"].bert.encoder.layer[0].output.dense.weight
+            dead = weight == 0
+            found.append((int(dead.sum()), bool(weight.grad[dead].any()), bool(weight.grad[~dead].any())))
+
+    overrides = dict(text.split("=") for text in [*GRADUAL, "gradient_accumulation=2"])
+    sources = {"model": work / "qa", "data": work / "dev.json", "train": work / "train.json", "out": tmp_path / "out"}
+    run_train_job(**sources, recipe=load_recipe("oBERT_28_gradual", overrides), teacher="self", callbacks=[Probe()])
+    assert found[-1][0] > 0 and all(not dead and live for _, dead, live in found)
+
+
 def refused(*arguments: object) -> str:
     done = run(*arguments)
     assert done.exit_code == 1, (done.exit_code, done.stderr, done.stdout)

@@ -13,7 +13,9 @@
 
 The Fisher comes from batches and a loss of its own, in eval mode, at the moment of the pruning: accumulation, clipping,
 scaling and dropout of the training do not reach it, and it leaves gradients, modes and random generators alone. Under
-torch.distributed every process has the same batches for it and takes its share; see ``pruning.distributed``.
+torch.distributed every process has the same batches for it and takes its share; see ``pruning.distributed``. Where
+gradients are clipped, ``gradual.masks.mask_gradients()`` before it keeps those of pruned weights out of the norm. A
+checkpoint of the loop holds ``gradual.state_dict()``; ``pruning.state_files`` writes it without pickle.
 """
 
 from __future__ import annotations

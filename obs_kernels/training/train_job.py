@@ -275,6 +275,7 @@ def _train(run: _Run, settings: dict[str, Any], callbacks: Sequence[Any], *, res
     pruning = OBSPruningCallback(*parts, steps_per_epoch=trainer.steps_per_epoch) if parts else None
     if pruning is not None:
         pruning.attach(trainer)
+        trainer.pruning = pruning
     for extra in (*callbacks, SayLogs(run.say), WholeCheckpoints()):
         trainer.add_callback(extra)
     checkpoint = last_whole_checkpoint(run.work) if resume else None

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from obs_kernels.files import write_text
 from obs_kernels.recipes import Recipe
+from obs_kernels.training.callback import OBSPruningCallback
 from obs_kernels.training.distillation import Distiller
 from obs_kernels.training.learning_rates import learning_rate_schedule
 from obs_kernels.training.length_batches import EpochRows, RowNumbers
@@ -33,6 +34,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *, data: TaskData, recipe: Recipe, distiller: Distiller | None, **settings: Any) -> None:
         self.data, self.recipe, self.distiller = data, recipe, distiller
+        self.pruning: OBSPruningCallback | None = None
+        """Whose masks gradients get before they are clipped."""
         super().__init__(train_dataset=RowNumbers(len(data.lengths)), **settings)
         self.loss_is_scaled_for_ga = False  # means of batches: the Trainer divides by the batches of a step
         self.model_accepts_loss_kwargs = False
@@ -88,6 +91,13 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 loss = self.distiller.loss(loss, outputs, model_inputs(self.distiller.teacher, inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Also keeps gradients of pruned weights out of the norm that is clipped."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.pruning is not None and self.pruning.gradual is not None:
+            self.pruning.gradual.masks.mask_gradients()
+        return loss
 
     def _collate(self, numbers: list[int]) -> Batch:
         count = len(self.data.lengths)
