@@ -82,13 +82,14 @@ def run(folder: Path, curvature: str = "block", **changes: Any) -> tuple[nn.Modu
     return model, found, trainer
 
 
-@pytest.fixture(scope="module", params=["block", "row"])
+@pytest.fixture(scope="module")
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp(f"whole-{request.param}")
     model, found, trainer = run(folder, request.param)
     return {"curvature": request.param, "model": model, "callback": found, "trainer": trainer, "folder": folder}
 
 
+@pytest.mark.parametrize("whole", ["block", "row"], indirect=True)
 def test_prunes_on_schedule_and_logs(whole: dict[str, Any]) -> None:
     pruner = whole["callback"].gradual.pruner
     assert str(pruner.reached) == "2:8" and pruner.verify() == 0
@@ -108,19 +109,24 @@ def test_prunes_on_schedule_and_logs(whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "step", "last"),
+    ("whole", "event", "step", "last"),
     [
-        ("on_step_begin", 2, 2),
-        ("on_pre_optimizer_step", 3, 3),  # pruned, and nothing saved since: pruned again, from the same weights
-        ("on_save", 7, 6),  # the checkpoint of step 7 is there, its masks are not
-        ("on_step_end", 10, 9),
+        ("block", "on_step_begin", 2, 2),
+        (
+            "block",
+            "on_pre_optimizer_step",
+            3,
+            3,
+        ),  # pruned, and nothing saved since: pruned again, from the same weights
+        ("block", "on_save", 7, 6),  # the checkpoint of step 7 is there, its masks are not
+        ("block", "on_step_end", 10, 9),
+        ("row", "on_step_end", 10, 9),
     ],
+    indirect=["whole"],
 )
 def test_a_killed_run_resumes_bit_for_bit(
     whole: dict[str, Any], tmp_path: Path, event: str, step: int, last: int
 ) -> None:
-    if whole["curvature"] == "row" and event != "on_step_end":
-        pytest.skip("one moment is enough for the slower curvature")
     found = callback(whole["curvature"])
     kill = Kill(event, step)
     callbacks = [kill, found] if event == "on_save" else [found, kill]
@@ -141,9 +147,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert [s for s in PRUNED_BEFORE if s > last] == before  # no extra pruning
 
 
+@pytest.mark.parametrize("whole", ["block"], indirect=True)
 def test_resuming_with_another_recipe_names_the_keys(whole: dict[str, Any], tmp_path: Path) -> None:
-    if whole["curvature"] != "block":
-        pytest.skip("once is enough")
     other = PruningSchedule(start_epoch=0.5, end_epoch=1.5, update_frequency=0.5, shape="linear", initial_sparsity=0.25)
     checkpoint = str(whole["folder"] / "checkpoint-4")
     for changed, keys in (
@@ -159,6 +164,7 @@ def test_resuming_with_another_recipe_names_the_keys(whole: dict[str, Any], tmp_
             trainer_of(model, tmp_path, [changed]).train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("whole", ["block", "row"], indirect=True)
 def test_the_trainer_may_rebuild_the_callback(whole: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = str(whole["folder"] / "checkpoint-7")
     stored = json.loads((whole["folder"] / "checkpoint-7" / "trainer_state.json").read_text())
@@ -171,6 +177,7 @@ def test_the_trainer_may_rebuild_the_callback(whole: dict[str, Any], tmp_path: P
         OBSPruningCallback(restored="of nobody")
 
 
+@pytest.mark.parametrize("whole", ["block"], indirect=True)
 def test_a_checkpoint_without_state_or_a_damaged_one_is_refused(whole: dict[str, Any], tmp_path: Path) -> None:
     import shutil
 
