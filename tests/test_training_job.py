@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,12 @@ from typer.testing import CliRunner, Result
 
 import obs_kernels as obs
 from obs_kernels.cli import app
-from obs_kernels.errors import ConfigError, DataFormatError
+from obs_kernels.errors import ConfigError, DataFormatError, MissingDependencyError
 from obs_kernels.recipes import TrainingSettings, load_recipe
 from obs_kernels.training.demo_corpus import make_corpus
 from obs_kernels.training.demo_model import demo_model_dir
 from obs_kernels.training.layer_drop import drop_layers_
+from obs_kernels.training.masked_text import read_lines
 from obs_kernels.training.tasks import load_task
 from obs_kernels.training.text_pairs import load_pairs
 from tests.tiny_training import tiny_model
@@ -342,6 +344,35 @@ def test_files_of_pairs(tmp_path: Path, work: Path) -> None:
             load_pairs(whole, "mnli")
     with pytest.raises(DataFormatError, match="does not exist"):
         load_pairs(tmp_path / "no.tsv", "qqp")
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*names: str, split: str) -> Any:
+        asked.append((*names, split))
+        if split == "test":
+            raise ValueError("Unknown split test")
+        if names[0] == "owner/text":
+            return {"text": ["one", " ", "two"]}
+        return [{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "c", "hypothesis": "d", "label": 0}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert [pair.label for pair in load_pairs("owner/glue:mnli", "mnli")] == [1, 0]
+    assert load_pairs("owner/glue:mnli", "mnli", split="train")[1].second == "d"
+    assert read_lines("owner/text", split="train") == ["one", "two"]
+    assert asked == [
+        ("owner/glue", "mnli", "validation_matched"),
+        ("owner/glue", "mnli", "train"),
+        ("owner/text", "train"),
+    ]
+    for read in (lambda: load_pairs("owner/glue", "qqp", split="test"), lambda: read_lines("owner/text", split="test")):
+        with pytest.raises(DataFormatError, match=r"split='test' \(Unknown split test\); check the name"):
+            read()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for read in (lambda: load_pairs("owner/glue", "qqp"), lambda: read_lines("owner/text", split="train")):
+        with pytest.raises(MissingDependencyError, match="is a hub name and needs the datasets library"):
+            read()
 
 
 def test_masked_text_depends_on_epoch_and_samples_alone(work: Path) -> None:
