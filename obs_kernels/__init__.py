@@ -7,7 +7,16 @@ Importing the package needs neither a GPU nor compiled code, and never initialis
 
 from obs_kernels import errors, ops
 from obs_kernels.patterns import parse_pattern
-from obs_kernels.pruning import OBSConfig, OBSPruner, PruningPlan, PruningReport, output_probe, sparsify_
+from obs_kernels.pruning import (
+    OBSConfig,
+    OBSPruner,
+    PruningPlan,
+    PruningReport,
+    PruningSchedule,
+    gradual_step,
+    output_probe,
+    sparsify_,
+)
 from obs_kernels.sparse import SparseLinear, SparseWeight, compress_, decompress_, load, save_pretrained
 
 __version__ = "0.1.0"
@@ -17,11 +26,13 @@ __all__ = [
     "OBSPruner",
     "PruningPlan",
     "PruningReport",
+    "PruningSchedule",
     "SparseLinear",
     "SparseWeight",
     "compress_",
     "decompress_",
     "errors",
+    "gradual_step",
     "load",
     "ops",
     "output_probe",

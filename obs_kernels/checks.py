@@ -248,9 +248,10 @@ def check_pack(weight: Tensor, mask: Tensor, pattern: str | Pattern) -> NMPatter
     parsed = parse_pattern(pattern)
     if not isinstance(parsed, NMPattern):
         raise ConfigError(f"pattern {parsed} has no packed format; pack n:m or v:2:m, keep {parsed} dense with zeros")
-    if isinstance(parsed, VNMPattern) and (parsed.n != 2 or parsed.m < 4):
+    if isinstance(parsed, VNMPattern) and (parsed.n != 2 or parsed.num_columns != 4):
         raise ConfigError(
-            f"pattern {parsed} has no packed format: panels are packed for n = 2 and m >= 4; got n = {parsed.n}"
+            f"pattern {parsed} has no packed format: panels are packed for n = 2 of 4 columns, m >= 4; got n = "
+            f"{parsed.n} of {parsed.num_columns}"
         )
     if mask is None:
         raise ConfigError("mask must be a bool tensor of the weight's shape, got None; use weight != 0")

@@ -23,10 +23,8 @@ try:
 except ImportError:
     sys.exit("obs-kernels needs typer and rich, which are not installed. Fix: pip install 'obs_kernels[cli]'")
 
-from obs_kernels.cli_common import Debug, Json, Overwrite
-from obs_kernels.cli_common import errors as _errors
-from obs_kernels.cli_common import say as _say
-from obs_kernels.cli_common import show as _show
+from obs_kernels import cli_recipes, cli_train
+from obs_kernels.cli_common import Debug, Json, Overwrite, errors, say, show
 from obs_kernels.cli_files import compress, convert
 from obs_kernels.cli_speed import speed
 
@@ -42,6 +40,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cli_recipes.app, name="recipes")
+for _command in (cli_train.train, compress, convert, speed):
+    app.command()(_command)
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a question answering model.")]
 Data = Annotated[str, typer.Option(help="Questions to evaluate on: SQuAD v1.1 .json[.gz], or a hub name.")]
@@ -155,12 +157,12 @@ def prune(
     for name, value in (("--data", data), ("--out", out)):
         if value is None and not dry_run:
             raise typer.BadParameter("is needed, unless with --dry-run", param_hint=name)
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.training.prune_job import run_plan_job, run_prune_job
 
         settings = _config(config, options)
         if dry_run or data is None or out is None:
-            _show(run_plan_job(model=model, config=settings, device=device), as_json)
+            show(run_plan_job(model=model, config=settings, device=device), as_json)
             return
         report = run_prune_job(
             model=model,
@@ -175,9 +177,9 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             on_plan=None if as_json else _show_memory,
-            say=_say,
+            say=say,
         )
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command(name="eval")
@@ -193,7 +195,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Exact match and F1 of a dense or packed model, by the official SQuAD v1.1 metric."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.training.prune_job import run_eval_job
 
         report = run_eval_job(
@@ -204,9 +206,9 @@ def evaluate(
             max_eval=max_eval,
             batch_size=batch_size,
             seed=seed,
-            say=_say,
+            say=say,
         )
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command()
@@ -232,18 +234,18 @@ def plan(
     """Layers, memory, and what prune would leave out and why. Needs no data and computes nothing."""
     options = dict(locals())
     _need_pattern(pattern, config)
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.training.prune_job import run_plan_job
 
-        _show(run_plan_job(model=model, config=_config(config, options), device=device), as_json)
+        show(run_plan_job(model=model, config=_config(config, options), device=device), as_json)
 
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Versions, GPUs, backends with reasons, and a run of each op against brute force. Exit code 1 if one fails."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         found = _examine()
-        _show(found, as_json)
+        show(found, as_json)
         if not found["ok"]:
             raise typer.Exit(1)
 
@@ -262,10 +264,11 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Prune a small model to several patterns by each method, compare, pack, reload. No network, no files needed."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.report.tables import CellRows, console
         from obs_kernels.training.demo import run_demo
-        from obs_kernels.training.prune_job import demo_report, write_reports
+        from obs_kernels.training.model_folder import write_reports
+        from obs_kernels.training.prune_job import demo_report
 
         rows = CellRows(console(sys.stderr if as_json else sys.stdout))
         with _folder(out, overwrite=overwrite) as folder:
@@ -282,7 +285,7 @@ def demo(
             report = demo_report(report, device)
             if folder is not None:
                 write_reports(folder, report)
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command()
@@ -295,13 +298,13 @@ def report(
     debug: Debug = False,
 ) -> None:
     """One page of pruning, accuracy and speed of a model, or of bench results. Other JSON files are named, left out."""
-    with _errors(as_json, debug):
+    with errors(as_json, debug):
         from obs_kernels.run_report import gather, write
 
         found = gather(files)
         if out is not None:
             found["written"] = [str(path) for path in write(out, found)]
-        _show(found, as_json)
+        show(found, as_json)
 
 
 @contextmanager
@@ -311,7 +314,7 @@ def _folder(out: Path | None, *, overwrite: bool) -> Iterator[Path | None]:
         yield None
         return
     from obs_kernels.files import whole_folder
-    from obs_kernels.training.prune_job import check_out
+    from obs_kernels.training.model_folder import check_out
 
     with whole_folder(check_out(out, overwrite=overwrite)) as folder:
         yield folder
@@ -357,7 +360,7 @@ def _show_memory(found: PruningPlan) -> None:
     from obs_kernels.report.tables import memory_lines
 
     for line in memory_lines(found.to_dict()):
-        _say(line)
+        say(line)
 
 
 def _need_pattern(pattern: str | None, config: Path | None) -> None:
@@ -391,5 +394,5 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     return replace(config, sequential=True) if by_layer else config
 
 
-for _command in (compress, convert, speed):
-    app.command()(_command)
+if __name__ == "__main__":
+    main()

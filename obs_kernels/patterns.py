@@ -136,25 +136,40 @@ class NMPattern(Pattern):
 class VNMPattern(NMPattern):
     """``v`` consecutive rows share ``num_columns`` kept columns of each ``m``.
 
-    Each row keeps at most ``n`` of those.
+    Each row keeps at most ``n`` of those. ``columns`` says how many if it is not the usual number, n to m; written
+    after a slash, as in ``"64:3:8/5"``.
     """
 
     v: int = 64
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.v, int) or self.v < 1:
             raise ConfigError(f"pattern {self}: v must be a positive integer, got {self.v}; use for example 64:2:8")
+        if self.columns is None:
+            return
+        if isinstance(self.columns, bool) or not isinstance(self.columns, int) or not self.n <= self.columns <= self.m:
+            raise ConfigError(
+                f"pattern {self}: columns must be n to m = {self.n} to {self.m}, got {self.columns!r}; leave them out "
+                f"for {self._usual_columns}"
+            )
+        if self.columns == self._usual_columns:
+            object.__setattr__(self, "columns", None)  # one pattern, one text
 
     def __str__(self) -> str:
-        return f"{self.v}:{self.n}:{self.m}"
+        return f"{self.v}:{self.n}:{self.m}" + ("" if self.columns is None else f"/{self.columns}")
 
     @property
     def num_columns(self) -> int:
         """Columns that a panel keeps.
 
-        4 up to n = 3, else n + 2 (math: structure decay of the middle stages), at most m.
+        4 up to n = 3, else n + 2 (math: structure decay of the middle stages), at most m; or ``columns``.
         """
+        return self._usual_columns if self.columns is None else self.columns
+
+    @property
+    def _usual_columns(self) -> int:
         return min(self.m, 4 if self.n <= 3 else self.n + 2)
 
     def multiples(self) -> tuple[int, int]:
@@ -263,7 +278,7 @@ class BlockPattern(UnstructuredPattern):
 def parse_pattern(text: str | Pattern) -> Any:
     """Read a pattern from its text, for example ``"2:4"``, ``"64:2:8"``, ``"unstructured:0.9"``, ``"block4:0.8"``.
 
-    A ``Pattern`` is returned as it is.
+    ``"64:3:8/5"`` is a panel of five kept columns instead of the usual four. A ``Pattern`` is returned as it is.
 
     Raises:
         ConfigError: the text is none of these, or its numbers make no pattern.
@@ -275,8 +290,9 @@ def parse_pattern(text: str | Pattern) -> Any:
     parts = text.strip().lower().split(":")
     if re.fullmatch(r"\d+:\d+", ":".join(parts)):
         return NMPattern(int(parts[0]), int(parts[1]))
-    if re.fullmatch(r"\d+:\d+:\d+", ":".join(parts)):
-        return VNMPattern(v=int(parts[0]), n=int(parts[1]), m=int(parts[2]))
+    if panels := re.fullmatch(r"(\d+):(\d+):(\d+)(?:/(\d+))?", ":".join(parts)):
+        v, n, m, columns = (None if group is None else int(group) for group in panels.groups())
+        return VNMPattern(v=v or 0, n=n or 0, m=m or 0, columns=columns)
     kind = re.fullmatch(r"unstructured|block(\d+)", parts[0])
     if kind and len(parts) == 2:
         try:

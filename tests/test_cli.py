@@ -20,7 +20,7 @@ from obs_kernels.cli import app
 from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning import OBSConfig, OBSPruner
-from obs_kernels.training import prune_job
+from obs_kernels.training import model_folder, prune_job
 from obs_kernels.training.demo_corpus import make_corpus
 from obs_kernels.training.demo_model import demo_model_dir
 from obs_kernels.training.job_questions import load_questions
@@ -342,7 +342,7 @@ def test_an_interrupt_leaves_nothing(where: str, command: Any, tmp_path: Path, m
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prune_job, where, interrupted)
+    monkeypatch.setattr(prune_job if where == "run_stages" else model_folder, where, interrupted)
     done = run(*command())
     assert done.exit_code == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -352,14 +352,14 @@ def test_a_full_disk_leaves_nothing(command: Callable[..., list[object]], tmp_pa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prune_job, "write_text", full)
+    monkeypatch.setattr(model_folder, "write_text", full)
     done = run(*command())
     assert done.exit_code == 1 and "No space left" in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_resume_goes_on_without_new_gradients(command: Any, tmp_path: Path, monkeypatch: Any, pruned: Any):
     with monkeypatch.context() as patch:
-        patch.setattr(prune_job, "_write_models", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prune_job, "write_models", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*command(), "--resume").exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     done = run(*command(batch_size=4), "--resume")

@@ -137,6 +137,27 @@ def test_columns_of_a_panel(n, m, columns):
 # shapes
 
 
+@pytest.mark.parametrize(("text", "columns"), [("64:3:8/5", 5), ("64:2:8/8", 8), ("32:4:16/4", 4)])
+def test_columns_that_are_not_the_usual(text, columns):
+    found = obs.parse_pattern(text)
+    assert str(found) == text and found.num_columns == columns and obs.parse_pattern(str(found)) == found
+    assert found != obs.parse_pattern(text.split("/")[0])
+    with pytest.raises(ConfigError, match="no packed format"):
+        obs.ops.pack(torch.zeros(64, 16), torch.zeros(64, 16, dtype=torch.bool), text)
+
+
+def test_the_usual_columns_go_without_saying():
+    assert (
+        obs.parse_pattern("64:3:8/4") == obs.parse_pattern("64:3:8") and str(obs.parse_pattern("64:5:8/7")) == "64:5:8"
+    )
+    for text in ("64:3:8/2", "64:3:8/9", "64:2:8/0"):
+        with pytest.raises(ConfigError, match="columns must be n to m"):
+            obs.parse_pattern(text)
+    for text in ("3:8/5", "64:3:8/", "64:3:8/5/5", "64:3:8:5"):
+        with pytest.raises(ConfigError, match="pattern must be one of"):
+            obs.parse_pattern(text)
+
+
 @pytest.mark.parametrize(
     ("text", "shape", "words"),
     [

@@ -51,6 +51,7 @@ def test_first_use_runs(tmp_path: Path) -> None:
 
 def test_commands_exist() -> None:
     known = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    known |= {group.name for group in cli.app.registered_groups}
     for name in re.findall(r"obs-kernels (\w+)", TEXT):
         assert name in known, name
     makefile = (ROOT / "Makefile").read_text()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, NonFiniteError, ShapeNotSupportedError
 from obs_kernels.patterns import Pattern
@@ -37,9 +37,7 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
         if not hits or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
         shape = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
-        shared = (
-            [other for other in owners[weight.data_ptr(), weight.numel()] if other != name] if weight.numel() else []
-        )
+        shared = [other for other in owners[_place_of(weight)] if other != name] if weight.numel() else []
         if any(_matches(t, name, module) for t in cfg.ignore):
             skipped.append(SkippedLayer(name, shape, "ignored"))
         elif isinstance(module, nn.Embedding) or shared:
@@ -84,7 +82,7 @@ def _make_layer(
         size = cfg.block_size
         rows, cols = pattern.padded_shape(shape)
         padded = (rows, -(-cols // size) * size if pattern.fixed_count and not whole_rows else cols)
-    if not bool(torch.isfinite(values).all()):
+    if not weight.is_meta and not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             f"{name}.weight must be finite, got {int((~torch.isfinite(values)).sum())} NaN or Inf; repair the model"
         )
@@ -121,11 +119,16 @@ def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: 
     return size
 
 
+def _place_of(weight: Tensor) -> tuple[int, int]:
+    """Where the values of a weight are; of one without values, on the meta device, which tensor it is."""
+    return id(weight) if weight.is_meta else weight.data_ptr(), weight.numel()
+
+
 def _weight_owners(modules: dict[str, nn.Module]) -> dict[tuple[int, int], list[str]]:
     owners: dict[tuple[int, int], list[str]] = {}
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault((parameter.data_ptr(), parameter.numel()), []).append(name)
+            owners.setdefault(_place_of(parameter), []).append(name)
     return owners
 
 

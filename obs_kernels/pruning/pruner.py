@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
+from obs_kernels.patterns import Pattern, parse_pattern
 from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.find_layers import find_layers
 from obs_kernels.pruning.gradient_buffer import GradientBuffer
+from obs_kernels.pruning.held import held_layer, require_at
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
 from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
 from obs_kernels.pruning.row_layer import RowLayer
-from obs_kernels.pruning.schedule import recomputation_stages
+from obs_kernels.pruning.schedule import EPSILON, check_reachable, recomputation_stages
 from obs_kernels.pruning.state import check_state
 from obs_kernels.pruning.step import StagedLayer, stage_step
 
@@ -51,6 +53,7 @@ class OBSPruner:
         self.config = config
         self.layers, self.skipped = find_layers(model, config)
         self.stages = recomputation_stages(config.parsed_pattern, config.recomputations)
+        """Patterns on the way, the last one that of the config; ``prune(pattern)`` puts another in."""
         self.stage = 0
         """Stages done; ``prune`` runs the next one."""
         self._budget = memory_budget
@@ -95,8 +98,8 @@ class OBSPruner:
         if self.config.sequential and (layers is None or self.config.curvature == "row"):
             raise ConfigError(
                 "sequential takes the layers one after the other as they run, got collect of "
-                f"{'all' if layers is None else 'some'}; use sparsify_, which writes the weights of each before it "
-                "collects for the next"
+                f"{'all' if layers is None else 'some'}; use sparsify_ or gradual_step, which write the weights of "
+                "each before they collect for the next"
             )
         chosen = self._named(layers)
         check_fits(
@@ -165,20 +168,74 @@ class OBSPruner:
             given = fishers[layer.parameter_name].to(layer.weight.device, torch.float32)
             layer.set_fisher(given * num_grads, num_grads)
 
-    def prune(self) -> PruningReport:
-        """Run the next stage (the only one for ``recomputations=1``): masks and update in place; the Fisher is dropped.
+    @property
+    def reached(self) -> Pattern | None:
+        """The pattern that the model is at; None before any stage."""
+        return self.stages[self.stage - 1] if self.stage else None
+
+    def prune(self, pattern: str | Pattern | None = None) -> PruningReport:
+        """Run the next stage: masks and update in place; the Fisher is dropped.
+
+        Args:
+            pattern: None takes the next part of the config's own way to its pattern (the only one for
+                ``recomputations=1``). A pattern on the way there, such as "64:5:8" on the way to "64:2:8", is pruned
+                to now; what is left of the way then is the config's pattern itself.
 
         Raises:
-            ConfigError: no gradients, or all stages are done. SingularBlockError: names layer and block.
+            ConfigError: no gradients, all stages are done, or ``pattern`` is not on the way: of another kind, beyond
+            the config's, or one that would open pruned weights. SingularBlockError: names layer and block.
         """
-        return self.commit(self.stage_layers(), keep_fisher=False)
+        before = self.stages
+        if pattern is not None:
+            self.aim_at(self.stages_to(pattern))
+        try:
+            staged = self.stage_layers()
+        except BaseException:
+            self.stages = before
+            raise
+        return self.commit(staged, keep_fisher=False)
 
-    def stage_layers(self, layers: Sequence[str] | None = None) -> list[StagedLayer]:
-        """Masks and weights of the next stage without writing them; for ``sparsify_``, which does layers in groups."""
+    def stages_to(self, pattern: str | Pattern, recomputations: int = 1) -> tuple[Pattern, ...]:
+        """What leads from the pattern reached to ``pattern``, in ``recomputations`` parts; nothing changes.
+
+        Raises:
+            ConfigError: as in ``prune``.
+        """
+        self._require_next()
+        target, final = parse_pattern(pattern), self.config.parsed_pattern
+        check_reachable(target, reached=self.reached, final=final)
+        if target.sparsity >= final.sparsity - EPSILON:
+            target = final
+        return recomputation_stages(target, recomputations, reached=self.reached)
+
+    def aim_at(self, stages: Sequence[Pattern]) -> None:
+        """Make ``stages``, of ``stages_to``, the next ones; then the config's pattern, if that is not among them."""
+        final = self.config.parsed_pattern
+        self.stages = (*self.stages[: self.stage], *stages, *(() if stages[-1] == final else (final,)))
+
+    def hold(self) -> PruningReport:
+        """Take the zeros that the model came with for the config's pattern; nothing is pruned (sparse transfer).
+
+        Raises:
+            ConfigError: something is pruned already, or the model is not at the pattern: too many kept in a group or
+            panel; of a threshold, a smaller share of pruned weights or blocks over all layers.
+        """
+        pattern = self.config.parsed_pattern
+        if self.stage:
+            raise ConfigError(f"hold() is for a model that comes pruned, {self.reached} is reached; go on with prune()")
+        require_at(pattern, self.layers)
+        self.stages = (pattern,)
+        return self.commit([held_layer(layer) for layer in self.layers])
+
+    def _require_next(self) -> None:
         if self.stage >= len(self.stages):
             raise ConfigError(
                 f"all {len(self.stages)} stages of pattern {self.config.pattern} are done; build a new pruner to go on"
             )
+
+    def stage_layers(self, layers: Sequence[str] | None = None) -> list[StagedLayer]:
+        """Masks and weights of the next stage without writing them; for ``sparsify_``, which does layers in groups."""
+        self._require_next()
         return stage_step(self._named(layers), self.stages[self.stage], self.config)
 
     def commit(self, staged: Sequence[StagedLayer], *, keep_fisher: bool = False) -> PruningReport:
@@ -202,7 +259,7 @@ class OBSPruner:
     def report(self) -> PruningReport:
         """The report as it stands."""
         return PruningReport(
-            pattern=self.config.pattern,
+            pattern=str(self.reached or self.config.pattern),
             config=self.config.to_dict(),
             layers=tuple(self._reports[layer.name] for layer in self.layers if layer.name in self._reports),
             num_grads=self._num_grads,
@@ -226,9 +283,9 @@ class OBSPruner:
     def verify(self) -> int:
         """Violations.
 
-        Nonzero weights at pruned places, plus groups, panel rows or blocks that break the stage's pattern.
+        Nonzero weights at pruned places, plus groups, panel rows or blocks that break the pattern reached.
         """
-        pattern = self.stages[min(self.stage, len(self.stages)) - 1] if self.stage else None
+        pattern = self.reached
         total = 0
         for layer in self.layers:
             total += int((layer.matrix.masked_fill(layer.mask, 0.0) != 0).sum())
@@ -270,6 +327,7 @@ class OBSPruner:
         return {
             "config": self.config.to_dict(),
             "stage": self.stage,
+            "stages": [str(stage) for stage in self.stages],
             "saliency": self._saliency,
             "seconds": self._seconds,
             "received": self._num_grads,
@@ -293,7 +351,7 @@ class OBSPruner:
         Raises:
             ResumeMismatchError: another configuration or other layers.
         """
-        check_state(state, self.config, self.layers, len(self.stages))
+        stages = check_state(state, self.config, self.layers)
         for layer in self.layers:
             device = layer.weight.device
             layer.mask = state["masks"][layer.name].to(device, copy=True)
@@ -306,7 +364,7 @@ class OBSPruner:
                 origin = state["origins"].get(layer.name)
                 layer.origin = None if origin is None else origin.to(device, copy=True)
                 layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
-        self.stage, self._saliency = state["stage"], float(state["saliency"])
+        self.stages, self.stage, self._saliency = stages, state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}
 

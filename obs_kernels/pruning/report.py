@@ -40,6 +40,7 @@ class PruningReport:
     """Result of ``OBSPruner.prune`` or ``sparsify_``: the layers as they are now, and sums over all stages."""
 
     pattern: str
+    """Of the last stage that is done."""
     config: dict[str, Any]
     layers: tuple[LayerReport, ...]
     num_grads: int

@@ -183,6 +183,17 @@ class RowLayer(PrunedLayer):
         pull = self._mean(target[:, :-1] - torch.outer(target[:, -1], shift))
         return RowMoments(hessian, diagonal, pull, origin + shift, target[:, -1] / total)
 
+    def move_origin(self, origin: Tensor) -> None:
+        """Measure the sums from ``origin`` [C] f32 of the layer's own width, so that they add to others from there."""
+        assert self._sum is not None and self.input_sum is not None
+        wanted = F.pad(origin.double(), (0, self.padded[1] - origin.numel()))
+        by = self._origin() - wanted
+        self._sum = self._moved(self._sum[0], by).float()[None]
+        if self.target_sum is not None:
+            self.target_sum[:, :-1] += torch.outer(self.target_sum[:, -1].double(), by).float()
+        self.input_sum[:-1] += self.input_sum[-1] * by
+        self.origin = origin
+
     def _moved(self, sums: Tensor, by: Tensor) -> Tensor:
         """[C, C] f64: ``sum |dy|^2 u u^T`` as that of ``u + by``."""
         assert self.input_sum is not None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -77,25 +77,32 @@ def run_stages(
     Torch's global generators stay as they are.
     """
     with seeded(pruner.layers[0].weight.device, pruner.config.seed):
-        return _run_stages(pruner, loader, loss_fn, work_dir=work_dir, resume=resume, timings=timings)
+        run_until(len(pruner.stages), pruner, loader, loss_fn, work_dir=work_dir, resume=resume, timings=timings)
+        return pruner.finalize()
 
 
-def _run_stages(
+def run_until(
+    until: int,
     pruner: OBSPruner,
     loader: Iterable[Any] | None,
     loss_fn: LossFn | None,
     *,
-    work_dir: str | os.PathLike[str] | None,
-    resume: bool,
-    timings: PhaseTimes | None,
-) -> PruningReport:
+    work_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    timings: PhaseTimes | None = None,
+    stage: Callable[[Sequence[str]], list[StagedLayer]] | None = None,
+) -> None:
+    """Stages of ``pruner`` until so many of them are done; arguments as in ``sparsify_``.
+
+    ``stage`` takes the place of ``pruner.stage_layers``, as where several processes share the work.
+    """
     cfg = pruner.config
     if cfg.needs_fisher and (loader is None or loss_fn is None):
         raise ConfigError(
             f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
         )
     groups = _groups(pruner)
-    if (cfg.sequential or len(groups) * len(pruner.stages) > 1) and isinstance(loader, Iterator):
+    if (cfg.sequential or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
@@ -106,7 +113,7 @@ def _run_stages(
         dense: DenseModel | None = None
         if cfg.sequential and cfg.curvature == "row" and loader is not None and loss_fn is not None:
             dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, Snapshot(pruner.layers), timings)
-        while pruner.stage < len(pruner.stages):
+        while pruner.stage < until:
             staged: list[StagedLayer] = []
             if dense is not None:
                 dense.begin_stage()
@@ -118,7 +125,7 @@ def _run_stages(
                             dense.collect(pruner._named(names))
                         elif cfg.needs_fisher and loader is not None and loss_fn is not None:
                             pruner.collect(loader, loss_fn, layers=names, timings=timings)
-                        done = pruner.stage_layers(names)
+                        done = (stage or pruner.stage_layers)(names)
                         if folder is not None:
                             folder.store(pruner, done)
                         for item in done:
@@ -128,7 +135,6 @@ def _run_stages(
                             item.write()
                     staged += done
             pruner.commit(staged)
-    return pruner.finalize()
 
 
 def _in_order(pruner: OBSPruner, loader: Iterable[Any], loss_fn: LossFn) -> list[list[str]]:

@@ -5,23 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from obs_kernels.errors import ConfigError, ResumeMismatchError
+from obs_kernels.patterns import Pattern, parse_pattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.report import LayerReport
 from obs_kernels.pruning.row_layer import RowLayer
+from obs_kernels.pruning.schedule import check_reachable
 
 NUMBERS = ("stage", "saliency", "seconds", "received")
 TABLES = ("config", "masks", "first_masks", "fisher_sums", "row_sums", "origins", "input_sums", "num_grads", "reports")
 
 
-def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer], num_stages: int) -> None:
-    """Raise ``ResumeMismatchError`` unless ``state`` is a whole state of a pruner of ``config`` over ``layers``."""
+def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer]) -> tuple[Pattern, ...]:
+    """The stages of ``state``; ``ResumeMismatchError`` unless it is whole, and of a pruner of ``config`` over
+    ``layers``.
+    """
     for key in (*NUMBERS, *TABLES):
         kind = (int, float) if key in NUMBERS else Mapping
         if not isinstance(state.get(key), kind):
@@ -29,8 +34,9 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
                 f"state[{key!r}] is missing or damaged, got {type(state.get(key)).__name__}; save it again"
             )
     _check_config(state["config"], config)
-    if not isinstance(state["stage"], int) or not 0 <= state["stage"] <= num_stages:
-        raise ResumeMismatchError(f"state['stage'] must be 0 to {num_stages}, got {state['stage']!r}; save it again")
+    stages = _stages_of(state.get("stages"), config)
+    if not isinstance(state["stage"], int) or not 0 <= state["stage"] <= len(stages):
+        raise ResumeMismatchError(f"state['stage'] must be 0 to {len(stages)}, got {state['stage']!r}; save it again")
     names = {layer.name for layer in layers}
     for key in ("masks", "first_masks", "num_grads"):
         if set(state[key]) != names:
@@ -62,6 +68,24 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
     for name, report in state["reports"].items():
         if name not in names or not isinstance(report, Mapping) or set(report) != wanted:
             raise ResumeMismatchError(f"state['reports'][{name!r}] is damaged; save the state again")
+    return stages
+
+
+def _stages_of(texts: Any, config: OBSConfig) -> tuple[Pattern, ...]:
+    """Patterns that lead to that of ``config``, each from the one before."""
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise ResumeMismatchError(f"state['stages'] is missing or damaged, got {texts!r}; save it again")
+    final, found = config.parsed_pattern, list[Pattern]()
+    try:
+        for text in texts:
+            found.append(parse_pattern(text))
+            check_reachable(found[-1], reached=None, final=final)
+    except ConfigError as error:
+        raise ResumeMismatchError(f"state['stages'] is damaged: {error}") from None
+    falls = all(one.sparsity <= two.sparsity for one, two in pairwise(found))
+    if not falls or found[-1] != final:
+        raise ResumeMismatchError(f"state['stages'] must lead to {final}, got {list(texts)}; save it again")
+    return tuple(found)
 
 
 def _check_config(theirs: Mapping[str, Any], mine: OBSConfig) -> None:

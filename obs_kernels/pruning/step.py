@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,18 +61,32 @@ class _Damping:
     blocks_raised: int
 
 
-def stage_step(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> list[StagedLayer]:
+def stage_step(
+    layers: Sequence[PrunedLayer],
+    pattern: Pattern,
+    cfg: OBSConfig,
+    *,
+    only: Collection[PrunedLayer] | None = None,
+    scores_of: Callable[[PrunedLayer, int, OBSConfig], Tensor] | None = None,
+) -> list[StagedLayer]:
     """Masks and new weights of every layer for ``pattern``; the model is not touched.
+
+    Args:
+        layers: all that a global threshold runs over.
+        only: those of them that are wanted; None takes all.
+        scores_of: what gives the saliency of a layer's units where it does not lie here; see ``unit_saliency``.
 
     Raises:
         SingularBlockError: names the layer; under ``on_singular="raise"``, or if raising the damping did not help.
     """
+    wanted = layers if only is None else [layer for layer in layers if layer in only]
     if pattern.fixed_count or cfg.curvature != "block":
-        return [_staged(layer, pattern, cfg, None) for layer in layers]
-    choices = _threshold_masks(layers, pattern, cfg)
+        return [_staged(layer, pattern, cfg, None) for layer in wanted]
+    choices = _threshold_masks(layers, pattern, cfg, scores_of or unit_saliency)
     return [
         _skipped(layer, choice) if isinstance(choice, str) else _staged(layer, pattern, cfg, choice)
         for layer, choice in zip(layers, choices, strict=True)
+        if layer in wanted
     ]
 
 
@@ -154,7 +168,12 @@ def _choose(
         )[0]
 
 
-def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSConfig) -> list[Tensor | str]:
+def _threshold_masks(
+    layers: Sequence[PrunedLayer],
+    pattern: Pattern,
+    cfg: OBSConfig,
+    scores_of: Callable[[PrunedLayer, int, OBSConfig], Tensor],
+) -> list[Tensor | str]:
     """Masks [R, C] by one threshold over all layers (global) or one a layer, counts exact.
 
     Or why a layer is skipped.
@@ -166,7 +185,7 @@ def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSCo
         scores: dict[int, Tensor] = {}
         for i in sorted(group, key=lambda i: layers[i].parameter_name):  # the tie rule runs over tensors by name
             try:
-                scores[i] = _unit_saliency(layers[i], block, cfg)
+                scores[i] = scores_of(layers[i], block, cfg)
             except SingularBlockError as error:
                 if cfg.on_singular != "skip":
                     raise SingularBlockError(f"{layers[i].name}: {error}") from None
@@ -184,7 +203,7 @@ def _threshold_masks(layers: Sequence[PrunedLayer], pattern: Pattern, cfg: OBSCo
     return [masks[i] for i in range(len(layers))]
 
 
-def _unit_saliency(layer: PrunedLayer, block: int, cfg: OBSConfig) -> Tensor:
+def unit_saliency(layer: PrunedLayer, block: int, cfg: OBSConfig) -> Tensor:
     """Saliency of the layer's units; -inf where all of a unit is pruned already, so that masks nest."""
     alive = layer.pad(layer.mask)
     weight = layer.pad(layer.matrix.masked_fill(~layer.mask, 0.0))

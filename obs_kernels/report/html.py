@@ -68,6 +68,7 @@ def render_html(report: dict[str, Any]) -> str:
         panels=[speed_plots.mask_plot(panel, name=f"mask{index}") for index, panel in enumerate(panels)],
         pruning=pruning,
         accuracy=accuracy,
+        score_columns=values.score_columns(accuracy),
         cells=cells,
         packed=report.get("packed") or {},
         sizes=report.get("sizes") or {},

@@ -8,7 +8,7 @@ from typing import Any
 
 from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title, ratio_text
 from obs_kernels.report.speed import speed_facts, speed_table
-from obs_kernels.report.values import MISSING, cell_name, megabytes, number, setting, shape_text
+from obs_kernels.report.values import MISSING, cell_name, megabytes, number, score_columns, setting, shape_text
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -107,18 +107,9 @@ def bench_lines(doc: dict[str, Any]) -> list[str]:
 def _accuracy(accuracy: dict[str, Any]) -> list[str]:
     if not accuracy:
         return []
-    rows = [
-        (
-            name,
-            number(scores.get("exact_match"), ".2f"),
-            number(scores.get("f1"), ".2f"),
-            number(scores.get("f1_share"), ".1f"),
-            number(scores.get("questions"), ",d"),
-            number(scores.get("seconds"), ".1f"),
-        )
-        for name, scores in accuracy.items()
-    ]
-    return ["", "## Accuracy", "", *_table(("", "EM", "F1", "% of dense F1", "questions", "s"), rows)]
+    columns = score_columns(accuracy)
+    rows = [(name, *(number(scores.get(key), spec) for _, key, spec in columns)) for name, scores in accuracy.items()]
+    return ["", "## Accuracy", "", *_table(("", *(title for title, _, _ in columns)), rows)]
 
 
 def _comparison(cells: Sequence[dict[str, Any]], accuracy: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from obs_kernels.errors import MissingDependencyError
 from obs_kernels.report.bench import TEXT_COLUMNS, bench_facts, bench_table, bench_title
 from obs_kernels.report.markdown import runs_table
 from obs_kernels.report.speed import SPEED_TEXT, speed_facts, speed_table
-from obs_kernels.report.values import megabytes, number, shape_text
+from obs_kernels.report.values import megabytes, number, score_columns, shape_text
 
 _WIDE = 160
 """Columns off a terminal, where nothing may be cut."""
@@ -77,11 +77,11 @@ def memory_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Any:
-    """EM and F1 of each model of a report's "accuracy"."""
-    table = _table(("", False), ("EM", True), ("F1", True), ("% of dense F1", True), ("questions", True), ("s", True))
+    """The scores of each model of a report's "accuracy"."""
+    columns = score_columns(accuracy)
+    table = _table(("", False), *((title, True) for title, _, _ in columns))
     for name, scores in accuracy.items():
-        formats = (("exact_match", ".2f"), ("f1", ".2f"), ("f1_share", ".1f"), ("questions", ",d"), ("seconds", ".1f"))
-        table.add_row(name, *(number(scores.get(key), spec) for key, spec in formats))
+        table.add_row(name, *(number(scores.get(key), spec) for _, key, spec in columns))
     return table
 
 
@@ -144,7 +144,7 @@ class CellRows:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report of any job ("prune", "eval", "demo", "plan", "doctor", "bench") on stdout."""
+    """The report of any job ("prune", "train", "eval", "demo", "plan", "doctor", "bench") on stdout."""
     target = console(width=BENCH_WIDTH if report.get("job") in ("bench", "speed", "report") else _WIDE)
     match report.get("job"):
         case "plan":

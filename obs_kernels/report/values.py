@@ -24,6 +24,25 @@ def number(value: Any, spec: str) -> str:
     return format(value, spec)
 
 
+SCORES = (
+    ("EM", "exact_match", ".2f"),
+    ("F1", "f1", ".2f"),
+    ("accuracy", "accuracy", ".2f"),
+    ("perplexity", "perplexity", ".3f"),
+    ("% of dense F1", "f1_share", ".1f"),
+    ("% of dense", "share", ".1f"),
+    ("questions", "questions", ",d"),
+    ("samples", "samples", ",d"),
+    ("s", "seconds", ".1f"),
+)
+"""Title, key and format of each column that a table of accuracy may have."""
+
+
+def score_columns(accuracy: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Those of ``SCORES`` that a report's "accuracy" has values for."""
+    return [column for column in SCORES if any(scores.get(column[1]) is not None for scores in accuracy.values())]
+
+
 def megabytes(value: Any) -> str:
     """Bytes as MB with one digit."""
     return f"{number(value / 1e6, ',.1f')} MB" if isinstance(value, (int, float)) else MISSING

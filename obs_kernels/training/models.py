@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a question answering model and its tokenizer from a folder or a hub name."""
+"""Load a model with a head and its tokenizer from a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,44 @@ from torch import nn
 from obs_kernels.errors import CheckpointFormatError, ConfigError, MissingDependencyError
 
 PACKED_KEY = "quantization_config"
+HEADS = {
+    "question-answering": "QuestionAnswering",
+    "sequence-classification": "SequenceClassification",
+    "masked-lm": "MaskedLM",
+}
+"""Heads by name, and what transformers calls their classes."""
 
 
 def load_qa_model(source: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """``load_model`` with a head for question answering."""
+    return load_model(source, "question-answering", device=device)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    head: str,
+    *,
+    device: torch.device | str = "cpu",
+    num_labels: int | None = None,
+    trained_head: bool = False,
+) -> tuple[nn.Module, Any]:
     """(model in float32 and eval mode, fast tokenizer) of a folder or a hub name.
 
-    A folder packed by ``save_pretrained`` is loaded packed.
+    A folder packed by ``save_pretrained`` is loaded packed. Weights that it has not, as the head of a pretrained
+    encoder, are drawn anew from torch's global generator.
+
+    Args:
+        source: the folder, or the hub name.
+        head: one of ``HEADS``.
+        num_labels: classes of a new head; None takes what the model's config says.
+        trained_head: refuse a model that lacks weights of its head.
 
     Raises:
-        ConfigError: no such folder, or no question answering model in it. CheckpointFormatError: damaged files.
-        MissingDependencyError: transformers is not installed.
+        ConfigError: no such folder, no model with that head in it, or (``trained_head``) another head.
+        CheckpointFormatError: damaged files. MissingDependencyError: transformers is not installed.
     """
+    if head not in HEADS:
+        raise ConfigError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     try:
         import transformers
     except ImportError:
@@ -44,9 +71,13 @@ def load_qa_model(source: str | os.PathLike[str], *, device: torch.device | str 
     try:
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model: nn.Module = _load_packed(folder) or transformers.AutoModelForQuestionAnswering.from_pretrained(
-                name, dtype=torch.float32
-            )
+            model = _load_packed(folder)
+            missing: set[str] = set()
+            if model is None:
+                loader = getattr(transformers, f"AutoModelFor{HEADS[head]}")
+                labels = {} if num_labels is None else {"num_labels": num_labels}
+                model, info = loader.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **labels)
+                missing = set(info["missing_keys"])
     except CheckpointFormatError:
         raise
     except (
@@ -56,6 +87,15 @@ def load_qa_model(source: str | os.PathLike[str], *, device: torch.device | str 
         raise kind(
             f"model {name!r} could not be loaded: {type(error).__name__}: {error}; check the folder or the hub name"
         ) from error
+    if HEADS[head] not in type(model).__name__:
+        raise ConfigError(
+            f"model {name!r} must have a head for {head}, got {type(model).__name__}; give its dense folder"
+        )
+    if trained_head and missing:
+        raise ConfigError(
+            f"model {name!r} has no trained head for {head}: it lacks {sorted(missing)[0]} and {len(missing) - 1} more "
+            f"tensors; give one that was trained for the task"
+        )
     return model.to(device).eval(), tokenizer
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +22,26 @@ from torch import Tensor, nn
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.files import whole_folder, write_text
-from obs_kernels.patterns import NMPattern, VNMPattern
 from obs_kernels.pruning import OBSConfig, OBSPruner, PruningPlan
 from obs_kernels.pruning.sparsify import run_stages
-from obs_kernels.report.html import missing_libraries, render_html
-from obs_kernels.report.markdown import render_markdown
-from obs_kernels.report.values import json_text
-from obs_kernels.sparse import SparseLinear, compress_, decompress_, load, save_pretrained
+from obs_kernels.sparse import SparseLinear, decompress_
 from obs_kernels.sparse.linear import PRUNED_ATTRIBUTE
 from obs_kernels.training.environment import environment
 from obs_kernels.training.evaluate import SquadResult, evaluate_squad
 from obs_kernels.training.job_questions import calibration_of, choose_questions, job_windows, load_questions
+from obs_kernels.training.model_folder import (
+    ModelFiles,
+    check_out,
+    make_trainable,
+    violations_in_file,
+    why_not_packed,
+    write_models,
+    write_reports,
+)
 from obs_kernels.training.models import load_qa_model, pick_device
-from obs_kernels.training.squad import Batch, SquadExample, SquadWindows, load_squad
+from obs_kernels.training.squad import SquadExample, SquadWindows, load_squad
 from obs_kernels.training.squad_batches import LOSSES, SquadLoader, model_inputs, span_logits
 
-REPORT = "report.json"
 _COMPARED_WINDOWS = 16
 
 
@@ -91,7 +94,7 @@ def run_prune_job(
     loss = loss or ("outputs" if config.curvature == "row" else "labels")
     checks.check_choice("loss", loss, tuple(LOSSES))
     net, tokenizer = load_qa_model(model, device=pick_device(device))
-    _make_trainable(net)
+    make_trainable(net)
     pruner = OBSPruner(net, config)
     plan = pruner.plan()
     notes: list[str] = []
@@ -124,8 +127,9 @@ def run_prune_job(
     violations = pruner.verify()
     masks = {name: mask.cpu() for name, mask in getattr(net, PRUNED_ATTRIBUTE)["masks"].items()}
     with whole_folder(target) as folder:
-        _write_models(folder, net, tokenizer, config, plan, windows, report, notes)
-        in_file = _violations_in_file(folder / "dense", config, masks)
+        files = ModelFiles(tokenizer, lambda path: load_qa_model(path)[0], lambda model: _logits(model, windows))
+        write_models(folder, net, files, report, notes, why_not=why_not_packed(config.parsed_pattern, plan))
+        in_file = violations_in_file(folder / "dense", config.parsed_pattern, masks)
         report["checks"] = {"violations": violations, "violations_in_file": in_file}
         report |= {"environment": environment(next(net.parameters()).device), "notes": notes}
         report["seconds"] = time.perf_counter() - start
@@ -200,46 +204,6 @@ def run_plan_job(*, model: str | os.PathLike[str], config: OBSConfig, device: st
     }
 
 
-def check_out(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The absolute path of ``out``, if a folder can be written there; nothing is left behind.
-
-    Raises:
-        ConfigError: it is a file, holds something that may not be replaced, or no folder can be made there.
-    """
-    target = Path(out).expanduser().resolve()
-    try:
-        if target.exists() and not target.is_dir():
-            raise ConfigError(f"out must be a folder, got the file {os.fspath(out)!r}; name another")
-        if target.is_dir() and any(target.iterdir()):
-            if not overwrite:
-                raise ConfigError(f"out {os.fspath(out)!r} exists and is not empty; name another or pass --overwrite")
-            if not (target / REPORT).is_file():
-                raise ConfigError(
-                    f"out {os.fspath(out)!r} holds files that no run wrote (there is no {REPORT}), and is not "
-                    f"replaced; name another, or remove it yourself"
-                )
-        parent = next(folder for folder in target.parents if folder.exists())
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}."):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"out {os.fspath(out)!r} cannot be written ({error.strerror}); name a folder that can"
-        ) from None
-    return target
-
-
-def write_reports(folder: Path, report: dict[str, Any]) -> None:
-    """report.json, report.md and, where its libraries are installed, report.html; a note says so where not."""
-    missing = missing_libraries()
-    if missing:
-        text = f"report.html was not written: {' and '.join(missing)} missing; pip install 'obs_kernels[report]'"
-        report["notes"] = [*report.get("notes", ()), text]
-    write_text(folder / REPORT, json_text(report) + "\n")
-    write_text(folder / "report.md", render_markdown(report))
-    if not missing:
-        write_text(folder / "report.html", render_html(report))
-
-
 def demo_report(result: dict[str, Any], device: str = "auto") -> dict[str, Any]:
     """What ``run_demo`` returns, with the sections that reports have: accuracy, sizes, environment."""
     packed, recovered, dense = result.get("packed") or {}, result.get("recovered") or {}, result["dense"]
@@ -256,18 +220,18 @@ def demo_report(result: dict[str, Any], device: str = "auto") -> dict[str, Any]:
     return {"job": "demo", **result, "accuracy": accuracy, "sizes": sizes, "environment": found}
 
 
+def _logits(model: nn.Module, windows: SquadWindows) -> tuple[Tensor, ...]:
+    """Start and end logits on some windows."""
+    step = max(1, len(windows) // _COMPARED_WINDOWS)
+    batch = windows.batch(torch.arange(len(windows))[::step][:_COMPARED_WINDOWS])
+    return span_logits(model(**model_inputs(model, batch)))
+
+
 def _check_counts(*, max_eval: int | None, batch_size: int) -> None:
     if max_eval is not None and max_eval < 1:
         raise ConfigError(f"max_eval must be at least 1, got {max_eval}; leave it out for all questions")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}; try 32")
-
-
-def _make_trainable(net: nn.Module) -> None:
-    """Packed layers back to dense, and every float parameter open to gradients; zeros stay pruned."""
-    decompress_(net)
-    for parameter in net.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
 
 
 def _open_work_dir(target: Path, loader: SquadLoader | None, loss: str) -> Path:
@@ -291,83 +255,6 @@ def _open_work_dir(target: Path, loader: SquadLoader | None, loss: str) -> Path:
     else:
         write_text(path, json.dumps(identity))
     return folder
-
-
-def _write_models(
-    folder: Path,
-    net: nn.Module,
-    tokenizer: Any,
-    config: OBSConfig,
-    plan: PruningPlan,
-    windows: SquadWindows,
-    report: dict[str, Any],
-    notes: list[str],
-) -> None:
-    """dense/, and packed/ where the pattern has a packed format; reads both back and compares them."""
-    save_pretrained(net, folder / "dense", save_dense=True)
-    tokenizer.save_pretrained(folder / "dense")
-    sizes = {"dense": _weight_bytes(folder / "dense")}
-    reason = _why_not_packed(config, plan)
-    report["packed"] = None
-    if reason is None:
-        device = next(net.parameters()).device
-        try:
-            layers = compress_(net)
-        except ConfigError as error:  # every layer was skipped, or none is an nn.Linear
-            reason = str(error)
-        else:
-            save_pretrained(net, folder / "packed")
-            tokenizer.save_pretrained(folder / "packed")
-            sizes["packed"] = _weight_bytes(folder / "packed")
-            dense_net, _ = load_qa_model(folder / "dense", device=device)
-            packed_net = load(folder / "packed").to(device)
-            difference, scale = _compare(dense_net, packed_net, windows)
-            report["packed"] = {"layers": layers, "max_difference": difference, "largest_logit": scale}
-    if reason is not None:
-        notes.append(f"packed/ was not written: {reason}")
-    report["sizes"] = sizes
-
-
-def _why_not_packed(config: OBSConfig, plan: PruningPlan) -> str | None:
-    pattern = config.parsed_pattern
-    if not isinstance(pattern, NMPattern) or (isinstance(pattern, VNMPattern) and pattern.n != 2):
-        return f"pattern {pattern} has no packed format (n:m and v:2:m have)"
-    padded = [layer.name for layer in plan.layers if layer.group >= 0 and layer.reason]
-    return f"{padded[0]} was padded to fit {pattern}, and padded layers stay dense" if padded else None
-
-
-def _compare(dense: nn.Module, packed: nn.Module, windows: SquadWindows) -> tuple[float, float]:
-    """Largest difference of the two models' logits on some windows, and the largest logit."""
-    step = max(1, len(windows) // _COMPARED_WINDOWS)
-    batch: Batch = windows.batch(torch.arange(len(windows))[::step][:_COMPARED_WINDOWS])
-    with torch.inference_mode():
-        pairs = zip(*(span_logits(net(**model_inputs(net, batch))) for net in (dense, packed)), strict=True)
-        differences = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs]
-    return max(d for d, _ in differences), max(s for _, s in differences)
-
-
-def _violations_in_file(folder: Path, config: OBSConfig, masks: dict[str, Tensor]) -> int:
-    """In the weights as saved: nonzeros outside the mask, and groups, panel rows or blocks that break the pattern."""
-    from safetensors import safe_open
-
-    pattern, found, total = config.parsed_pattern, 0, 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                mask = masks.get(key.removesuffix(".weight"))
-                if mask is None or not key.endswith(".weight"):
-                    continue
-                kept = file.get_tensor(key) != 0
-                total, found = total + int((kept & ~mask).sum()), found + 1
-                if pattern.fixed_count and pattern.padded_shape(kept.shape) == tuple(kept.shape):
-                    total += pattern.count_violations(kept)
-    if found != len(masks):
-        raise ConfigError(f"{folder} holds {found} of {len(masks)} pruned layers under their names; report this")
-    return total
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _scores(result: SquadResult) -> dict[str, Any]:

@@ -7,12 +7,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from obs_kernels.pruning import OBSPruner
-from obs_kernels.training.squad import Batch
-from obs_kernels.training.squad_batches import SquadLoader, model_inputs, span_logits, squad_loss
+from obs_kernels.training.distillation import Distiller
+from obs_kernels.training.squad_batches import SquadLoader, model_inputs, span_losses
 
 TEMPERATURE = 2.0
 
@@ -48,6 +47,7 @@ def recover_(
     from tqdm import tqdm
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    distiller = None if teacher is None else Distiller(teacher, temperature=TEMPERATURE)
     start, steps, loss, epoch = time.perf_counter(), 0, torch.zeros(()), 0
     training = model.training
     model.train()
@@ -61,9 +61,11 @@ def recover_(
                     break
                 for group in optimizer.param_groups:
                     group["lr"] = lr * min(1.0, share / 0.05 + 0.02) * (1.0 - share)
-                loss = squad_loss(model, batch).mean()
-                if teacher is not None:
-                    loss = loss + _distillation(model, teacher, batch)
+                inputs = model_inputs(model, batch)
+                outputs = model(**inputs)
+                loss = span_losses(outputs, inputs["attention_mask"], batch).mean()
+                if distiller is not None:
+                    loss = loss + distiller.loss(None, outputs, inputs)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -74,17 +76,3 @@ def recover_(
     optimizer.zero_grad(set_to_none=True)
     model.train(training)
     return Recovery(steps, time.perf_counter() - start, float(loss.detach()), pruner.verify())
-
-
-def _distillation(model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-    """T^2 KL(teacher || student) of start and end positions inside the attention mask, averaged over the samples."""
-    inputs = model_inputs(model, batch)
-    padding = inputs["attention_mask"] == 0
-    with torch.no_grad():
-        wanted = span_logits(teacher(**inputs))
-    total = torch.zeros((), device=padding.device)
-    for student, target in zip(span_logits(model(**inputs)), wanted, strict=True):
-        log_p = F.log_softmax((target / TEMPERATURE).masked_fill(padding, -1e9), dim=1)
-        log_q = F.log_softmax((student / TEMPERATURE).masked_fill(padding, -1e9), dim=1)
-        total = total + F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * TEMPERATURE**2
-    return total / 2

@@ -3,6 +3,7 @@
 
 A window is ``[CLS] question [SEP] part of the context [SEP]`` of at most ``max_length`` tokens; a context that does not
 fit is cut into several that overlap by ``doc_stride`` tokens. One sample, for a Fisher or a loss, is one window.
+``python -m obs_kernels.training.squad`` trains, as ``obs-kernels train --task squad`` does.
 """
 
 from __future__ import annotations
@@ -330,3 +331,11 @@ def _answer_tokens(example: SquadExample, offsets: list[tuple[int, int]]) -> tup
         )
     first = bisect_right(offsets, start, key=lambda token: token[1])
     return first, bisect_left(offsets, start + len(text), key=lambda token: token[0]) - 1
+
+
+if __name__ == "__main__":  # ``python -m obs_kernels.training.squad`` is ``obs-kernels train``, which lies above
+    import runpy
+    import sys
+
+    sys.argv[1:1] = ["train", "--task", "squad"]
+    runpy.run_module("obs_kernels.cli", run_name="__main__")

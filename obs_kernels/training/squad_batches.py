@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.output_probe import TEMPERATURE, output_probe
+from obs_kernels.training.length_batches import longest_first, shuffled_batches
 from obs_kernels.training.squad import Batch, SquadWindows
-
-_BATCHES_PER_BUCKET = 50
 
 
 class SquadLoader:
@@ -69,15 +68,8 @@ class SquadLoader:
         if self.order == "given":
             return list(self.rows.split(self.batch_size))
         if self.order == "length":
-            return list(self._longest_first(self.rows).split(self.batch_size))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        rows = self.rows[torch.randperm(len(self.rows), generator=generator)]
-        buckets = rows.split(self.batch_size * _BATCHES_PER_BUCKET)
-        batches = [batch for bucket in buckets for batch in self._longest_first(bucket).split(self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def _longest_first(self, rows: Tensor) -> Tensor:
-        return rows[self.windows.lengths[rows].argsort(descending=True, stable=True)]
+            return list(longest_first(self.windows.lengths, self.rows).split(self.batch_size))
+        return shuffled_batches(self.windows.lengths, self.rows, self.batch_size, seed=self.seed, epoch=self.epoch)
 
 
 def calibration_loader(
@@ -124,16 +116,25 @@ def squad_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ConfigError: the batch carries no labels.
     """
-    if "start_positions" not in batch:
-        raise ConfigError("batch must carry start_positions, got none; call prepare_windows(with_labels=True)")
+    _require_labels(batch)
     inputs = model_inputs(model, batch)
-    logits = span_logits(model(**inputs))
-    padding = inputs["attention_mask"] == 0
+    return span_losses(model(**inputs), inputs["attention_mask"], batch)
+
+
+def span_losses(outputs: Any, attention_mask: Tensor, batch: Batch) -> Tensor:
+    """Return [B] float32 losses of the outputs of a question answering model, see ``squad_loss``."""
+    _require_labels(batch)
+    padding = attention_mask == 0
     losses = [
         nn.functional.cross_entropy(x.masked_fill(padding, -torch.inf), batch[key].to(x.device), reduction="none")
-        for x, key in zip(logits, ("start_positions", "end_positions"), strict=True)
+        for x, key in zip(span_logits(outputs), ("start_positions", "end_positions"), strict=True)
     ]
     return (losses[0] + losses[1]) / 2
+
+
+def _require_labels(batch: Batch) -> None:
+    if "start_positions" not in batch:
+        raise ConfigError("batch must carry start_positions, got none; call prepare_windows(with_labels=True)")
 
 
 def squad_output_loss(model: nn.Module, batch: Batch, *, temperature: float = TEMPERATURE) -> Tensor:

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradual pruning in training on a real SQuAD model: F1 by pattern, curvature and way, all with one budget.
+
+    python -m bench.squad_gradual --model DIR --data dev.json.gz --train train.json.gz --work DIR --minutes 9
+
+Every row trains the same number of epochs with the dense model as teacher: the dense model itself, a model pruned at
+once before the training (one-shot), and one pruned in steps during its first part (gradual). Rows that must be there
+come first. The command may be stopped at any time, or stops itself after ``--minutes``; called again it goes on from
+the checkpoint of the row that was in work. Results go into ``bench/results/squad_gradual.json`` row by row, the
+Markdown beside it; rows that were not run are shown as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.gpu_report import describe_tree
+from bench.gradual_run import Trainee, TrainSettings
+from bench.gradual_table import to_markdown
+from bench.stored import digest, save
+from obs_kernels import OBSConfig, parse_pattern
+from obs_kernels.errors import ConfigError, ObsKernelsError
+from obs_kernels.patterns import NMPattern
+from obs_kernels.pruning.schedule import PruningSchedule, structure_ladder
+from obs_kernels.training.evaluate import evaluate_squad
+from obs_kernels.training.models import load_qa_model, pick_device
+from obs_kernels.training.squad import SquadWindows, load_squad, prepare_windows
+
+RESULTS = Path(__file__).parent / "results" / "squad_gradual.json"
+DENSE, ONESHOT, GRADUAL = "dense", "one-shot", "gradual"
+N_TO_M = ("2:4", "2:8", "64:2:8", "128:2:8", "2:16", "64:2:16")
+THRESHOLDS = ("block8:0.75", "unstructured:0.75", "unstructured:0.9")
+THRESHOLD_PRUNINGS = 4
+"""Prunings of a gradual row to a pattern without counts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training."""
+
+    way: str
+    pattern: str = ""
+    curvature: str = ""
+    method: str = ""
+    seed: int = 0
+    must: bool = False
+
+    @property
+    def key(self) -> str:
+        """A text that names the row."""
+        return "/".join(
+            part for part in (self.way, self.pattern, self.curvature, self.method, f"seed{self.seed}") if part
+        )
+
+
+def all_rows(seeds: int = 3) -> list[Row]:
+    """Every row, in the order they are run: those that must be there, the other patterns, the baselines, the seeds."""
+    must = [Row(DENSE, must=True)]
+    must += [Row(GRADUAL, p, "row", "combinatorial", must=True) for p in ("2:4", "2:8", "64:2:8", "128:2:8")]
+    must += [Row(GRADUAL, "64:2:8", "block", method, must=True) for method in ("combinatorial", "magnitude")]
+    more = [Row(GRADUAL, p, "row", "combinatorial") for p in N_TO_M]
+    more += [Row(GRADUAL, p, "block", "combinatorial") for p in N_TO_M + THRESHOLDS]
+    more += [Row(GRADUAL, p, "block", "pairwise") for p in N_TO_M]
+    more += [Row(GRADUAL, p, "block", "magnitude") for p in N_TO_M + THRESHOLDS]
+    more += [Row(ONESHOT, p, "row", "combinatorial") for p in N_TO_M]
+    more += [Row(ONESHOT, p, "block", "combinatorial") for p in N_TO_M + THRESHOLDS]
+    again = [
+        Row(GRADUAL, "64:2:8", curvature, method, seed)
+        for seed in range(1, seeds)
+        for curvature, method in (
+            ("row", "combinatorial"),
+            ("block", "combinatorial"),
+            ("block", "pairwise"),
+            ("block", "magnitude"),
+        )
+    ]
+    rows: dict[str, Row] = {}
+    for row in (*must, *more, *again):
+        rows.setdefault(row.key, row)
+    return list(rows.values())
+
+
+def config_of(row: Row, *, num_grads: int, dampening_frac: float, block_size: int) -> OBSConfig | None:
+    """What a row prunes and how; None for the dense one."""
+    if row.way == DENSE:
+        return None
+    fixed = parse_pattern(row.pattern).fixed_count
+    shared: dict[str, Any] = {
+        "num_grads": num_grads,
+        "dampening_frac": dampening_frac,
+        "seed": row.seed,
+        "on_singular": "increase_damp",
+    }
+    if row.curvature == "row":
+        return OBSConfig(pattern=row.pattern, curvature="row", sequential=True, **shared)
+    return OBSConfig(
+        pattern=row.pattern,
+        curvature="block",
+        method=row.method,
+        update="none" if row.method == "magnitude" else "joint",
+        fisher_block_size=block_size,
+        global_sparsity=not fixed,
+        **shared,
+    )
+
+
+def schedule_of(row: Row, *, prune_every: float) -> PruningSchedule | None:
+    """One pruning before the first step, or from there on one every ``prune_every`` epochs: the pattern's ladder of
+    counts, else a cubic rise of the sparsity.
+    """
+    if row.way == DENSE:
+        return None
+    if row.way == ONESHOT:
+        return PruningSchedule(start_epoch=0.0, end_epoch=0.0)
+    pattern = parse_pattern(row.pattern)
+    if isinstance(pattern, NMPattern):
+        end = (len(structure_ladder(pattern)) - 1) * prune_every
+        return PruningSchedule(start_epoch=0.0, end_epoch=end, update_frequency=prune_every, shape="structure_decay")
+    return PruningSchedule(
+        start_epoch=0.0,
+        end_epoch=(THRESHOLD_PRUNINGS - 1) * prune_every,
+        update_frequency=prune_every,
+        shape="cubic",
+        initial_sparsity=0.7 if pattern.sparsity > 0.8 else 0.5,
+    )
+
+
+class Bench:
+    """Model, data and settings that all rows share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, pick_device(args.device)
+        on_gpu = self.device.type == "cuda"
+        self.graphs = on_gpu and not args.eager
+        self.autocast = torch.bfloat16 if on_gpu and not args.fp32 else None
+        self.settings = TrainSettings(**{f.name: getattr(args, f.name) for f in fields(TrainSettings)})
+        self.device_name = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
+        self.dense, self.tokenizer = load_qa_model(args.model, device=self.device)
+        lengths = {"max_length": args.max_length, "doc_stride": min(128, args.max_length // 3)}
+        questions = load_squad(args.data, split="validation")[:: args.every]
+        self.dev = prepare_windows(questions, self.tokenizer, with_labels=False, **lengths)
+        train = load_squad(args.train, split="train")
+        self.train: SquadWindows = prepare_windows(train, self.tokenizer, with_labels=True, **lengths)
+
+    def header(self) -> dict[str, Any]:
+        """What decides the figures."""
+        args = self.args
+        return {
+            "model": digest(Path(args.model) / "model.safetensors"),
+            "data": digest(Path(args.data)),
+            "train": digest(Path(args.train)),
+            "every": args.every,
+            "max_length": args.max_length,
+            "num_grads": args.num_grads,
+            "dampening_frac": args.dampening_frac,
+            "fisher_block_size": args.fisher_block_size,
+            "prune_every": args.prune_every,
+            "precision": "bf16" if self.autocast else "fp32",
+            **asdict(self.settings),
+        }
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """EM and F1 on the evaluation questions."""
+        found = evaluate_squad(model, self.tokenizer, self.dev, batch_size=self.args.eval_batch_size, progress=False)
+        return {"exact_match": found.exact_match, "f1": found.f1}
+
+    def trainee(self, row: Row) -> Trainee:
+        """A fresh copy of the dense model, about to be trained as ``row`` says."""
+        args = self.args
+        torch.manual_seed(row.seed)
+        settings = self.settings
+        return Trainee(
+            copy.deepcopy(self.dense),
+            copy.deepcopy(self.dense),
+            self.train,
+            settings,
+            config=config_of(
+                row,
+                num_grads=args.num_grads,
+                dampening_frac=args.dampening_frac,
+                block_size=args.fisher_block_size,
+            ),
+            schedule=schedule_of(row, prune_every=args.prune_every),
+            seed=row.seed,
+            graphs=self.graphs,
+            autocast=self.autocast,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = _parse(argv)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    bench = Bench(args)
+    stored = _resume(args.json, bench.header(), force=args.force)
+    tree = describe_tree(args.commit)
+    if stored["dense"] is None:
+        stored["dense"] = bench.evaluate(bench.dense)
+    print(f"dense, as it came: F1 {stored['dense']['f1']:.2f}", file=sys.stderr, flush=True)
+    rows = [row for row in all_rows(args.seeds) if args.only in row.key]
+    for row in rows:
+        if row.key in stored["rows"]:
+            continue
+        longest = max((r["seconds_train"] for r in stored["rows"].values()), default=0.0) if args.whole else 0.0
+        if time.monotonic() + longest > deadline:
+            break
+        _run(bench, row, stored, tree, float("inf") if args.whole else deadline)
+        gc.collect()  # graphs of the row before hold memory
+        save(args.json, stored, to_markdown)
+    save(args.json, stored, to_markdown)
+    left = sum(row.key not in stored["rows"] for row in rows)
+    print(to_markdown(stored))
+    if left:
+        print(f"{left} of {len(rows)} rows to go; run the same command again", file=sys.stderr)
+    return 0
+
+
+def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], deadline: float) -> None:
+    """Train a row as far as the time goes; its result, or how far it is, into ``stored``."""
+    folder = Path(bench.args.work) / row.key.replace("/", "_").replace(":", "-")
+    trainee = bench.trainee(row)
+    scores: list[float] = []
+    if trainee.load(folder):
+        scores = list(stored["running"].get(row.key, {}).get("f1_by_epoch", []))
+        print(f"{row.key}: goes on at epoch {trainee.epoch:.2f}", file=sys.stderr, flush=True)
+
+    def on_epoch() -> None:
+        scores.append(bench.evaluate(trainee.model)["f1"])
+        trainee.save(folder)
+        stored["running"][row.key] = {"epoch": trainee.epoch, "f1_by_epoch": scores}
+        save(bench.args.json, stored, to_markdown)
+        print(
+            f"{row.key}: epoch {trainee.epoch:.1f} loss {trainee.losses[-1]:.4f} F1 {scores[-1]:.2f} "
+            f"{trainee.seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    trainee.train(deadline, on_epoch)
+    if not trainee.is_done:
+        trainee.save(folder)
+        stored["running"][row.key] = {"epoch": trainee.epoch, "f1_by_epoch": scores}
+        return
+    report = None if trainee.gradual is None else trainee.gradual.finish()
+    found = bench.evaluate(trainee.model)
+    stored["running"].pop(row.key, None)
+    stored["rows"][row.key] = (
+        asdict(row)
+        | found
+        | {
+            "f1_share": 100.0 * found["f1"] / (stored["dense"]["f1"] or float("nan")),
+            "sparsity": 0.0 if report is None else report.sparsity,
+            "violations": 0 if trainee.gradual is None else trainee.gradual.pruner.verify(),
+            "stages": [] if report is None else list(report.stages),
+            "epochs": trainee.epoch,
+            "steps": trainee.total_steps,
+            "f1_by_epoch": scores,
+            "loss_by_epoch": trainee.losses,
+            "seconds_train": round(trainee.seconds, 1),
+            "seconds_prune": round(trainee.seconds_prune, 1),
+            "device": bench.device_name,
+            "graphs": bench.graphs,
+        }
+        | tree
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any]:
+    """What is stored, if it was made with the same settings; rows of two budgets do not stand in one table."""
+    rows = [asdict(row) | {"key": row.key} for row in all_rows()]
+    fresh: dict[str, Any] = {"schema": 1, "header": header, "dense": None, "rows": {}, "running": {}, "wanted": rows}
+    if force or not path.is_file():
+        return fresh
+    stored: dict[str, Any] = json.loads(path.read_text())
+    differing = sorted(key for key in {*header, *stored["header"]} if header.get(key) != stored["header"].get(key))
+    if differing:
+        raise ConfigError(
+            f"{path} was made with other settings ({', '.join(differing)}); name another file with --json, or --force "
+            f"to start anew"
+        )
+    return stored | {"wanted": rows}
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.squad_gradual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or hub name of a dense question answering model")
+    parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
+    parser.add_argument("--train", required=True, help="questions to train on, SQuAD v1.1")
+    parser.add_argument("--work", type=Path, default=Path("build/squad_gradual"), help="folder for checkpoints")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after that long; the same command goes on")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="end every row that is begun; begin none that takes longer than the minutes left, by the longest so far",
+    )
+    parser.add_argument("--only", default="", help="run rows whose name holds this, such as gradual/64:2:8")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that are run several times")
+    parser.add_argument("--prune-every", type=float, default=0.5, help="epochs between the prunings of a gradual row")
+    parser.add_argument("--num-grads", type=int, default=1024)
+    parser.add_argument("--dampening-frac", type=float, default=0.01)
+    parser.add_argument("--fisher-block-size", type=int, default=64, help="D of block curvature")
+    parser.add_argument("--max-length", type=int, default=384)
+    parser.add_argument("--every", type=int, default=1, help="take every so many of the dev questions")
+    parser.add_argument("--eval-batch-size", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast on a GPU")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument("--commit", default=None, help="commit to record where there is no git")
+    parser.add_argument("--force", action="store_true", help="forget what is stored")
+    for field in fields(TrainSettings):
+        kind = int if field.name.endswith("batch_size") else float
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ObsKernelsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
