@@ -388,7 +388,7 @@ training:
 """
     )
     recipe = load_recipe(path)
-    assert recipe.name == "mine" and recipe.pruning == OBSConfig(pattern="64:2:8", damp=1e-7, curvature="block")
+    assert recipe.name == "mine" and recipe.pruning == OBSConfig(pattern="64:2:8", damp=1e-7)
     assert recipe.schedule == PruningSchedule(0, 1.5, 0.5, "structure_decay", ladder=(5, 4, 3, 2))
     assert recipe.training == TrainingSettings(epochs=3.0, learning_rate=1e-4) and recipe.distillation is None
 
