@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def sparse_linear(
         raise ConfigError(
             "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
         )
-    flat = x if x_layout == "feature" else x.reshape(x.shape[:-1].numel(), cols)
+    flat = x if x_layout == "feature" else x.reshape(prod(x.shape[:-1]), cols)
     y: Tensor = torch.ops.obs_kernels.sparse_linear(
         flat,
         sparse.values,

@@ -49,7 +49,7 @@ SEMI_README = """# Weights in torch's semi-structured layout
 Converted by obs_kernels: `<layer>.sparse` and `.meta` as `torch.sparse.SparseSemiStructuredTensorCUTLASS` reads them.
 
     from obs_kernels.sparse.semi_structured import load_semi_structured
-    model = load_semi_structured("this folder")  # on a GPU
+    model = load_semi_structured("this folder")  # on a GPU of compute capability 8.x
 
 Readers without the package are refused: each such layer also has an empty `<layer>.weight`, whose shape fits no model.
 """

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obs_kernels.errors import CheckpointFormatError, ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
+from obs_kernels.errors import (
+    CheckpointFormatError,
+    ConfigError,
+    DTypeNotSupportedError,
+    ShapeNotSupportedError,
+    UnsupportedGPUError,
+)
 from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern
 from obs_kernels.sparse import stored
@@ -85,16 +91,22 @@ def load_semi_structured(
     Args:
         path: written by ``obs-kernels convert --to semi-structured``.
         model: as in ``load``.
-        device: a GPU: torch has no such product on the CPU.
+        device: a GPU of compute capability 8.x: torch's kernels for this layout run on no other, and on no CPU.
 
     Raises:
-        ConfigError: no GPU. CheckpointFormatError: not such a folder, or damaged.
+        ConfigError: no GPU. UnsupportedGPUError: another GPU. CheckpointFormatError: not such a folder, or damaged.
     """
     picked = torch.device(device)
     if picked.type != "cuda" or not torch.cuda.is_available():
         raise ConfigError(
             f"device must be a GPU that torch sees, got {str(device)!r}: torch multiplies by semi-structured weights "
             f"on a GPU only; convert the folder to packed or dense for the CPU"
+        )
+    capability = torch.cuda.get_device_capability(picked)
+    if capability[0] != 8:
+        raise UnsupportedGPUError(
+            f"device must have compute capability 8.x for torch's kernels of this layout, got {capability[0]}."
+            f"{capability[1]}; convert the folder to packed and use obs_kernels.load"
         )
     folder = Path(path)
     config = stored.read_config(folder)

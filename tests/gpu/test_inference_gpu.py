@@ -12,6 +12,7 @@ from test_matmul_gpu import DEVICE, hopper
 from torch import Tensor, nn
 
 import obs_kernels as obs
+from obs_kernels.errors import UnsupportedGPUError
 from obs_kernels.inference import encoders, ways
 from obs_kernels.inference.job import run_speed_job
 from obs_kernels.sparse import semi_structured
@@ -131,6 +132,10 @@ def test_torch_multiplies_by_our_semi_structured_folder(tmp_path: Path) -> None:
     twin = encoders.sparse_twin(model, "2:4")[0]
     packed = obs.save_pretrained(twin, tmp_path / "packed")
     convert(packed, tmp_path / "semi", "semi-structured")
+    if torch.cuda.get_device_capability()[0] != 8:
+        with pytest.raises(UnsupportedGPUError, match=r"8\.x .* got .*convert the folder to packed"):
+            semi_structured.load_semi_structured(tmp_path / "semi", device=DEVICE)
+        return
     found = semi_structured.load_semi_structured(tmp_path / "semi", device=DEVICE)
     obs.decompress_(twin)
     twin = twin.to(DEVICE)
