@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import EPS32, EPS64, MATMUL_SUM, output_rounding
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from obs_kernels import parse_pattern
 from obs_kernels.errors import ConfigError, DeviceMismatchError, DTypeNotSupportedError, ShapeNotSupportedError
@@ -208,6 +209,59 @@ def test_values_take_no_gradient(gen):
     sparse.values.requires_grad_()
     with pytest.raises(ConfigError, match="packed values take no gradient"):
         sparse_linear(torch.ones(2, 48), sparse)
+
+
+# who listens to ops hears this one
+
+
+class Listener(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_and_a_profiler_see_the_op(gen):
+    sparse, _ = make(gen, 12, 48, "2:8", torch.float32)
+    x = torch.randn(5, 48, generator=gen)
+    with Listener() as listener:
+        y = sparse_linear(x, sparse)
+    assert "obs_kernels.sparse_linear.default" in listener.heard
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert torch.equal(sparse_linear(x, sparse), y)
+    assert "obs_kernels::sparse_linear" in {event.name for event in profile.events()}
+
+
+def test_without_a_listener_the_dispatcher_is_left_out(gen, monkeypatch):
+    sparse, _ = make(gen, 12, 48, "2:8", torch.float32)
+    x = torch.randn(5, 48, generator=gen)
+    wanted = sparse_linear(x.clone().requires_grad_(), sparse).detach()  # through the dispatcher
+    monkeypatch.delattr(torch.ops.obs_kernels, "sparse_linear")
+    assert torch.equal(sparse_linear(x, sparse), wanted)
+    with torch.no_grad():
+        assert torch.equal(sparse_linear(x.requires_grad_(), sparse), wanted)
+
+
+def test_vmap_is_never_passed_over_in_silence(gen):
+    sparse, dense = make(gen, 12, 48, "2:8", torch.float32)
+    x = torch.randn(3, 5, 48, generator=gen)
+    try:
+        found = torch.vmap(lambda part: sparse_linear(part, sparse))(x)
+    except (RuntimeError, NotImplementedError):
+        return  # the op has no rule for it, and says so
+    torch.testing.assert_close(found, x @ dense.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_subclass_of_tensors_sees_the_op(gen):
+    class Marked(Tensor):
+        pass
+
+    sparse, _ = make(gen, 12, 48, "2:8", torch.float32)
+    x = torch.randn(5, 48, generator=gen)
+    assert type(sparse_linear(x.as_subclass(Marked), sparse)) is Marked
 
 
 # refused input

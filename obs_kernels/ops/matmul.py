@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
@@ -69,20 +71,44 @@ def sparse_linear(
         raise ConfigError(
             "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
         )
-    flat = x if x_layout == "feature" else x.reshape(prod(x.shape[:-1]), cols)
-    y: Tensor = torch.ops.obs_kernels.sparse_linear(
+    flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
+    columns = sparse.columns_or_empty()
+    chosen = resolve("sparse_linear", backend, x, sparse.pattern)
+    if _is_heard(x, sparse.values, sparse.codes, columns, bias):
+        run: Any = partial(torch.ops.obs_kernels.sparse_linear, backend=chosen)
+    else:
+        run = kernel("sparse_linear", chosen)
+    y: Tensor = run(
         flat,
         sparse.values,
         sparse.codes,
-        sparse.columns_or_empty(),
+        columns,
         bias,
         str(sparse.pattern),
         activation=activation or "",
         x_layout=x_layout,
         y_layout=y_layout,
-        backend=resolve("sparse_linear", backend, x, sparse.pattern),
     )
-    return y.reshape(*x.shape[:-1], rows) if y_layout == "token" and x_layout == "token" else y
+    return y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
+
+
+def _is_heard(*tensors: Tensor | None) -> bool:
+    """Whether anything listens to ops: gradients, a compiler, a mode, a kind of tensor of its own, a profiler. If not,
+    the kernel is called without the dispatcher, whose way through Python takes the host 40 us a call.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_current_dispatch_mode() is not None
+        or torch.autograd._profiler_enabled()
+        or any(type(t) not in _PLAIN for t in tensors)
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 # Not by torch.library.custom_op, whose three layers of Python take twice the time: each layer of a model calls this op.
