@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,17 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ``ConfigError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """``value`` as a finite float of at least 0; strings such as "1e-7" are read. Raises ``ConfigError``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must be a number, got {value!r}") from None
+    if isinstance(value, bool) or not math.isfinite(number) or number < 0:
+        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
+    return number
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:

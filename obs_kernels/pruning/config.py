@@ -114,8 +114,8 @@ class OBSConfig:
         if self.fisher_block_size is not None:
             self._set("fisher_block_size", _integer("fisher_block_size", self.fisher_block_size, least=1))
         if self.damp is not None:
-            self._set("damp", _number("damp", self.damp))
-        self._set("dampening_frac", _number("dampening_frac", self.dampening_frac))
+            self._set("damp", checks.check_number("damp", self.damp))
+        self._set("dampening_frac", checks.check_number("dampening_frac", self.dampening_frac))
         if self.damp == 0 or (self.damp is None and self.dampening_frac == 0):
             raise ConfigError(
                 "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
@@ -264,13 +264,3 @@ def _integer(name: str, value: Any, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
     return value
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must be a number, got {value!r}") from None
-    if isinstance(value, bool) or not math.isfinite(number) or number < 0:
-        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
-    return number

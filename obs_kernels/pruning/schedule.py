@@ -116,7 +116,7 @@ class PruningSchedule:
     def __post_init__(self) -> None:
         """Validate and normalise."""
         for name in ("start_epoch", "end_epoch", "update_frequency", "initial_sparsity"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            object.__setattr__(self, name, checks.check_number(name, getattr(self, name)))
         checks.check_choice("shape", self.shape, SHAPES)
         if self.end_epoch < self.start_epoch:
             raise ConfigError(
@@ -297,16 +297,6 @@ def _kind(pattern: Pattern) -> tuple[Any, ...]:
 
 def _example(final: Pattern) -> str:
     return str(replace(final, n=final.n + 1) if isinstance(final, NMPattern) and final.n + 1 < final.m else final)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must be a number, got {value!r}") from None
-    if isinstance(value, bool) or not math.isfinite(number) or number < 0:
-        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
-    return number
 
 
 def _ladder(value: Any) -> tuple[int | float | str, ...]:
