@@ -43,15 +43,18 @@ LESS = {
     ("accumulate_fisher_", "cuda"): "D up to 128, not f64",
     ("accumulate_fisher_", "triton"): "not f64",
     ("invert_spd", "cuda"): "D up to 128, f32",
-    ("search_nm", "cuda"): "m up to 32; not diagonal, magnitude, f64",
-    ("search_vnm", "cuda"): "m up to 32 for n up to 2, else 16; combinatorial or pairwise, not f64",
+    ("search_nm", "cuda"): "D up to 128, m up to 32; not diagonal, magnitude, f64",
+    ("search_vnm", "cuda"): "D up to 128; m up to 32 for n up to 2, else 16; combinatorial or pairwise, not f64",
     ("prune_nm", "cuda"): "as search_nm",
     ("prune_vnm", "cuda"): "as search_vnm",
     ("obs_update", "cuda"): "D up to 128, not f64",
     ("block_saliency", "cuda"): "D up to 128; combinatorial, not f64",
     ("loss_increase", "cuda"): "D up to 128, not f64",
     ("sparse_linear", "cuda"): "sm_90a; f16 bf16; n up to 2, m a multiple of 4",
-    ("sweep_rows", "cuda"): "m up to 16 for n up to 2, else 8; panels of up to 256 rows; combinatorial, not f64",
+    (
+        "sweep_rows",
+        "cuda",
+    ): "n up to 2: m up to 16, panels up to 256 rows; n above: m up to 8, no panels; combinatorial, not f64",
 }
 
 
@@ -118,8 +121,8 @@ def matmul_table() -> str:
     }
     layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
     lines = [
-        f"{stored['env']['device']}, commit {stored['env']['commit']}, bf16, kernel time: x dense cuBLAS of the same "
-        "run (x cuSPARSELt, best algorithm):",
+        f"{stored['env']['device']}, commit {stored['env']['commit']}, 2:4, bf16, kernel time: x dense cuBLAS of the "
+        "same run (x cuSPARSELt, best algorithm):",
         "",
         f"| tokens | {' | '.join(layers.values())} |",
         f"|---:{'|---:' * len(layers)}|",

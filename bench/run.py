@@ -133,8 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", default="all", choices=[*cases.TOPICS, "all"], help="default: all")
     parser.add_argument("--shape", default="all", help="one shape or several with commas; see --list")
     parser.add_argument("--dtype", default="all", help="f32, bf16, ... with commas")
-    parser.add_argument("--block-size", help="D, with commas; default: those of the op")
-    parser.add_argument("--samples", help="S, with commas; default: those of the op")
+    parser.add_argument(
+        "--block-size", help="D (matmul, sweep: m of the pattern), with commas; default: those of the op"
+    )
+    parser.add_argument("--samples", help="S (matmul: tokens), with commas; default: those of the op")
     parser.add_argument("--backend", default="all", help="reference, triton, cuda, with commas; default: all that run")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:n]")
     parser.add_argument("--json", type=Path, help="a .json file for all ops, or a folder for one <op>.json each")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import hashlib
 import json
 import shutil
 import sys
@@ -218,9 +219,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         longest = max((r["seconds_train"] for r in stored["rows"].values()), default=0.0) if args.whole else 0.0
         if time.monotonic() + longest > deadline:
             break
+        if args.force:
+            shutil.rmtree(_folder(bench, row), ignore_errors=True)
         _run(bench, row, stored, tree, float("inf") if args.whole else deadline)
         gc.collect()  # graphs of the row before hold memory
         save(args.json, stored, to_markdown)
+        if row.key in stored["rows"]:  # the checkpoint goes when the result is there
+            shutil.rmtree(_folder(bench, row), ignore_errors=True)
     save(args.json, stored, to_markdown)
     left = sum(row.key not in stored["rows"] for row in rows)
     print(to_markdown(stored))
@@ -231,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], deadline: float) -> None:
     """Train a row as far as the time goes; its result, or how far it is, into ``stored``."""
-    folder = Path(bench.args.work) / row.key.replace("/", "_").replace(":", "-")
+    folder = _folder(bench, row)
     trainee = bench.trainee(row)
     scores: list[float] = []
     if trainee.load(folder):
@@ -277,7 +282,12 @@ def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], d
         }
         | tree
     )
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(bench: Bench, row: Row) -> Path:
+    """Of the checkpoints of a row, by its settings too: a row goes on under those that it began with, or anew."""
+    settings = hashlib.sha256(json.dumps(bench.header(), sort_keys=True).encode()).hexdigest()[:8]
+    return Path(bench.args.work) / f"{row.key.replace('/', '_').replace(':', '-')}-{settings}"
 
 
 def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any]:

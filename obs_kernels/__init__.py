@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured sparsity of transformers by second-order (OBS) pruning.
 
-Data flows one way: calibration gradients -> block Fisher -> mask search -> OBS update -> packing -> sparse product.
+Data flows one way: calibration batches -> curvature (block Fisher or row Hessian) -> choice and update -> packing ->
+sparse product.
 Importing the package needs neither a GPU nor compiled code, and never initialises CUDA.
 """
 

@@ -255,7 +255,9 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Folder or hub name; left out: the model of the package.")] = None,
     data: Annotated[str | None, typer.Option(help="Questions to evaluate on; left out: generated ones.")] = None,
     train: Train = None,
-    recover: Annotated[bool, typer.Option("--recover", help="Also fine-tune the masks for a minute.")] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Also fine-tune the pruned model for a minute, masks held.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md, report.html.")] = None,
     device: Device = "auto",
     max_eval: Annotated[int | None, typer.Option(help="Evaluate on the first so many questions.")] = None,

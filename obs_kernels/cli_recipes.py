@@ -16,7 +16,9 @@ app = typer.Typer(help="List recipes, show one, write one.", rich_markup_mode=No
 
 RecipeArgs = Annotated[
     list[str] | None,
-    typer.Option("--recipe-args", help="key=value in place of the recipe's own, such as end_epoch=6; may be repeated."),
+    typer.Option(
+        "--recipe-args", help="key=value in place of the recipe's own, such as learning_rate=1e-4; may be repeated."
+    ),
 ]
 
 
@@ -104,7 +106,7 @@ def overrides_of(recipe_args: list[str] | None) -> dict[str, Any]:
     for text in recipe_args or []:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--recipe-args must be key=value, got {text!r}; for example end_epoch=6")
+            raise ConfigError(f"--recipe-args must be key=value, got {text!r}; for example learning_rate=1e-4")
         if key.strip() in found:
             raise ConfigError(f"--recipe-args gives {key.strip()} twice; give it once")
         found[key.strip()] = value.strip()

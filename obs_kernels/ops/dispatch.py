@@ -199,9 +199,8 @@ def resolve(op: str, backend: str | None, tensor: Tensor, *more: Any) -> str:
         raise ConfigError(f"backend must be None, {', '.join(map(repr, BACKENDS))}, got {asked!r}")
     reason = unavailable(op, asked, device_type, tensor, *more)
     if reason is not None:
-        raise BackendUnavailableError(
-            f"backend {asked!r} cannot run {op}: {reason}; pass backend=None to let the package choose"
-        )
+        fix = "unset OBS_KERNELS_BACKEND" if backend is None else "pass backend=None"
+        raise BackendUnavailableError(f"backend {asked!r} cannot run {op}: {reason}; {fix} to let the package choose")
     return asked
 
 

@@ -45,8 +45,8 @@ def sparse_linear(
     reaches the rows that keep the column, and those with a free place among the four columns around it.
 
     ``cuda`` runs on compute capability 9.0, for float16 and bfloat16, and for patterns of at most two nonzeros in each
-    aligned four columns. Its own copy of the weight, as large as values and codes, is made by the first call and lives
-    as long as ``sparse.values``.
+    aligned four columns. Its own copy of the weight, in 2:4 order and 0.56 of the dense bytes for every pattern, is
+    made by the first call and lives as long as ``sparse.values``.
     """
     checks.check_choice("x_layout", x_layout, checks.LAYOUTS)
     checks.check_choice("y_layout", y_layout, checks.LAYOUTS)

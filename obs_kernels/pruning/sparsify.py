@@ -161,10 +161,11 @@ def _groups(pruner: OBSPruner) -> list[list[str]]:
     plan = pruner.plan()
     for row in plan.layers:
         if row.fisher_bytes > plan.budget:
+            block = pruner.config.curvature == "block"
+            what, fix = ("Fisher", "lower fisher_block_size") if block else ("Hessian", "use curvature='block'")
             raise MemoryBudgetError(
-                f"the Fisher of {row.name} {list(row.shape)} alone needs {readable(row.fisher_bytes)} at D "
-                f"= {row.block_size}, "
-                f"the budget is {readable(plan.budget)}; lower fisher_block_size or ignore the layer"
+                f"the {what} of {row.name} {list(row.shape)} alone needs {readable(row.fisher_bytes)} at D "
+                f"= {row.block_size}, the budget is {readable(plan.budget)}; {fix} or ignore the layer"
             )
     if pruner.config.global_sparsity and plan.num_groups > 1:
         raise MemoryBudgetError(

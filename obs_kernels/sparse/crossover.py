@@ -108,6 +108,12 @@ class KernelTable:
             return f"no kernel for sparse tensor cores takes pattern {pattern}"
         guess = self.estimate(rows, cols, tokens, pattern)
         if guess is None:
+            fewest = min((r.tokens for r in self._rows_of(pattern)[1] if (r.rows, r.cols) == (rows, cols)), default=0)
+            if tokens < fewest:
+                return (
+                    f"kernel rows of [{rows}, {cols}] begin at {fewest:,} tokens, got {tokens:,} ({self.device}); "
+                    f"measure=True measures here"
+                )
             return (
                 f"no kernel row near [{rows}, {cols}] at {tokens:,} tokens says that sparse wins ({self.device}); "
                 f"measure=True measures here"

@@ -19,12 +19,16 @@ def longest_first(lengths: Tensor, rows: Tensor) -> Tensor:
 
 
 def shuffled_batches(lengths: Tensor, rows: Tensor, batch_size: int, *, seed: int, epoch: int) -> list[Tensor]:
-    """``rows`` in batches of like length, in a random order that ``seed`` and ``epoch`` decide alone."""
+    """``rows`` in batches of like length, in a random order that ``seed`` and ``epoch`` decide alone.
+
+    A batch that is not full comes last: where processes share batches, Accelerate drops a round with one inside.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     buckets = rows.split(batch_size * _BATCHES_PER_BUCKET)
     batches = [batch for bucket in buckets for batch in longest_first(lengths, bucket).split(batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return sorted(order, key=lambda batch: len(batch) < batch_size)
 
 
 class EpochRows:

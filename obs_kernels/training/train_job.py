@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -23,7 +24,7 @@ from torch import nn
 
 from obs_kernels.errors import ConfigError, MissingDependencyError, ResumeMismatchError
 from obs_kernels.files import hold_folder, whole_folder, write_text
-from obs_kernels.pruning import OBSPruner
+from obs_kernels.pruning import OBSConfig, OBSPruner
 from obs_kernels.pruning.schedule import PruningSchedule
 from obs_kernels.recipes import Recipe
 from obs_kernels.sparse.linear import PRUNED_ATTRIBUTE
@@ -266,6 +267,7 @@ def _train(run: _Run, settings: dict[str, Any], callbacks: Sequence[Any], *, res
         schedule = recipe.schedule or PruningSchedule(start_epoch=0.0, end_epoch=0.0)
         calibration = run.task.calibration(config, training.gradient_batch_size or training.batch_size)
         parts = (run.pruner, schedule, calibration, run.task.loss_fn(curvature_loss(config)))
+        _require_time(schedule, config, recipe.training.epochs, trainer.steps_per_epoch)
     if recipe.training.epochs == 0:
         gradual = GradualPruning(*parts, steps_per_epoch=trainer.steps_per_epoch) if parts else None
         if gradual is not None:
@@ -282,11 +284,23 @@ def _train(run: _Run, settings: dict[str, Any], callbacks: Sequence[Any], *, res
     if checkpoint is not None:
         run.say(f"resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.accelerator.unwrap_model(run.net, keep_fp32_wrapper=False)  # scored as it is written, without autocast
     run.history = list(trainer.state.log_history)
     if pruning is None or pruning.gradual is None:
         return None
     pruning.gradual.finish()
     return pruning.gradual
+
+
+def _require_time(schedule: PruningSchedule, config: OBSConfig, epochs: float, steps_per_epoch: int) -> None:
+    """Refuse a last pruning that rounds to the end of a short training, before the training rather than after it."""
+    prunings = schedule.prunings(config.parsed_pattern, steps_per_epoch)
+    total = math.ceil(epochs * steps_per_epoch)
+    if epochs > 0 and prunings and prunings[-1].step >= total:
+        raise ConfigError(
+            f"end_epoch must leave a step of training after the last pruning, got it at step {prunings[-1].step} of "
+            f"{total}; lower end_epoch, or train longer"
+        )
 
 
 def _write(run: _Run, target: Path, gradual: GradualPruning | None, report: dict[str, Any], start: float) -> None:
