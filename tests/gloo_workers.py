@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "row": {"pattern": "2:8", "num_grads": 23, "curvature": "row"},
     "row, one after the other": {"pattern": "2:8", "num_grads": 21, "curvature": "row", "sequential": True},
     "layer": {"pattern": "unstructured:0.5", "num_grads": 23, "curvature": "layer"},
+    "a loader that shuffles": {"pattern": "2:8", "num_grads": 23, "curvature": "block"},
 }
 
 
@@ -37,9 +38,12 @@ def pruned(case: str, *, shared: bool, device: str = "cpu") -> tuple[nn.Module, 
     model = tiny_model(layers=1, dropout=0.0).to(device)
     pruner = OBSPruner(model, OBSConfig(**CASES[case]))
     step = distributed_step if shared else gradual_step
+    loader: Any = BATCHES
+    if case == "a loader that shuffles":
+        loader = torch.utils.data.DataLoader(BATCHES, batch_size=None, shuffle=True)  # type: ignore[arg-type]
     stages = [p for p in ("4:8", "16:4:8") if type(pruner.config.parsed_pattern) is type(_parsed(p))]
     for pattern in [*(stages if pruner.config.pattern.endswith("2:8") else []), pruner.config.pattern]:
-        step(pruner, pattern, BATCHES, span_loss)
+        step(pruner, pattern, loader, span_loss)
     return model, pruner
 
 

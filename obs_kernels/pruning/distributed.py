@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from obs_kernels import errors
 from obs_kernels.errors import ConfigError, DeviceMismatchError, ObsKernelsError
 from obs_kernels.patterns import Pattern
-from obs_kernels.pruning.calibration import LossFn
+from obs_kernels.pruning.calibration import LossFn, seeded
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradual import gradual_step
 from obs_kernels.pruning.layer import PrunedLayer
@@ -61,12 +62,16 @@ def distributed_step(
     """
     work = _Exchange(pruner)
     work.require_same("before the step")
+    budget = pruner._budget
     try:
+        pruner._budget = min(work.agree(pruner.plan().budget))  # or each would make groups by its own free memory
         with _share(pruner, loader, work) as batches:
             gradual_step(pruner, pattern, batches, loss_fn, stage=work.stage)
     except Exception as error:  # also that of a loss_fn: the others wait
         work.tell(error)
         raise
+    finally:
+        pruner._budget = budget
     work.require_same("after the step")
     return pruner.report()
 
@@ -86,13 +91,13 @@ def _bytes(layer: PrunedLayer) -> int:
 
 
 class _Part:
-    """Batches ``rank``, ``rank + world``, ... of a loader, up to number ``end``."""
+    """Batches ``rank``, ``rank + world``, ... of a loader, up to number ``end``; ``begin`` starts a pass over it."""
 
-    def __init__(self, loader: Iterable[Any], rank: int, world: int, end: int) -> None:
-        self.loader, self.rank, self.world, self.end = loader, rank, world, end
+    def __init__(self, begin: Callable[[], Iterator[Any]], rank: int, world: int, end: int) -> None:
+        self.begin, self.rank, self.world, self.end = begin, rank, world, end
 
     def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader):
+        for number, batch in enumerate(self.begin()):
             if number >= self.end:
                 return
             if number % self.world == self.rank:
@@ -108,8 +113,17 @@ def _share(pruner: OBSPruner, loader: Iterable[Any] | None, work: _Exchange) -> 
         return
     if isinstance(loader, Iterator):
         raise ConfigError("loader is an iterator, which can be used only once; pass a list, a DataLoader or the like")
+
+    def begin() -> Iterator[Any]:
+        """A pass in the order that the config's seed decides, in every process: a loader that shuffles draws when its
+        first batch is asked for."""
+        with seeded(work.device, config.seed):
+            batches = iter(loader)
+            first = list(islice(batches, 1))
+        return chain(first, batches)
+
     taken: list[int] = []
-    for batch in loader:  # which batches the whole takes, and how many samples of each
+    for batch in begin():  # which batches the whole takes, and how many samples of each
         if sum(taken) >= config.num_grads:
             break
         count = batch_size(batch, 1) if config.gradients == "sample" else 1
@@ -122,7 +136,7 @@ def _share(pruner: OBSPruner, loader: Iterable[Any] | None, work: _Exchange) -> 
     mine = sum(taken[work.rank :: work.world])
     pruner.config = replace(config, num_grads=mine, seed=config.seed + work.rank)
     try:
-        yield _Part(loader, work.rank, work.world, len(taken))
+        yield _Part(begin, work.rank, work.world, len(taken))
     finally:
         pruner.config = config
 
@@ -192,7 +206,11 @@ class _Exchange:
         pruner = self.pruner
         layers = pruner._named(names)
         self._owners = owners_by_bytes(layers, self.world)
-        self.agree()  # all have collected
+        if any(other != list(names) for other in self.agree(list(names))):  # all have collected
+            self._told = True
+            raise DeviceMismatchError(
+                "layers in hand must be the same in all processes; report this, it is a fault here"
+            )
         if pruner.config.needs_fisher:
             for layer in layers:
                 self._reduce(layer)

@@ -139,9 +139,9 @@ def run_train_job(
         "train": None if train is None else _digest(train),
         "max_train": max_train,
     }
-    if run.is_first:
-        _open_work(run.work, identity, resume=resume, overwrite=overwrite)
     with hold_folder(run.work) if run.is_first else nullcontext():
+        if run.is_first:
+            _open_work(run.work, identity, resume=resume, overwrite=overwrite)
         run.score("before", run.net)
         if run.distiller is not None and teacher != SELF:
             run.score("teacher", run.distiller.teacher)
@@ -350,7 +350,9 @@ def _open_work(work: Path, identity: dict[str, Any], *, resume: bool, overwrite:
             raise ConfigError(
                 f"{work} holds a run that was cut off; pass --resume to go on, or --overwrite to start anew"
             )
-        shutil.rmtree(work)
+        for old in work.iterdir():
+            if not old.name.startswith(".lock"):  # of this process, which holds the folder
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not path.exists():
         write_text(path, json.dumps(identity, indent=1))
         return

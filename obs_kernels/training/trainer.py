@@ -37,6 +37,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         self.pruning: OBSPruningCallback | None = None
         """Whose masks gradients get before they are clipped."""
         super().__init__(train_dataset=RowNumbers(len(data.lengths)), **settings)
+        self._rows = EpochRows(data.lengths, self.args.train_batch_size, seed=recipe.training.seed)
+        self.add_callback(_OrderOfEpoch(self._rows))
         self.loss_is_scaled_for_ga = False  # means of batches: the Trainer divides by the batches of a step
         self.model_accepts_loss_kwargs = False
 
@@ -47,10 +49,9 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Batches of like length, in an order that seed and epoch decide."""
-        rows = EpochRows(self.data.lengths, self.args.train_batch_size, seed=self.recipe.training.seed)
         loader = torch.utils.data.DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=rows,  # type: ignore[arg-type]
+            batch_sampler=self._rows,  # type: ignore[arg-type]
             collate_fn=self._collate,
             pin_memory=self.args.device.type == "cuda",
         )
@@ -102,6 +103,21 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def _collate(self, numbers: list[int]) -> Batch:
         count = len(self.data.lengths)
         return self.data.batch(torch.tensor([number % count for number in numbers]), numbers[0] // count)
+
+
+class _OrderOfEpoch(TrainerCallback):  # type: ignore[misc]
+    """Tells the batch sampler its epoch: resumed in the middle of one with several processes, it is wrapped more often
+    than the Trainer looks.
+    """
+
+    def __init__(self, rows: EpochRows) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Whole epochs that are behind; the fraction is of the one that is resumed."""
+        self.rows.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
 
 
 class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
