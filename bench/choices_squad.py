@@ -28,9 +28,8 @@ from torch import nn
 
 from bench.gpu_report import describe_tree
 from bench.permutation import reorder_channels_
-from bench.stored import digest, save
+from bench.stored import digest, run_command, save
 from obs_kernels import OBSConfig
-from obs_kernels.errors import ObsKernelsError
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, OneShotTable
@@ -245,8 +244,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ObsKernelsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

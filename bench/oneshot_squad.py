@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from bench.oneshot_table import to_markdown
-from bench.stored import digest, save
+from bench.stored import digest, run_command, save
 from obs_kernels import OBSConfig, __version__
-from obs_kernels.errors import ConfigError, ObsKernelsError
+from obs_kernels.errors import ConfigError
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, OneShotTable, standard_cells
@@ -281,8 +281,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ObsKernelsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

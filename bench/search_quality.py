@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu_report import describe_tree
-from bench.stored import save
+from bench.stored import run_command, save
 from obs_kernels import OBSConfig, OBSPruner, ops
-from obs_kernels.errors import ConfigError, ObsKernelsError
+from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.reference.passes import improve_choice
 from obs_kernels.training.models import load_qa_model, pick_device
@@ -283,8 +283,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ObsKernelsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from torch import nn
 from bench.gpu_report import describe_tree
 from bench.gradual_run import Trainee, TrainSettings
 from bench.gradual_table import to_markdown
-from bench.stored import digest, save
+from bench.stored import digest, run_command, save
 from obs_kernels import OBSConfig, parse_pattern
-from obs_kernels.errors import ConfigError, ObsKernelsError
+from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import NMPattern
 from obs_kernels.pruning.schedule import PruningSchedule, structure_ladder
 from obs_kernels.training.evaluate import evaluate_squad
@@ -156,8 +157,9 @@ class Bench:
         train = load_squad(args.train, split="train")
         self.train: SquadWindows = prepare_windows(train, self.tokenizer, with_labels=True, **lengths)
 
+    @cached_property
     def header(self) -> dict[str, Any]:
-        """What decides the figures."""
+        """What decides the figures; the hashes of its files are taken once."""
         args = self.args
         return {
             "model": digest(Path(args.model) / "model.safetensors"),
@@ -172,6 +174,11 @@ class Bench:
             "precision": "bf16" if self.autocast else "fp32",
             **asdict(self.settings),
         }
+
+    def folder(self, row: Row) -> Path:
+        """Of the checkpoints of a row, by its settings too: a row goes on under those that it began with, or anew."""
+        settings = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:8]
+        return Path(self.args.work) / f"{row.key.replace('/', '_').replace(':', '-')}-{settings}"
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """EM and F1 on the evaluation questions."""
@@ -207,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     bench = Bench(args)
-    stored = _resume(args.json, bench.header(), force=args.force)
+    stored = _resume(args.json, bench.header, force=args.force)
     tree = describe_tree(args.commit)
     if stored["dense"] is None:
         stored["dense"] = bench.evaluate(bench.dense)
@@ -220,12 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if time.monotonic() + longest > deadline:
             break
         if args.force:
-            shutil.rmtree(_folder(bench, row), ignore_errors=True)
+            shutil.rmtree(bench.folder(row), ignore_errors=True)
         _run(bench, row, stored, tree, float("inf") if args.whole else deadline)
         gc.collect()  # graphs of the row before hold memory
         save(args.json, stored, to_markdown)
         if row.key in stored["rows"]:  # the checkpoint goes when the result is there
-            shutil.rmtree(_folder(bench, row), ignore_errors=True)
+            shutil.rmtree(bench.folder(row), ignore_errors=True)
     save(args.json, stored, to_markdown)
     left = sum(row.key not in stored["rows"] for row in rows)
     print(to_markdown(stored))
@@ -236,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], deadline: float) -> None:
     """Train a row as far as the time goes; its result, or how far it is, into ``stored``."""
-    folder = _folder(bench, row)
+    folder = bench.folder(row)
     trainee = bench.trainee(row)
     scores: list[float] = []
     if trainee.load(folder):
@@ -282,12 +289,6 @@ def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], d
         }
         | tree
     )
-
-
-def _folder(bench: Bench, row: Row) -> Path:
-    """Of the checkpoints of a row, by its settings too: a row goes on under those that it began with, or anew."""
-    settings = hashlib.sha256(json.dumps(bench.header(), sort_keys=True).encode()).hexdigest()[:8]
-    return Path(bench.args.work) / f"{row.key.replace('/', '_').replace(':', '-')}-{settings}"
 
 
 def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any]:
@@ -342,8 +343,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ObsKernelsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from obs_kernels.errors import ObsKernelsError
 from obs_kernels.files import write_text
 
 
@@ -21,6 +23,15 @@ def save(path: Path, document: dict[str, Any], to_markdown: Callable[[dict[str, 
 def digest(path: Path) -> str:
     """Hash of a file; the name itself where there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(path)
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """End the process as ``main`` says; an error of the package is a line on stderr and 1."""
+    try:
+        sys.exit(main())
+    except ObsKernelsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def table_row(name: str, values: Sequence[float | None], best: float | None) -> str:

@@ -25,9 +25,8 @@ import torch
 from torch import nn
 
 from bench.gpu_report import describe_tree
-from bench.stored import digest, save, table_row
+from bench.stored import digest, run_command, save, table_row
 from obs_kernels import OBSConfig, sparsify_
-from obs_kernels.errors import ObsKernelsError
 from obs_kernels.patterns import VNMPattern, parse_pattern
 from obs_kernels.training.language import (
     TextBlocks,
@@ -226,8 +225,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ObsKernelsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)
