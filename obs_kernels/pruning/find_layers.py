@@ -13,6 +13,7 @@ from obs_kernels.patterns import Pattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
 from obs_kernels.pruning.row_layer import RowLayer
+from obs_kernels.sparse.linear import is_conv1d
 
 
 def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], list[SkippedLayer]]:
@@ -36,7 +37,7 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
         weight = getattr(module, "weight", None)
         if not hits or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
-        shape = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
+        shape = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
         shared = [other for other in owners[_place_of(weight)] if other != name] if weight.numel() else []
         if any(_matches(t, name, module) for t in cfg.ignore):
             skipped.append(SkippedLayer(name, shape, "ignored"))
@@ -64,7 +65,7 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
 def _make_layer(
     name: str, module: nn.Module, weight: nn.Parameter, pattern: Pattern, cfg: OBSConfig
 ) -> PrunedLayer | SkippedLayer:
-    transposed = is_transposed(module)
+    transposed = is_conv1d(module)
     values = weight.detach().mT if transposed else weight.detach()
     shape = (int(values.shape[0]), int(values.shape[1]))
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -101,11 +102,6 @@ def _make_layer(
             has_target=row and cfg.sequential,
         )
     return PrunedLayer(name, module, padded, size, alive, alive.clone(), transposed)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the module stores its weight [inputs, outputs]: transformers' Conv1D, which GPT-2 is made of."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _block_size(shape: tuple[int, int], pattern: Pattern, cfg: OBSConfig, name: str) -> int:

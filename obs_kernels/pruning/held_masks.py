@@ -48,7 +48,7 @@ class HeldMasks:
             averaged: a copy of the model that follows it, such as ``torch.optim.swa_utils.AveragedModel``.
         """
         state = None if optimizer is None else optimizer.state
-        for layer, dead in zip(self.layers, self._dead, strict=True):
+        for layer, dead in self._pairs():
             weight = layer.weight
             weight.masked_fill_(dead, 0.0)
             if state is None:
@@ -63,7 +63,7 @@ class HeldMasks:
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zeros at pruned places of ``.grad``; before a clipping by norm, which then looks at what can move."""
-        for layer, dead in zip(self.layers, self._dead, strict=True):
+        for layer, dead in self._pairs():
             if layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(dead, 0.0)
 

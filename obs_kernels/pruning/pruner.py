@@ -25,9 +25,7 @@ from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.schedule import EPSILON, check_reachable, recomputation_stages
 from obs_kernels.pruning.state import check_state
 from obs_kernels.pruning.step import StagedLayer, stage_step
-
-PRUNED_ATTRIBUTE = "obs_kernels_pruned"
-"""Attribute of a finalized model: {"pattern": text, "masks": {layer name: mask}}, read by ``compress_``."""
+from obs_kernels.sparse.linear import PRUNED_ATTRIBUTE
 
 
 class OBSPruner:

@@ -20,7 +20,7 @@ from obs_kernels.patterns import NMPattern, Pattern
 log = logging.getLogger("obs_kernels")
 
 PRUNED_ATTRIBUTE = "obs_kernels_pruned"
-"""Set by ``OBSPruner.finalize``: {"pattern": text, "masks": {module name: mask}}."""
+"""Set by ``OBSPruner.finalize``, read by ``compress_``: {"pattern": text, "masks": {module name: mask}}."""
 DISPATCHES = ("auto", "sparse", "dense")
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that autocast casts; it leaves float64 alone."""
