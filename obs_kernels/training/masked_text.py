@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError, DataFormatError, MissingDependencyError
 from obs_kernels.pruning.output_probe import output_probe
 from obs_kernels.training.language import read_text
-from obs_kernels.training.tasks import Batch, Source, TaskData, limited
+from obs_kernels.training.tasks import Batch, Source, TaskData, TaskSources, limited
 from obs_kernels.training.token_table import TokenTable, eval_outputs, make_table, require_fast
 
 if TYPE_CHECKING:
@@ -37,17 +37,7 @@ class MaskedTextData(TaskData):
     score = "perplexity"
     smaller_is_better = True
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        tokenizer: Any,
-        *,
-        data: Source,
-        train: Source,
-        max_length: int,
-        max_train: int | None = None,
-        max_eval: int | None = None,
-    ) -> None:
+    def __init__(self, settings: TrainingSettings, tokenizer: Any, sources: TaskSources) -> None:
         require_fast(tokenizer)
         if tokenizer.mask_token_id is None:
             raise ConfigError(
@@ -58,12 +48,12 @@ class MaskedTextData(TaskData):
         self.eval_batch_size, self.seed = settings.eval_batch_size, settings.seed
 
         def part(source: Source, split: str, most: int | None) -> TokenTable:
-            table = _blocks(read_lines(source, split=split), tokenizer, max_length, os.fspath(source))
+            table = _blocks(read_lines(source, split=split), tokenizer, sources.max_length, os.fspath(source))
             rows = limited(len(table), most, settings.seed)
             return TokenTable(table.input_ids[rows], None, table.lengths[rows])
 
-        self.dev = part(data, "validation", max_eval)
-        self.table = part(train, "train", max_train)
+        self.dev = part(sources.data, "validation", sources.max_eval)
+        self.table = part(sources.train, "train", sources.max_train)
         self.lengths = self.table.lengths
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:

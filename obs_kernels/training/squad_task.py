@@ -12,7 +12,7 @@ from obs_kernels.pruning.output_probe import output_probe
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.squad import SquadExample, load_squad, prepare_windows
 from obs_kernels.training.squad_batches import span_logits, span_losses
-from obs_kernels.training.tasks import Batch, Source, TaskData, limited
+from obs_kernels.training.tasks import Batch, Source, TaskData, TaskSources, limited
 
 if TYPE_CHECKING:
     from obs_kernels.recipes import TrainingSettings
@@ -25,27 +25,21 @@ class SquadData(TaskData):
 
     score = "f1"
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        tokenizer: Any,
-        *,
-        data: Source,
-        train: Source,
-        max_length: int,
-        max_train: int | None = None,
-        max_eval: int | None = None,
-    ) -> None:
+    def __init__(self, settings: TrainingSettings, tokenizer: Any, sources: TaskSources) -> None:
         self.tokenizer, self.eval_batch_size = tokenizer, settings.eval_batch_size
-        stride = min(settings.doc_stride, max_length // 3)
+        stride = min(settings.doc_stride, sources.max_length // 3)
 
         def part(source: Source, split: str, most: int | None) -> list[SquadExample]:
             found = load_squad(source, split=split)
             return [found[i] for i in limited(len(found), most, settings.seed).tolist()]
 
-        sizes = {"max_length": max_length, "doc_stride": stride}
-        self.dev = prepare_windows(part(data, "validation", max_eval), tokenizer, with_labels=False, **sizes)
-        self.windows = prepare_windows(part(train, "train", max_train), tokenizer, with_labels=True, **sizes)
+        sizes = {"max_length": sources.max_length, "doc_stride": stride}
+        self.dev = prepare_windows(
+            part(sources.data, "validation", sources.max_eval), tokenizer, with_labels=False, **sizes
+        )
+        self.windows = prepare_windows(
+            part(sources.train, "train", sources.max_train), tokenizer, with_labels=True, **sizes
+        )
         self.lengths = self.windows.lengths
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:

@@ -32,6 +32,18 @@ HEADS = {
 LABEL_COUNTS = {"mnli": 3, "qqp": 2}
 
 
+@dataclass(frozen=True)
+class TaskSources:
+    """Samples to evaluate and to train on, files or hub names, and how much of them is taken."""
+
+    data: Source
+    train: Source
+    max_length: int
+    """Tokens of a sample."""
+    max_train: int | None = None
+    max_eval: int | None = None
+
+
 class TaskData(ABC):
     """Tokenised data of one task, with its loss and its scores.
 
@@ -133,18 +145,18 @@ def load_task(
         )
     train = data if train is None else train
     positions = int(getattr(getattr(model, "config", None), "max_position_embeddings", None) or settings.max_length)
-    length = min(settings.max_length, positions)
+    sources = TaskSources(data, train, min(settings.max_length, positions), **limits)
     if settings.task == "squad":
         from obs_kernels.training.squad_task import SquadData
 
-        return SquadData(settings, tokenizer, data=data, train=train, max_length=length, **limits)
+        return SquadData(settings, tokenizer, sources)
     if settings.task == "mlm":
         from obs_kernels.training.masked_text import MaskedTextData
 
-        return MaskedTextData(settings, tokenizer, data=data, train=train, max_length=length, **limits)
+        return MaskedTextData(settings, tokenizer, sources)
     from obs_kernels.training.text_pairs import TextPairData
 
-    return TextPairData(settings, tokenizer, data=data, train=train, max_length=length, **limits)
+    return TextPairData(settings, tokenizer, sources)
 
 
 def limited(count: int, most: int | None, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError, DataFormatError, MissingDependencyError
 from obs_kernels.pruning.output_probe import output_probe
-from obs_kernels.training.tasks import Batch, Source, TaskData, limited
+from obs_kernels.training.tasks import Batch, Source, TaskData, TaskSources, limited
 from obs_kernels.training.token_table import TokenTable, eval_outputs, make_table, require_fast
 
 if TYPE_CHECKING:
@@ -94,27 +94,17 @@ class TextPairData(TaskData):
 
     score = "accuracy"
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        tokenizer: Any,
-        *,
-        data: Source,
-        train: Source,
-        max_length: int,
-        max_train: int | None = None,
-        max_eval: int | None = None,
-    ) -> None:
+    def __init__(self, settings: TrainingSettings, tokenizer: Any, sources: TaskSources) -> None:
         require_fast(tokenizer)
         self.eval_batch_size, self.classes = settings.eval_batch_size, FORMATS[settings.task].classes
 
         def part(source: Source, split: str | None, most: int | None) -> tuple[TokenTable, Tensor]:
             pairs = load_pairs(source, settings.task, split=split)
             pairs = [pairs[i] for i in limited(len(pairs), most, settings.seed).tolist()]
-            return _tokenize(pairs, tokenizer, max_length), torch.tensor([pair.label for pair in pairs])
+            return _tokenize(pairs, tokenizer, sources.max_length), torch.tensor([pair.label for pair in pairs])
 
-        self.dev, self.dev_labels = part(data, None, max_eval)
-        self.table, self.labels = part(train, "train", max_train)
+        self.dev, self.dev_labels = part(sources.data, None, sources.max_eval)
+        self.table, self.labels = part(sources.train, "train", sources.max_train)
         self.lengths = self.table.lengths
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
