@@ -5,23 +5,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from obs_kernels.inference import encoders
+
 
 @dataclass(frozen=True)
-class Encoder:
-    """Sizes of a BERT encoder."""
+class Encoder(encoders.Encoder):
+    """Sizes of a BERT encoder, and tokens of a sample."""
 
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    tokens: int
-    vocab: int
+    tokens: int = 384
 
     @property
     def weights(self) -> int:
@@ -29,7 +26,7 @@ class Encoder:
         return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.ffn)
 
 
-SHAPES = {"bert-base": Encoder(layers=12, hidden=768, ffn=3072, heads=12, tokens=384, vocab=30522)}
+SHAPES = {"bert-base": Encoder(**asdict(encoders.SHAPES["bert-base"]))}
 CPU_ENCODER = Encoder(layers=2, hidden=64, ffn=256, heads=4, tokens=32, vocab=100)
 
 
@@ -43,7 +40,7 @@ def build(encoder: Encoder, dtype: torch.dtype, device: torch.device) -> nn.Modu
         num_hidden_layers=encoder.layers,
         num_attention_heads=encoder.heads,
         intermediate_size=encoder.ffn,
-        max_position_embeddings=max(512, encoder.tokens),
+        max_position_embeddings=max(encoder.positions, encoder.tokens),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
