@@ -21,10 +21,10 @@ from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning import OBSConfig, OBSPruner
 from obs_kernels.training import model_folder, prune_job
-from obs_kernels.training.demo_corpus import make_corpus
 from obs_kernels.training.demo_model import demo_model_dir
 from obs_kernels.training.job_questions import load_questions
 from obs_kernels.training.oneshot import Cell, CellResult
+from tests.tiny_folders import save_tiny_bert, write_questions
 
 pytest.importorskip("transformers")
 
@@ -45,19 +45,12 @@ def run_json(*arguments: object) -> Any:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random one-layer BERT with the demo's tokenizer, and a few generated questions."""
-    from transformers import BertConfig, BertForQuestionAnswering
+    from transformers import BertForQuestionAnswering
 
     folder = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
-    settings = json.loads((demo_model_dir() / "config.json").read_text())
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    wanted = {key: settings[key] for key in ("vocab_size", "max_position_embeddings")}
-    BertForQuestionAnswering(BertConfig(**wanted, **small)).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model_dir() / name, folder / "model")
-    for name, split in (("data.json", "heldout"), ("train.json", "train")):
-        corpus = make_corpus(num_paragraphs=6, split=split, seed=0, max_questions=2)  # type: ignore[arg-type]
-        (folder / name).write_text(json.dumps(corpus))
+    save_tiny_bert(folder / "model", BertForQuestionAnswering)
+    write_questions(folder, dev="data.json", paragraphs=6, questions=2)
     return folder
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +19,7 @@ from bench.gradual_run import Trainee
 from bench.gradual_table import MUST, to_markdown
 from obs_kernels.errors import ConfigError
 from obs_kernels.recipes import load_recipe
-from obs_kernels.training.demo_corpus import make_corpus
-from obs_kernels.training.demo_model import demo_model_dir
+from tests.tiny_folders import save_tiny_bert, write_questions
 
 pytest.importorskip("transformers")
 pytest.importorskip("pydantic")
@@ -52,19 +50,12 @@ def test_every_row_has_settings_and_a_schedule_that_ends_at_its_pattern() -> Non
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertConfig, BertForQuestionAnswering
+    from transformers import BertForQuestionAnswering
 
     folder = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
-    settings = json.loads((demo_model_dir() / "config.json").read_text())
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    wanted = {key: settings[key] for key in ("vocab_size", "max_position_embeddings")}
-    BertForQuestionAnswering(BertConfig(**wanted, **small)).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model_dir() / name, folder / "model")
-    for name, split in (("dev.json", "heldout"), ("train.json", "train")):
-        corpus = make_corpus(num_paragraphs=6, split=split, seed=0, max_questions=4)  # type: ignore[arg-type]
-        (folder / name).write_text(json.dumps(corpus))
+    save_tiny_bert(folder / "model", BertForQuestionAnswering)
+    write_questions(folder, dev="dev.json", paragraphs=6, questions=4)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from obs_kernels.cli import app
 from obs_kernels.errors import ConfigError, DataFormatError, MissingDependencyError
 from obs_kernels.recipes import TrainingSettings, load_recipe
 from obs_kernels.training.demo_corpus import make_corpus
-from obs_kernels.training.demo_model import demo_model_dir
 from obs_kernels.training.layer_drop import drop_layers_
 from obs_kernels.training.masked_text import read_lines
 from obs_kernels.training.tasks import load_task
 from obs_kernels.training.text_pairs import load_pairs
+from tests.tiny_folders import save_tiny_bert, write_questions
 from tests.tiny_training import tiny_model
 
 pytest.importorskip("transformers")
@@ -44,22 +43,15 @@ GRADUAL += ["initial_sparsity=0.375"]
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random two-layer BERTs with the demo's tokenizer, and a few generated samples of each task."""
-    from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
+    from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
 
     folder = tmp_path_factory.mktemp("train")
     torch.manual_seed(0)
-    settings = json.loads((demo_model_dir() / "config.json").read_text())
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    wanted = {key: settings[key] for key in ("vocab_size", "max_position_embeddings")} | small
     pair = BertForSequenceClassification
     models = {"qa": BertForQuestionAnswering, "mlm": BertForMaskedLM, "mnli": pair, "qqp": pair}
     for name, kind in models.items():
-        kind(BertConfig(**wanted, num_labels=3 if name == "mnli" else 2)).save_pretrained(folder / name)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(demo_model_dir() / file, folder / name)
-    for name, split in (("dev.json", "heldout"), ("train.json", "train")):
-        corpus = make_corpus(num_paragraphs=4, split=split, seed=0, max_questions=2)  # type: ignore[arg-type]
-        (folder / name).write_text(json.dumps(corpus))
+        save_tiny_bert(folder / name, kind, layers=2, num_labels=3 if name == "mnli" else 2)
+    write_questions(folder, dev="dev.json", paragraphs=4, questions=2)
     texts = [
         p["context"] for a in make_corpus(num_paragraphs=12, split="train", seed=1)["data"] for p in a["paragraphs"]
     ]
