@@ -77,6 +77,8 @@ class OBSConfig:
             residual stream too where an output goes into one.
         refit_bias: move the biases of pruned layers to make up for the mean of what is lost. For "row"; the others
             leave them alone.
+        refit_norms: at the end fit weight and bias of every normalisation layer (``find_norms``) to the outputs of the
+            dense model, channel by channel, in the order they run. Takes the data anew for each of them.
         sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
             first. For "row" and "layer".
     """
@@ -101,6 +103,7 @@ class OBSConfig:
     on_nonfinite: str = "raise"
     sequential: bool = False
     refit_bias: bool = True
+    refit_norms: bool = False
     sweep_order: str = "given"
 
     def __post_init__(self) -> None:
@@ -120,7 +123,7 @@ class OBSConfig:
             raise ConfigError(
                 "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
             )
-        for name in ("global_sparsity", "sequential", "refit_bias"):
+        for name in ("global_sparsity", "sequential", "refit_bias", "refit_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, choices in (

@@ -58,8 +58,11 @@ def distributed_step(
 
     Raises:
         DeviceMismatchError: weights or masks differ between processes, before or after the step. ConfigError: fewer
-            batches than processes. What ``gradual_step`` raises in one process, every one raises.
+            batches than processes, or a setting that only one process can do. What ``gradual_step`` raises in one
+            process, every one raises.
     """
+    if pruner.config.refit_norms:
+        raise ConfigError("refit_norms is for one process, got several; use refit_norms=False")
     work = _Exchange(pruner)
     work.require_same("before the step")
     budget = pruner._budget
