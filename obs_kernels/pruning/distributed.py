@@ -61,8 +61,9 @@ def distributed_step(
             batches than processes, or a setting that only one process can do. What ``gradual_step`` raises in one
             process, every one raises.
     """
-    if pruner.config.refit_norms:
-        raise ConfigError("refit_norms is for one process, got several; use refit_norms=False")
+    for name, plain in (("refit_norms", False), ("row_clusters", 1)):  # each process would find others
+        if (value := getattr(pruner.config, name)) != plain:
+            raise ConfigError(f"{name} is for one process, got {value} with several; use {name}={plain}")
     work = _Exchange(pruner)
     work.require_same("before the step")
     budget = pruner._budget

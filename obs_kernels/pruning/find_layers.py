@@ -131,6 +131,7 @@ def _make_layer(
             transposed,
             weighted=row,
             has_target=row and cfg.sequential,
+            num_clusters=min(cfg.row_clusters, padded[0] // pattern.multiples()[0]),
         )
     return PrunedLayer(name, module, padded, size, alive, alive.clone(), transposed)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError, NonFiniteError
 from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.pruning.block_chain import Batches, KeptActivations, find_chains
-from obs_kernels.pruning.calibration import LossFn, collect_gradients, device_batches, move, seeded
+from obs_kernels.pruning.calibration import LossFn, collect_gradients, device_batches, find_row_clusters, move, seeded
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
@@ -81,7 +81,7 @@ class _Waiting:
 
     layer: RowLayer
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """x [t, C], weight [t], error [t, R]."""
+    """x [t, C], weight [t, k], error [t, R]."""
 
     def add(self, x: Tensor, weight: Tensor, error: Tensor) -> None:
         self.parts.append((x, weight, error))
@@ -124,6 +124,7 @@ class DenseModel:
         self.model, self.loader, self.loss_fn, self.cfg = model, loader, loss_fn, cfg
         self.snapshot, self.timings = snapshot, timings
         self.device = layers[0].weight.device
+        find_row_clusters(model, rows, loader, loss_fn, cfg, timings)
         self.weights = TokenWeights(rows, timings)
         self._marks: list[tuple[str, ...]] = []
         collect_gradients(
@@ -216,7 +217,7 @@ class DenseModel:
                 error = as_tokens(aim.output.float() - use.output.float(), use.output.shape[0], padding)[:count]
                 x, error = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
                 good = torch.isfinite(x.sum(dtype=torch.float32) + error.sum()) & good
-                tokens.add(x, weight.reshape(-1), error)
+                tokens.add(x, weight.reshape(-1, weight.shape[-1]), error)
             finite.append(good)
         return torch.stack(finite)
 
@@ -297,7 +298,7 @@ def _mark(batch: Any) -> Iterator[str]:
 def _require_same_tokens(
     layer: RowLayer, batch: int, weights: Sequence[Tensor], aims: Sequence[Seen], uses: Sequence[Seen], count: int
 ) -> None:
-    counts = [weight.numel() for weight in weights]
+    counts = [weight[..., 0].numel() for weight in weights]
     for seen in (aims, uses):
         found = [f.output[:count].numel() // f.output.shape[-1] for f in seen]
         if found != counts:

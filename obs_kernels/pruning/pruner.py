@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import Pattern, parse_pattern
-from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
+from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients, find_row_clusters
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.find_layers import find_layers, find_norms
 from obs_kernels.pruning.gradient_buffer import GradientBuffer
@@ -110,6 +110,7 @@ class OBSPruner:
             held=self._held() if self._budget is not None else 0,
             advice="lower fisher_block_size, collect fewer layers at a time (layers=), or let sparsify_ do groups",
         )
+        find_row_clusters(self.model, chosen, loader, loss_fn, self.config, timings)
         return collect_gradients(
             self.model,
             chosen,
@@ -147,7 +148,7 @@ class OBSPruner:
         add_parameter_gradients(self._buffer, self.layers[0].num_grads)
 
     def fishers(self) -> dict[str, Tensor]:
-        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T; under row curvature the Hessian [1, C, C]."""
+        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T; under row curvature the Hessians [k, C, C]."""
         return {layer.parameter_name: layer.mean_fisher() for layer in self.layers}
 
     def set_fishers(self, fishers: Mapping[str, Tensor], num_grads: int) -> None:
@@ -352,6 +353,7 @@ class OBSPruner:
             "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
             "origins": {layer.name: layer.origin.clone() for layer in rows if layer.origin is not None},
             "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
+            "clusters": {layer.name: layer.clusters.clone() for layer in rows if layer.clusters is not None},
             "num_grads": {layer.name: layer.num_grads for layer in self.layers},
             "reports": {
                 name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
@@ -378,6 +380,8 @@ class OBSPruner:
                 origin = state["origins"].get(layer.name)
                 layer.origin = None if origin is None else origin.to(device, copy=True)
                 layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
+                if layer.num_clusters > 1:
+                    layer.clusters = state["clusters"][layer.name].to(device, copy=True)
         self.stages, self.stage, self._saliency = stages, state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}
