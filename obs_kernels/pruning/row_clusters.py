@@ -22,8 +22,8 @@ from obs_kernels.reference.precision import exact_products
 
 DIRECTIONS = 64
 """Random directions; distances between rows are kept to about the square root of 2 / 64."""
-ROUNDS = 50
-"""At most, of k-means."""
+ROUNDS, RUNS = 50, 8
+"""Of k-means: at most so many rounds, from so many starts."""
 
 
 class RowSignatures:
@@ -89,12 +89,19 @@ class RowSignatures:
 def like_units(points: Tensor, weight: Tensor, count: int, seed: int) -> Tensor:
     """[U] int64: the cluster, 0 to count - 1, of each of ``points`` [U, J] f64 that weigh ``weight`` [U]; by k-means.
 
-    Starts are drawn by their distance to those before (k-means++). No cluster is empty; ``count`` is at most U.
+    The best of a few runs, whose starts are drawn by their distance to those before (k-means++). No cluster is empty;
+    ``count`` is at most U.
     """
     if count == points.shape[0]:
         return torch.arange(count)
     generator = torch.Generator().manual_seed(seed)
     weight = weight.clamp_min(1e-12 * float(weight.sum()) + 1e-300)  # a unit without weight goes somewhere, too
+    runs = [_k_means(points, weight, count, generator) for _ in range(RUNS)]
+    return min(runs, key=lambda run: run[0])[1]
+
+
+def _k_means(points: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """Sum of the weighted squared distances, and the clusters."""
     centers = points[torch.multinomial(weight, 1, generator=generator)]
     for _ in range(1, count):
         chance = weight * _distances(points, centers).amin(1) + 1e-300
@@ -107,7 +114,7 @@ def like_units(points: Tensor, weight: Tensor, count: int, seed: int) -> Tensor:
         own = now
         share = torch.nn.functional.one_hot(own, count).double() * weight[:, None]
         centers = share.mT @ points / share.sum(0)[:, None]
-    return own
+    return float(weight @ (points - centers[own]).square().sum(1)), own
 
 
 def _distances(points: Tensor, centers: Tensor) -> Tensor:
