@@ -58,8 +58,12 @@ def distributed_step(
 
     Raises:
         DeviceMismatchError: weights or masks differ between processes, before or after the step. ConfigError: fewer
-            batches than processes. What ``gradual_step`` raises in one process, every one raises.
+            batches than processes, or a setting that only one process can do. What ``gradual_step`` raises in one
+            process, every one raises.
     """
+    for name, plain in (("refit_norms", False), ("row_clusters", 1)):  # each process would find others
+        if (value := getattr(pruner.config, name)) != plain:
+            raise ConfigError(f"{name} is for one process, got {value} with several; use {name}={plain}")
     work = _Exchange(pruner)
     work.require_same("before the step")
     budget = pruner._budget

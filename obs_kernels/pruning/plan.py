@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from obs_kernels.errors import MemoryBudgetError
 from obs_kernels.pruning.gradient_buffer import MAX_ROWS, buffer_room, choose_rows, most_rows, row_bytes
-from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
+from obs_kernels.pruning.layer import Norm, PrunedLayer, SkippedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
 from obs_kernels.pruning.row_layer import RowLayer
 
@@ -43,6 +43,10 @@ class PruningPlan:
     """Gradients that are buffered between two passes over the Fisher, S of each group."""
     buffer_bytes: tuple[int, ...] = ()
     """Bytes of these rows, of each group; as if gradients came in the dtype of the weights, autocast takes less."""
+    norms: tuple[str, ...] = ()
+    """Normalisation layers that are refit at the end."""
+    held_bytes: int = 0
+    """Of the dense weights that are held for it until then."""
 
     @property
     def peak_bytes(self) -> int:
@@ -78,6 +82,8 @@ class PruningPlan:
             "peak_bytes": self.peak_bytes,
             "num_groups": self.num_groups,
             "num_weights": self.num_weights,
+            "norms": list(self.norms),
+            "held_bytes": self.held_bytes,
         }
 
     def to_markdown(self) -> str:
@@ -102,6 +108,12 @@ class PruningPlan:
                 f"{max(self.buffer_rows)} gradients buffered in {max(self.buffer_bytes) / 1e6:,.0f} MB; at most "
                 f"{self.peak_bytes / 1e6:,.0f} MB at once, beside the model and what a batch takes"
             )
+        if self.norms:
+            lines.append(
+                f"{len(self.norms)} norms refit at the end, with a pass of the dense and one of the pruned model for "
+                f"each (of their block alone where blocks follow each other); {self.held_bytes / 1e6:,.0f} MB of dense "
+                f"weights held until then"
+            )
         return "\n".join(lines)
 
     __str__ = to_markdown
@@ -115,11 +127,29 @@ def make_plan(
     needs_fisher: bool,
     budget: int | None,
     num_grads: int = MAX_ROWS,
+    norms: Sequence[Norm] = (),
 ) -> PruningPlan:
     """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory).
 
-    ``num_grads``: gradients that will come; more rows than these are never buffered.
+    ``num_grads``: gradients that will come; more rows than these are never buffered. ``norms``: refit at the end.
     """
+    plan = _make_plan(layers, skipped, pattern, needs_fisher=needs_fisher, budget=budget, num_grads=num_grads)
+    if not norms:
+        return plan
+    changed: list[PrunedLayer | Norm] = [*layers, *norms]
+    held = {id(p): p.nbytes for item in changed for p in (item.weight, item.bias) if p is not None}
+    return replace(plan, norms=tuple(norm.name for norm in norms), held_bytes=sum(held.values()))
+
+
+def _make_plan(
+    layers: Sequence[PrunedLayer],
+    skipped: Sequence[SkippedLayer],
+    pattern: str,
+    *,
+    needs_fisher: bool,
+    budget: int | None,
+    num_grads: int,
+) -> PruningPlan:
     device = layers[0].weight.device
     free = free_bytes(device)
     limit = budget if budget is not None else int(free * FREE_SHARE)

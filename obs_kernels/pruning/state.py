@@ -15,7 +15,7 @@ from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.patterns import Pattern, parse_pattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
-from obs_kernels.pruning.report import LayerReport
+from obs_kernels.pruning.report import LayerReport, NormReport
 from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.schedule import check_reachable
 
@@ -63,11 +63,18 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
                     width = (layer.mask.shape[1],)
                     _check_tensor(f"state['origins'][{layer.name!r}]", origin, width, torch.float32)
                 inputs = state["input_sums"].get(layer.name)
-                _check_tensor(f"state['input_sums'][{layer.name!r}]", inputs, (layer.padded[1] + 1,), torch.float64)
-    wanted = {field.name for field in fields(LayerReport)}
+                wanted = (layer.num_clusters, layer.padded[1] + 1)
+                _check_tensor(f"state['input_sums'][{layer.name!r}]", inputs, wanted, torch.float64)
+                if layer.num_clusters > 1:
+                    _check_clusters(layer, state.get("clusters", {}).get(layer.name))
+    keys = {field.name for field in fields(LayerReport)}
     for name, report in state["reports"].items():
-        if name not in names or not isinstance(report, Mapping) or set(report) != wanted:
+        if name not in names or not isinstance(report, Mapping) or set(report) != keys:
             raise ResumeMismatchError(f"state['reports'][{name!r}] is damaged; save the state again")
+    keys = {field.name for field in fields(NormReport)}
+    norms = state.get("norms", [])  # states of before there was refit_norms have none
+    if not isinstance(norms, Sequence) or not all(isinstance(n, Mapping) and set(n) == keys for n in norms):
+        raise ResumeMismatchError("state['norms'] is damaged; save the state again")
     return stages
 
 
@@ -97,6 +104,16 @@ def _check_config(theirs: Mapping[str, Any], mine: OBSConfig) -> None:
         differing = [key for key, value in mine.to_dict().items() if value != other.to_dict()[key]]
         raise ResumeMismatchError(
             f"the state was made with another config (differs in {', '.join(differing)}); use the same"
+        )
+
+
+def _check_clusters(layer: RowLayer, clusters: Any) -> None:
+    name = f"state['clusters'][{layer.name!r}]"
+    _check_tensor(name, clusters, (layer.padded[0],), torch.int64)
+    if not bool(((clusters >= 0) & (clusters < layer.num_clusters)).all()):
+        raise ResumeMismatchError(
+            f"{name} must hold 0 to {layer.num_clusters - 1}, got {int(clusters.min())} to {int(clusters.max())}; save "
+            f"the state again"
         )
 
 
