@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from obs_kernels.files import write_text
+from obs_kernels.pruning.distributed import is_distributed
 from obs_kernels.recipes import Recipe
 from obs_kernels.training.callback import OBSPruningCallback
 from obs_kernels.training.distillation import Distiller
@@ -124,7 +126,9 @@ class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Marks a checkpoint when everything of it is written; to be the last of the callbacks."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the mark."""
+        """Write the mark, when every process has written its part: each has random generators of its own."""
+        if is_distributed():
+            dist.barrier()
         if state.is_world_process_zero:
             write_text(Path(str(args.output_dir)) / f"{CHECKPOINTS}{state.global_step}" / WHOLE, "{}\n")
 
