@@ -13,7 +13,7 @@ from obs_kernels.cli_common import Debug, Json, Overwrite, errors, show
 Source = Annotated[Path, typer.Argument(help="Folder of a transformers model.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears whole.")]
 FoundPattern = Annotated[str | None, typer.Option(help="Pattern of a dense folder; left out: found in the zeros.")]
-DType = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; left out: as it is.")]
+DType = Annotated[str | None, typer.Option(help="bf16, f16 or f32, also as bfloat16 or fp16; left out: as it is.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, as 5GB or 500MB.")]
 
 
