@@ -41,7 +41,7 @@ def speed(
 ) -> None:
     """Latency, memory and energy of a whole model: sparse beside the best dense, losing cells included."""
     batches, lengths = _numbers("--batch", batch), _numbers("--length", length)
-    with errors(as_json, debug):
+    with errors(as_json, debug, speed):
         from obs_kernels.files import write_text
         from obs_kernels.inference.job import run_speed_job
 
