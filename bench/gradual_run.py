@@ -197,9 +197,9 @@ class Trainee:
         if not found:
             return False
         state = read_state(max(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT))))
+        self.model.load_state_dict(state["model"])
         if self.gradual is not None:
             self.gradual.load_state_dict(state["gradual"])
-        self.model.load_state_dict(state["model"])
         whole = self.optimizer.state_dict()
         whole["state"] = {int(key): value for key, value in state["optimizer"].items()}
         self.optimizer.load_state_dict(whole)

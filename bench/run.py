@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from bench import cases
-from bench.harness.case import DTYPES, Case, Selection
+from bench.harness.case import Case, Selection
 from bench.harness.environment import environment, missing_backends
 from bench.harness.session import Context, check_selection, document
+from obs_kernels.dtype_names import dtype_name
 from obs_kernels.errors import ConfigError, ObsKernelsError
 from obs_kernels.files import write_text
 from obs_kernels.ops.dispatch import BACKENDS, TABLE
@@ -164,13 +165,11 @@ def _selection(args: argparse.Namespace) -> Selection:
     for name in backends or ():
         if name not in BACKENDS:
             raise ConfigError(f"backend must be one of {', '.join(BACKENDS)} or all, got {name!r}")
-    for name in _names(args.dtype) or ():
-        if name not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or all, got {name!r}")
+    dtypes = _names(args.dtype)
     return Selection(
         device=device,
         shapes=_names(args.shape),
-        dtypes=_names(args.dtype),
+        dtypes=None if dtypes is None else tuple(dtype_name("dtype", name) for name in dtypes),
         block_sizes=_sizes("block-size", args.block_size),
         samples=_sizes("samples", args.samples),
         backends=backends,

@@ -8,6 +8,9 @@ once before the training (one-shot), and one pruned in steps during its first pa
 come first. The command may be stopped at any time, or stops itself after ``--minutes``; called again it goes on from
 the checkpoint of the row that was in work. Results go into ``bench/results/squad_gradual.json`` row by row, the
 Markdown beside it; rows that were not run are shown as not run.
+
+Two processes, each with its GPU and result file, share the rows by ``--share 1/2`` and ``--share 2/2``; ``--merge
+--take A.json --take B.json`` then brings their results into one file, without a model.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,11 @@ import torch
 from torch import nn
 
 from bench.gpu_report import describe_tree
+from bench.gradual_results import Stored, f1_share, merge, resume, take
 from bench.gradual_run import Trainee, TrainSettings
 from bench.gradual_table import to_markdown
 from bench.stored import digest, run_command, save
 from obs_kernels import OBSConfig, parse_pattern
-from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import NMPattern
 from obs_kernels.pruning.schedule import PruningSchedule, structure_ladder
 from obs_kernels.training.evaluate import evaluate_squad
@@ -153,7 +156,8 @@ class Bench:
         self.dense, self.tokenizer = load_qa_model(args.model, device=self.device)
         lengths = {"max_length": args.max_length, "doc_stride": min(128, args.max_length // 3)}
         questions = load_squad(args.data, split="validation")[:: args.every]
-        self.dev = prepare_windows(questions, self.tokenizer, with_labels=False, **lengths)
+        # one set of windows for each thinning: a row keeps that of its curve, also if it goes on under another
+        self.dev = cache(lambda n: prepare_windows(questions[::n], self.tokenizer, with_labels=False, **lengths))
         train = load_squad(args.train, split="train")
         self.train: SquadWindows = prepare_windows(train, self.tokenizer, with_labels=True, **lengths)
 
@@ -180,9 +184,10 @@ class Bench:
         settings = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:8]
         return Path(self.args.work) / f"{row.key.replace('/', '_').replace(':', '-')}-{settings}"
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """EM and F1 on the evaluation questions."""
-        found = evaluate_squad(model, self.tokenizer, self.dev, batch_size=self.args.eval_batch_size, progress=False)
+    def evaluate(self, model: nn.Module, every: int = 1) -> dict[str, float]:
+        """EM and F1 on the evaluation questions, or on each ``every``-th of them."""
+        dev = self.dev(every)
+        found = evaluate_squad(model, self.tokenizer, dev, batch_size=self.args.eval_batch_size, progress=False)
         return {"exact_match": found.exact_match, "f1": found.f1}
 
     def trainee(self, row: Row) -> Trainee:
@@ -211,15 +216,23 @@ class Bench:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     args = _parse(argv)
+    wanted = [asdict(row) | {"key": row.key} for row in all_rows()]
+    if args.merge:
+        stored = merge(args.json, args.take, wanted, force=args.force)
+        save(args.json, stored, to_markdown)
+        print(to_markdown(stored))
+        return 0
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     bench = Bench(args)
-    stored = _resume(args.json, bench.header, force=args.force)
+    stored = resume(args.json, bench.header, wanted, force=args.force)
+    for path in args.take:
+        take(stored, path)
     tree = describe_tree(args.commit)
     if stored["dense"] is None:
         stored["dense"] = bench.evaluate(bench.dense)
     print(f"dense, as it came: F1 {stored['dense']['f1']:.2f}", file=sys.stderr, flush=True)
-    rows = [row for row in all_rows(args.seeds) if args.only in row.key]
+    rows = rows_of_share(args.seeds, args.share, args.only)
     for row in rows:
         if row.key in stored["rows"]:
             continue
@@ -241,20 +254,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], deadline: float) -> None:
+def rows_of_share(seeds: int, share: tuple[int, int], only: str = "") -> list[Row]:
+    """Rows of one process of several whose name holds ``only``: every N-th of all, from the I-th on for ``share`` I, N.
+
+    They are counted before anything is left out, so that no row belongs to two processes, whatever each has stored.
+    """
+    first, number = share
+    return [row for row in all_rows(seeds)[first - 1 :: number] if only in row.key]
+
+
+def _run(bench: Bench, row: Row, stored: Stored, tree: dict[str, Any], deadline: float) -> None:
     """Train a row as far as the time goes; its result, or how far it is, into ``stored``."""
     folder = bench.folder(row)
     trainee = bench.trainee(row)
     scores: list[float] = []
+    curve_every = bench.args.curve_every
     if trainee.load(folder):
-        scores = list(stored["running"].get(row.key, {}).get("f1_by_epoch", []))
+        before = stored["running"].get(row.key, {})
+        scores = list(before.get("f1_by_epoch", []))[: len(trainee.losses)]  # it may have got beyond its checkpoint
+        curve_every = before.get("curve_every", curve_every)
         print(f"{row.key}: goes on at epoch {trainee.epoch:.2f}", file=sys.stderr, flush=True)
+    saved = time.monotonic()
+
+    def note_running() -> None:
+        stored["running"][row.key] = {"epoch": trainee.epoch, "f1_by_epoch": scores, "curve_every": curve_every}
 
     def on_epoch() -> None:
-        scores.append(bench.evaluate(trainee.model)["f1"])
-        trainee.save(folder)
-        stored["running"][row.key] = {"epoch": trainee.epoch, "f1_by_epoch": scores}
+        nonlocal saved
+        scores.append(bench.evaluate(trainee.model, curve_every)["f1"])
+        note_running()
         save(bench.args.json, stored, to_markdown)
+        if time.monotonic() - saved >= bench.args.checkpoint_seconds:
+            trainee.save(folder)
+            saved = time.monotonic()
         print(
             f"{row.key}: epoch {trainee.epoch:.1f} loss {trainee.losses[-1]:.4f} F1 {scores[-1]:.2f} "
             f"{trainee.seconds:.0f} s",
@@ -265,7 +297,7 @@ def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], d
     trainee.train(deadline, on_epoch)
     if not trainee.is_done:
         trainee.save(folder)
-        stored["running"][row.key] = {"epoch": trainee.epoch, "f1_by_epoch": scores}
+        note_running()
         return
     report = None if trainee.gradual is None else trainee.gradual.finish()
     found = bench.evaluate(trainee.model)
@@ -274,13 +306,14 @@ def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], d
         asdict(row)
         | found
         | {
-            "f1_share": 100.0 * found["f1"] / (stored["dense"]["f1"] or float("nan")),
+            "f1_share": f1_share(found["f1"], stored["dense"]),
             "sparsity": 0.0 if report is None else report.sparsity,
             "violations": 0 if trainee.gradual is None else trainee.gradual.pruner.verify(),
             "stages": [] if report is None else list(report.stages),
             "epochs": trainee.epoch,
             "steps": trainee.total_steps,
             "f1_by_epoch": scores,
+            "curve_every": curve_every,
             "loss_by_epoch": trainee.losses,
             "seconds_train": round(trainee.seconds, 1),
             "seconds_prune": round(trainee.seconds_prune, 1),
@@ -291,29 +324,26 @@ def _run(bench: Bench, row: Row, stored: dict[str, Any], tree: dict[str, Any], d
     )
 
 
-def _resume(path: Path, header: dict[str, Any], *, force: bool) -> dict[str, Any]:
-    """What is stored, if it was made with the same settings; rows of two budgets do not stand in one table."""
-    rows = [asdict(row) | {"key": row.key} for row in all_rows()]
-    fresh: dict[str, Any] = {"schema": 1, "header": header, "dense": None, "rows": {}, "running": {}, "wanted": rows}
-    if force or not path.is_file():
-        return fresh
-    stored: dict[str, Any] = json.loads(path.read_text())
-    differing = sorted(key for key in {*header, *stored["header"]} if header.get(key) != stored["header"].get(key))
-    if differing:
-        raise ConfigError(
-            f"{path} was made with other settings ({', '.join(differing)}); name another file with --json, or --force "
-            f"to start anew"
-        )
-    return stored | {"wanted": rows}
+def _share(text: str) -> tuple[int, int]:
+    first, _, number = text.partition("/")
+    if not (first.isdecimal() and number.isdecimal() and 1 <= int(first) <= int(number)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, such as 1/2, got {text!r}")
+    return int(first), int(number)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench.squad_gradual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder or hub name of a dense question answering model")
-    parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
-    parser.add_argument("--train", required=True, help="questions to train on, SQuAD v1.1")
+    parser.add_argument("--model", help="folder or hub name of a dense question answering model")
+    parser.add_argument("--data", help="questions to evaluate on, SQuAD v1.1")
+    parser.add_argument("--train", help="questions to train on, SQuAD v1.1")
     parser.add_argument("--work", type=Path, default=Path("build/squad_gradual"), help="folder for checkpoints")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after that long; the same command goes on")
     parser.add_argument(
@@ -322,13 +352,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="end every row that is begun; begin none that takes longer than the minutes left, by the longest so far",
     )
     parser.add_argument("--only", default="", help="run rows whose name holds this, such as gradual/64:2:8")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        default=(1, 1),
+        metavar="I/N",
+        help="run every N-th row from the I-th on, as one of N processes; give each its own --json",
+    )
+    parser.add_argument(
+        "--take", type=Path, action="append", default=[], metavar="FILE", help="bring in the rows of this result too"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="only bring in results, train nothing; needs no model and no data"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that are run several times")
     parser.add_argument("--prune-every", type=float, default=0.5, help="epochs between the prunings of a gradual row")
     parser.add_argument("--num-grads", type=int, default=1024)
     parser.add_argument("--dampening-frac", type=float, default=0.01)
     parser.add_argument("--fisher-block-size", type=int, default=64, help="D of block curvature")
     parser.add_argument("--max-length", type=int, default=384)
-    parser.add_argument("--every", type=int, default=1, help="take every so many of the dev questions")
+    parser.add_argument("--every", type=_count, default=1, help="take every so many of the dev questions")
+    parser.add_argument(
+        "--curve-every", type=_count, default=5, help="of those, take every so many for the F1 after an epoch"
+    )
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, help="least time between the checkpoints of a row"
+    )
     parser.add_argument("--eval-batch-size", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
@@ -339,7 +388,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for field in fields(TrainSettings):
         kind = int if field.name.endswith("batch_size") else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    missing = [] if args.merge else [f"--{name}" for name in ("model", "data", "train") if getattr(args, name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} must be given, except with --merge")
+    return args
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_recipes.app, name="recipes")
-for _command in (cli_train.train, compress, convert, speed):
+app.command("train")(cli_train.train_model)
+for _command in (compress, convert, speed):
     app.command()(_command)
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a question answering model.")]
@@ -157,7 +158,7 @@ def prune(
     for name, value in (("--data", data), ("--out", out)):
         if value is None and not dry_run:
             raise typer.BadParameter("is needed, unless with --dry-run", param_hint=name)
-    with errors(as_json, debug):
+    with errors(as_json, debug, prune):
         from obs_kernels.training.prune_job import run_plan_job, run_prune_job
 
         settings = _config(config, options)
@@ -195,7 +196,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Exact match and F1 of a dense or packed model, by the official SQuAD v1.1 metric."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, evaluate):
         from obs_kernels.training.prune_job import run_eval_job
 
         report = run_eval_job(
@@ -234,7 +235,7 @@ def plan(
     """Layers, memory, and what prune would leave out and why. Needs no data and computes nothing."""
     options = dict(locals())
     _need_pattern(pattern, config)
-    with errors(as_json, debug):
+    with errors(as_json, debug, plan):
         from obs_kernels.training.prune_job import run_plan_job
 
         show(run_plan_job(model=model, config=_config(config, options), device=device), as_json)
@@ -243,7 +244,7 @@ def plan(
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Versions, GPUs, backends with reasons, and a run of each op against brute force. Exit code 1 if one fails."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, doctor):
         found = _examine()
         show(found, as_json)
         if not found["ok"]:
@@ -266,7 +267,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Prune a small model to several patterns by each method, compare, pack, reload. No network, no files needed."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, demo):
         from obs_kernels.report.tables import CellRows, console
         from obs_kernels.training.demo import run_demo
         from obs_kernels.training.model_folder import write_reports
@@ -300,7 +301,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """One page of pruning, accuracy and speed of a model, or of bench results. Other JSON files are named, left out."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, report):
         from obs_kernels.run_report import gather, write
 
         found = gather(files)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from obs_kernels.cli_words import in_option_words
 from obs_kernels.errors import ObsKernelsError
 from obs_kernels.report.values import json_text
 
@@ -18,16 +19,20 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 @contextmanager
-def errors(as_json: bool, debug: bool) -> Iterator[None]:
-    """Errors of the package, and of the system, as one block on stderr and exit code 1; Ctrl-C as a line and 130."""
+def errors(as_json: bool, debug: bool, command: Callable[..., Any]) -> Iterator[None]:
+    """Errors of the package, and of the system, as one block on stderr and exit code 1; Ctrl-C as a line and 130.
+
+    They speak of the options of ``command`` as those are typed.
+    """
     try:
         yield
     except (ObsKernelsError, OSError) as error:
         if debug or isinstance(error, BrokenPipeError):
             raise
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        message = in_option_words(str(error), command)
+        typer.echo(f"{type(error).__name__}: {message}", err=True)
         if as_json:
-            typer.echo(json_text({"error": {"type": type(error).__name__, "message": str(error)}}))
+            typer.echo(json_text({"error": {"type": type(error).__name__, "message": message}}))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was left half-written", err=True)

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from obs_kernels.cli_common import Debug, Json, Overwrite, errors, show
+from obs_kernels.cli_words import in_option_words
 
 Source = Annotated[Path, typer.Argument(help="Folder of a transformers model.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears whole.")]
 FoundPattern = Annotated[str | None, typer.Option(help="Pattern of a dense folder; left out: found in the zeros.")]
-DType = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; left out: as it is.")]
+DType = Annotated[str | None, typer.Option(help="bf16, f16 or f32, also as bfloat16 or fp16; left out: as it is.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, as 5GB or 500MB.")]
 
 
@@ -36,7 +37,7 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Pack a dense pruned model folder: the checkpoint of sparse layers. Layers that stay dense are listed with why."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, compress):
         from obs_kernels.sparse.convert import compress_folder
         from obs_kernels.training.models import pick_device
 
@@ -52,6 +53,8 @@ def compress(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
+        if not as_json:  # for who reads them: what to type instead
+            report["dense_layers"] = {k: in_option_words(v, compress) for k, v in report["dense_layers"].items()}
         show(report, as_json)
 
 
@@ -67,7 +70,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Turn a model folder into another form; sizes before and after are reported."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, convert):
         from obs_kernels.sparse.convert import convert as run
 
         report = run(

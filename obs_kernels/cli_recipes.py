@@ -25,9 +25,10 @@ RecipeArgs = Annotated[
 @app.callback(invoke_without_command=True)
 def listing(context: typer.Context, as_json: Json = False, debug: Debug = False) -> None:
     """Recipes by name, one line each."""
-    if context.invoked_subcommand is not None:
+    if context.invoked_subcommand is not None:  # what was asked for before its name holds for it too
+        context.default_map = {context.invoked_subcommand: {"as_json": as_json, "debug": debug}}
         return
-    with errors(as_json, debug):
+    with errors(as_json, debug, listing):
         from obs_kernels.recipes import load_recipe, recipe_aliases, recipe_names
 
         found = [load_recipe(name) for name in recipe_names()]
@@ -48,7 +49,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """The whole recipe as YAML, every setting written out."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, show):
         from obs_kernels.recipes import load_recipe
 
         recipe = load_recipe(name, overrides_of(recipe_args))
@@ -71,7 +72,7 @@ def new(
     debug: Debug = False,
 ) -> None:
     """A recipe that prunes MODEL to PATTERN step by step, to start from; shapes and targets are checked."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, new):
         from obs_kernels.files import write_text
         from obs_kernels.recipes.template import new_recipe
 
@@ -94,7 +95,7 @@ def new(
 @app.command()
 def schema(as_json: Json = False, debug: Debug = False) -> None:
     """JSON schema of a recipe, for editors."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, schema):
         from obs_kernels.recipes import json_schema
 
         typer.echo(json_text(json_schema()))

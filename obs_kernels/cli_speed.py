@@ -19,7 +19,7 @@ def speed(
     ] = None,
     batch: Annotated[str, typer.Option(help="Sequences a call, with commas.")] = "1,8,32",
     length: Annotated[str, typer.Option(help="Tokens a sequence, with commas.")] = "128,512",
-    dtype: Annotated[str, typer.Option(help="bf16, f16 or f32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="bf16, f16 or f32, also as bfloat16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     ways: Annotated[
         str | None,
@@ -41,7 +41,7 @@ def speed(
 ) -> None:
     """Latency, memory and energy of a whole model: sparse beside the best dense, losing cells included."""
     batches, lengths = _numbers("--batch", batch), _numbers("--length", length)
-    with errors(as_json, debug):
+    with errors(as_json, debug, speed):
         from obs_kernels.files import write_text
         from obs_kernels.inference.job import run_speed_job
 

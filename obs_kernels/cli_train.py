@@ -12,7 +12,7 @@ from obs_kernels.cli_common import Debug, Json, errors, say, show
 from obs_kernels.cli_recipes import RecipeArgs, overrides_of
 
 
-def train(
+def train_model(
     model: Annotated[str, typer.Option(help="Folder or hub name of the model to train.")],
     data: Annotated[
         str, typer.Option(help="Samples to evaluate on: a file of the task, or a hub name owner/name[:configuration].")
@@ -39,7 +39,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model by a recipe and prune it meanwhile; write the folder OUT. Several GPUs: run it by torchrun."""
-    with errors(as_json, debug):
+    with errors(as_json, debug, train_model):
         from obs_kernels.recipes import load_recipe
         from obs_kernels.training.train_job import run_train_job
 

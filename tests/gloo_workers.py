@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from obs_kernels import OBSConfig, OBSPruner
 from obs_kernels.errors import ObsKernelsError
 from obs_kernels.pruning import gradual_step
-from obs_kernels.pruning.distributed import distributed_step
+from obs_kernels.pruning.calibration import LossFn
+from obs_kernels.pruning.distributed import _Exchange, distributed_step
 from tests.tiny_training import samples, span_loss, stacked, tiny_model
 
 BATCHES = [*stacked(samples(5, 20), 4), *stacked(samples(6, 3), 3)]
@@ -82,6 +85,7 @@ def equality(rank: int, folder: str, backend: str = "gloo") -> None:
         torch.save(found, Path(folder) / f"{case}.{rank}.pt")
     if backend == "gloo":
         refusals(rank, folder)
+        marks(rank, folder)
         training(rank, folder)
     dist.destroy_process_group()
 
@@ -90,11 +94,11 @@ def refusals(rank: int, folder: str) -> None:
     """What goes wrong in one process ends the step in both; a line for each."""
     lines = []
 
-    def attempt(name: str, model: nn.Module, loader: Any, **changes: Any) -> None:
+    def attempt(name: str, model: nn.Module, loader: Any, loss: LossFn = span_loss, **changes: Any) -> None:
         pruner = OBSPruner(model, OBSConfig(**{"pattern": "2:8", "num_grads": 23, "curvature": "block"} | changes))
         before = [layer.matrix.clone() for layer in pruner.layers]
         try:
-            distributed_step(pruner, "2:8", loader, span_loss)
+            distributed_step(pruner, "2:8", loader, loss)
             lines.append(f"{name}: fine")
         except ObsKernelsError as error:
             same = all(torch.equal(a, layer.matrix) for a, layer in zip(before, pruner.layers, strict=True))
@@ -115,7 +119,40 @@ def refusals(rank: int, folder: str) -> None:
     except ObsKernelsError as error:
         lines.append(f"one fails: {type(error).__name__}: {error}")
     attempt("after that", tiny_model(layers=1), BATCHES)
+    lists = [{key: value.tolist() for key, value in batch.items()} for batch in BATCHES]
+
+    def from_lists(found: nn.Module, batch: dict[str, list[Any]]) -> Tensor:
+        return span_loss(found, {key: torch.tensor(value) for key, value in batch.items()})
+
+    attempt("no tensor", tiny_model(layers=1), lists, from_lists)
+    attempt("no tensor, batch gradients", tiny_model(layers=1), lists, from_lists, gradients="batch", num_grads=6)
+    broadcast = _Exchange._broadcast
+
+    def damaged(self: _Exchange, value: Tensor, owner: int) -> Tensor:
+        sent = broadcast(self, value, owner)
+        return sent.logical_not() if rank == 1 and sent.dtype == torch.bool else sent
+
+    _Exchange._broadcast = damaged  # type: ignore[method-assign]
+    for sequential in (False, True):
+        row = {"curvature": "row", "sequential": True} if sequential else {}
+        attempt("damaged on the way", tiny_model(layers=1), BATCHES, **row)
+    _Exchange._broadcast = broadcast  # type: ignore[method-assign]
     (Path(folder) / f"lines.{rank}").write_text("\n".join(lines))
+
+
+def marks(rank: int, folder: str) -> None:
+    """A checkpoint that the second process is late with; the first one notes what was there when it was whole."""
+    from obs_kernels.training.trainer import WholeCheckpoints
+
+    checkpoint = Path(folder) / "checkpoint-1"
+    checkpoint.mkdir(exist_ok=True)
+    if rank == 1:
+        time.sleep(1.0)
+        (checkpoint / "rng_state_1.pth").touch()
+    args, state = SimpleNamespace(output_dir=folder), SimpleNamespace(is_world_process_zero=rank == 0, global_step=1)
+    WholeCheckpoints().on_save(args, state, None)  # type: ignore[arg-type]
+    if rank == 0:
+        (Path(folder) / "whole with").write_text(" ".join(sorted(path.name for path in checkpoint.iterdir())))
 
 
 def training(rank: int, folder: str) -> None:

@@ -372,9 +372,9 @@ def test_a_damaged_semi_structured_folder(
     ("pattern", "options", "error", "text"),
     [
         ("2:4", {}, DTypeNotSupportedError, "float16 or bfloat16.*got torch.float32.*dtype="),
-        ("4:8", {"dtype": "bfloat16"}, ConfigError, "is of pattern 4:8"),
-        ("2:4", {"dtype": "int8"}, ConfigError, "dtype must be float16"),
-        ("2:4", {"dtype": "nn"}, ConfigError, "dtype must be float16"),
+        ("4:8", {"dtype": "bf16"}, ConfigError, "is of pattern 4:8"),
+        ("2:4", {"dtype": "int8"}, ConfigError, "dtype must be one of bf16"),
+        ("2:4", {"dtype": "nn"}, ConfigError, "dtype must be one of bf16"),
         ("2:4", {"pattern": "2:8"}, ValueError, "keeps"),
         ("2:4", {"dtype": "bfloat16", "max_shard_size": "x"}, ConfigError, "max_shard_size"),
     ],

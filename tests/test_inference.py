@@ -358,7 +358,8 @@ def test_compress_and_convert_on_the_command_line(command: Callable[..., Any], t
         (("compress", folder, "--out", tmp_path / "packed"), "--overwrite"),
         (("compress", folder, "--out", tmp_path / "new", "--tokens", 64), "all 12 stay dense"),
         (("compress", folder, "--out", tmp_path / "new", "--pattern", "2:16"), "keeps"),
-        (("compress", folder, "--out", tmp_path / "new", "--measure"), "needs tokens"),
+        (("compress", folder, "--out", tmp_path / "new", "--measure"), "--measure needs tokens"),
+        (("compress", folder, "--out", tmp_path / "new", "--dtype", "int8"), "dtype must be one of bf16 (bfloat16)"),
         (("convert", folder, "--to", "semi-structured", "--out", tmp_path / "new"), "float16 or bfloat16"),
         (("convert", tmp_path / "no", "--to", "dense", "--out", tmp_path / "new"), "no config.json"),
     ):

@@ -23,6 +23,7 @@ LEVELS = {
             "packed_format",
             "checks",
             "row_checks",
+            "dtype_names",
             "errors",
             "files",
             "launch_plan",
@@ -38,8 +39,8 @@ LEVELS = {
     "pruning": 4,
     "recipes": 5,
     "training": 6,
-    **dict.fromkeys(("cli", "cli_common", "cli_files", "cli_speed", "cli_recipes", "cli_train", "__main__"), 7),
-    **dict.fromkeys(("inference", "run_report"), 7),
+    **dict.fromkeys(("cli", "cli_common", "cli_words", "cli_files", "cli_speed", "cli_recipes", "cli_train"), 7),
+    **dict.fromkeys(("inference", "run_report", "__main__"), 7),
     "": 8,  # obs_kernels/__init__.py
 }
 SIDEWAYS = {0, 7}

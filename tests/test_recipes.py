@@ -279,6 +279,15 @@ def test_oneshot_in_parts() -> None:
         assert recipe.pruning.parsed_pattern.sparsity == share / 100
 
 
+def test_json_before_the_name_of_the_command_holds_too() -> None:
+    for words in (("show", "gradual_row_28"), ("schema",)):
+        before, after = cli("--json", *words), cli(*words, "--json")
+        assert before.exit_code == 0 and before.stdout == after.stdout
+        json.loads(before.stdout)
+    done = cli("--json", "show", "nothing_of_the_kind")
+    assert done.exit_code == 1 and json.loads(done.stdout)["error"]["type"] == "ConfigError"
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_own_recipes(name: str) -> None:
     recipe = load_recipe(name)

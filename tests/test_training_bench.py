@@ -85,19 +85,22 @@ def test_a_run_in_pieces_gives_the_same_figures(
     results: list[dict[str, Any]] = []
     for pieces in (False, True):
         out = tmp_path / str(pieces)
-        command = arguments(work, out, "--only", only)
+        command = arguments(work, out, "--only", only, "--checkpoint-seconds", "0")
         if pieces:
             with monkeypatch.context() as patch:
                 patch.setattr(Trainee, "_one_step", killed_at(4, 12))
                 for _ in range(2):
                     with pytest.raises(KeyboardInterrupt):
                         squad_gradual.main(command)
-            squad_gradual.main([*command, "--minutes", "0.000001"])
+            running = json.loads((out / "r.json").read_text())["running"]
+            assert [len(row["f1_by_epoch"]) for row in running.values()] == [1]
+            squad_gradual.main([*command, "--minutes", "0.000001", "--curve-every", "2"])  # it keeps its own
             assert not json.loads((out / "r.json").read_text())["rows"]
         assert squad_gradual.main(command) == 0
         (row,) = json.loads((out / "r.json").read_text())["rows"].values()
         assert row["violations"] == 0 and row["sparsity"] == 0.75 and row["stages"] == ["5:8", "4:8", "3:8", "2:8"]
         assert not list((out / "work").glob("*"))
+        assert row["curve_every"] == 5 and len(row["f1_by_epoch"]) == 2
         results.append({key: value for key, value in row.items() if not key.startswith("seconds")})
         assert squad_gradual.main(command) == 0  # nothing is left to do
     assert results[0] == results[1]
@@ -116,6 +119,127 @@ def test_the_dense_row_and_the_table(work: Path, tmp_path: Path, capsys: pytest.
     assert text == to_markdown(stored) and text.strip() in capsys.readouterr().out
     assert text.count("not run |") > 30 and "| dense (must) | - | - | - | 0 |" in text
     assert "| 2:4 | not run | not run |" in text and "98 | not run |" in text
+
+
+def test_a_checkpoint_older_than_the_curve_does_not_double_an_epoch(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments(work, tmp_path, "--only", "dense/", "--curve-every", "1")
+    save = Trainee.save
+
+    def save_first(self: Trainee, folder: Path) -> None:
+        if self.epoch <= 1:
+            save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "save", save_first)
+        patch.setattr(squad_gradual.Bench, "evaluate", lambda *_: {"exact_match": 0.0, "f1": 50.0})
+        patch.setattr(Trainee, "is_done", property(lambda _: False))
+        patch.setattr(Trainee, "_one_step", killed_at(13))  # 6 steps an epoch
+        with pytest.raises(KeyboardInterrupt):
+            squad_gradual.main([*command, "--checkpoint-seconds", "0"])
+    (running,) = json.loads((tmp_path / "r.json").read_text())["running"].values()
+    assert running["epoch"] == 2 and running["f1_by_epoch"] == [50.0, 50.0]
+    squad_gradual.main(command)
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"].values()
+    assert row["f1_by_epoch"][0] == 50.0 and len(row["f1_by_epoch"]) == 2
+    assert row["f1_by_epoch"][1] == row["f1"]  # of the last epoch, measured again after it was done again
+
+
+def test_no_checkpoint_is_written_within_the_least_time(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+    monkeypatch.setattr(Trainee, "save", lambda _, folder: saved.append(folder))
+    squad_gradual.main(arguments(work, tmp_path, "--only", "dense/", "--checkpoint-seconds", "3600"))
+    assert not saved
+    squad_gradual.main(arguments(work, tmp_path, "--only", "dense/", "--checkpoint-seconds", "0", "--force"))
+    assert len(saved) == 2
+
+
+def test_shares_take_every_row_once_whatever_is_left_out() -> None:
+    rows = squad_gradual.all_rows()
+    for number in (1, 2, 3):
+        shares = [squad_gradual.rows_of_share(3, (first, number)) for first in range(1, number + 1)]
+        assert sorted(row.key for share in shares for row in share) == sorted(row.key for row in rows)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    only = squad_gradual.rows_of_share(3, (2, 2), "/row/")
+    assert only and only == [row for row in squad_gradual.rows_of_share(3, (2, 2)) if "/row/" in row.key]
+    few = squad_gradual.rows_of_share(1, (2, 2))  # fewer seeds move no row to another process
+    assert few == [row for row in squad_gradual.rows_of_share(3, (2, 2)) if row.seed == 0]
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/2", "1/0"])
+def test_a_share_must_be_one_of_its_number(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        squad_gradual.main(["--model", "m", "--data", "d", "--train", "t", "--share", text])
+    assert "must be I/N with 1 <= I <= N" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_rows_and_merge_their_results(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = squad_gradual.all_rows()[:3]
+    monkeypatch.setattr(squad_gradual, "all_rows", lambda _=3: wanted)
+    files = [tmp_path / str(i) / "r.json" for i in (1, 2)]
+    for i, path in enumerate(files, 1):
+        squad_gradual.main(arguments(work, path.parent, "--share", f"{i}/2", "--epochs", "1", "--prune-every", "0.2"))
+    first, second = (json.loads(path.read_text()) for path in files)
+    assert list(first["rows"]) == [wanted[0].key, wanted[2].key] and list(second["rows"]) == [wanted[1].key]
+    second["dense"] = {"exact_match": 0.0, "f1": first["dense"]["f1"] / 2}  # as another GPU might round, but more
+    second["running"] = {wanted[2].key: {"epoch": 0.5, "f1_by_epoch": []}}  # what is done elsewhere is not in work
+    files[1].write_text(json.dumps(second))
+
+    taken = [word for path in files for word in ("--take", str(path))]
+    monkeypatch.setattr(squad_gradual, "Bench", None)  # merging loads no model
+    capsys.readouterr()
+    assert squad_gradual.main(["--merge", "--json", str(tmp_path / "m.json"), *taken]) == 0
+    merged = json.loads((tmp_path / "m.json").read_text())
+    assert sorted(merged["rows"]) == sorted(row.key for row in wanted) and merged["running"] == {}
+    assert merged["header"] == first["header"] and merged["dense"] == first["dense"]
+    share = 100 * second["rows"][wanted[1].key]["f1"] / first["dense"]["f1"]
+    assert merged["rows"][wanted[1].key]["f1_share"] == pytest.approx(share)
+    text = (tmp_path / "m.md").read_text()
+    assert text == to_markdown(merged) and "not run |" not in text.split("## Every row")[1]
+    assert not capsys.readouterr().err
+
+    first["rows"][wanted[0].key]["f1"] += 1.0
+    files[0].write_text(json.dumps(first))
+    squad_gradual.main(["--merge", "--json", str(tmp_path / "m.json"), *taken])
+    assert json.loads((tmp_path / "m.json").read_text()) == merged
+    assert "was there already, with another result, which stays" in capsys.readouterr().err
+
+    first["header"]["learning_rate"] = 1.0
+    files[0].write_text(json.dumps(first))
+    with pytest.raises(ConfigError, match=r"made with other settings \(learning_rate\)"):
+        squad_gradual.main(["--merge", "--json", str(tmp_path / "m.json"), *taken])
+
+
+def test_a_run_takes_the_rows_of_another(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = squad_gradual.all_rows()[:2]
+    monkeypatch.setattr(squad_gradual, "all_rows", lambda _=3: wanted)
+    squad_gradual.main(arguments(work, tmp_path / "a", "--share", "2/2", "--epochs", "1"))
+    other = json.loads((tmp_path / "a" / "r.json").read_text())
+    squad_gradual.main(arguments(work, tmp_path, "--epochs", "1", "--take", str(tmp_path / "a" / "r.json")))
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert sorted(stored["rows"]) == sorted(row.key for row in wanted)
+    assert stored["rows"][wanted[1].key] == other["rows"][wanted[1].key]  # its seconds too: it was not run again
+    with pytest.raises(ConfigError, match=r"made with other settings \(epochs\); leave it out"):
+        squad_gradual.main(arguments(work, tmp_path / "b", "--take", str(tmp_path / "a" / "r.json")))
+
+
+def test_what_cannot_be_merged_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--merge", "--json", str(tmp_path / "m.json")]
+    with pytest.raises(ConfigError, match="--merge must have at least one result file"):
+        squad_gradual.main(out)
+    with pytest.raises(ConfigError, match=r"no\.json must be a result file of this bench, got"):
+        squad_gradual.main([*out, "--take", str(tmp_path / "no.json")])
+    (tmp_path / "no.json").write_text('{"header": {}}')
+    with pytest.raises(ConfigError, match="got one without dense, rows, running"):
+        squad_gradual.main([*out, "--take", str(tmp_path / "no.json")])
+    with pytest.raises(SystemExit):
+        squad_gradual.main(["--json", str(tmp_path / "m.json")])
+    assert "--model, --data, --train must be given, except with --merge" in capsys.readouterr().err
 
 
 def test_it_needs_neither_pydantic_nor_datasets() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +206,38 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
             callback().on_train_begin(changed, SimpleNamespace(global_step=0), None, model=tiny_model())  # type: ignore
     with pytest.raises(ConfigError, match="pruner and schedule must be given"):
         OBSPruningCallback()
+
+
+@pytest.mark.parametrize("whole", ["block"], indirect=True)
+def test_masks_of_another_checkpoint_than_the_weights_are_refused(whole: dict[str, Any], tmp_path: Path) -> None:
+    folders = [tmp_path / f"checkpoint-{step}" for step in (5, 11)]
+    for folder in folders:
+        shutil.copytree(whole["folder"] / folder.name, folder)
+    early, late = folders
+    for name in (STATE_JSON, STATE_TENSORS):
+        shutil.copy(late / name, early / name)
+    with pytest.raises(
+        ResumeMismatchError, match=r"bert\.encoder\.layer\.0\.[\w.]+: weights must be zero where the mask"
+    ):
+        trainer_of(tiny_model(), tmp_path, [callback()]).train(resume_from_checkpoint=str(early))
+
+
+def test_a_state_is_refused_without_the_weights_it_is_of() -> None:
+    source = GradualPruning(
+        pruner_of(tiny_model(layers=1)), SCHEDULE, stacked(samples(5)), span_loss, steps_per_epoch=6
+    )
+    source.before_step(9)
+    model = tiny_model(layers=1)
+    gradual = GradualPruning(pruner_of(model), SCHEDULE, stacked(samples(5)), span_loss, steps_per_epoch=6)
+    before = weights(model)
+    with pytest.raises(ResumeMismatchError, match=r"in 6 of 6 layers.*load the model's weights of the same checkpoint"):
+        gradual.load_state_dict(source.state_dict())
+    assert gradual.position == 0 and all(layer.mask.all() for layer in gradual.pruner.layers)
+    gradual.after_step()
+    assert_same(weights(model), before)
+    model.load_state_dict(source.pruner.model.state_dict())
+    gradual.load_state_dict(source.state_dict())
+    assert gradual.position == 3 and gradual.pruner.verify() == 0
 
 
 def test_state_files_round_trip(tmp_path: Path, gen: torch.Generator) -> None:

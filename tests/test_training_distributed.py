@@ -61,13 +61,24 @@ def test_two_processes_equal_one(done: Path) -> None:
 
 def test_an_error_of_one_process_ends_all(done: Path) -> None:
     for rank in (0, 1):
-        disagree, few, one, after = (done / f"lines.{rank}").read_text().splitlines()
+        disagree, few, one, after, none, each, *damaged = (done / f"lines.{rank}").read_text().splitlines()
         assert disagree.startswith("disagree: DeviceMismatchError: weights and masks must be the same in all processes")
         assert "got 2 different ones (processes [0], [1])" in disagree and disagree.endswith("unchanged True")
         assert few.startswith("too few: ConfigError: loader must give a batch to each of 2 processes, got 1")
         assert few.endswith("unchanged True")
         assert one.startswith("one fails: NonFiniteGradientError: " + ("process 1: " if rank == 0 else ""))
         assert after == "after that: fine"
+        assert none.startswith("no tensor: ConfigError: batch 0 of loader must hold a tensor whose first dimension")
+        assert "got dict without one" in none and none.endswith("unchanged True")
+        assert each == "no tensor, batch gradients: fine"
+        for line in damaged:
+            assert line.startswith("damaged on the way: DeviceMismatchError: weights and masks must be the same in all")
+            assert "after the step" in line and line.endswith("unchanged True")
+        assert len(damaged) == 2
+
+
+def test_a_checkpoint_is_whole_when_all_processes_have_written(done: Path) -> None:
+    assert (done / "whole with").read_text() == "rng_state_1.pth whole.json"
 
 
 def test_a_trainer_of_two_processes(done: Path) -> None:

@@ -169,6 +169,61 @@ def test_a_killed_job_resumes_bit_for_bit(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_finished_part_of_an_epoch_is_not_trained_further_when_resumed(
+    command: Callable[..., list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from obs_kernels.training import train_job
+
+    arguments = command(
+        *SHORT[1:], "epochs=1.5", "start_epoch=0", "end_epoch=0.5", "update_frequency=0.5", save_steps=1
+    )
+    seen: list[dict[str, Tensor]] = []
+
+    def stop(run: Any, *_: Any) -> None:
+        seen.append({name: value.clone() for name, value in run.net.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_job, "_write", stop)
+    for more in ((), ("--resume",)):
+        assert run(*arguments, *more).exit_code == 130
+    steps = [int(path.name.split("-")[1]) for path in (tmp_path / "out.work").glob("checkpoint-*")]
+    assert max(steps) == 6  # four steps an epoch
+    assert all(torch.equal(value, seen[1][name]) for name, value in seen[0].items())
+
+
+def test_the_learning_rate_follows_the_step_where_fp16_skips_some(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The falls of the rate end at the prunings, also where an overflow let a step be skipped."""
+    import warnings
+
+    from accelerate import Accelerator
+    from transformers import TrainerCallback
+
+    from obs_kernels.training.train_job import run_train_job
+
+    class Rates(TrainerCallback):
+        def __init__(self) -> None:
+            self.found: list[float] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.found.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    overrides = dict(text.split("=") for text in GRADUAL) | {"epochs": "3", "batch_size": "2"}
+    sources = {"model": work / "qa", "data": work / "dev.json", "train": work / "train.json", "teacher": "self"}
+    recipe = load_recipe("oBERT_28_gradual", overrides)
+    rates = []
+    for skipped in ((), (0, 3, 4)):
+        watch = Rates()
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            overflows = property(lambda _, w=watch, s=skipped: len(w.found) - 1 in s)
+            patch.setattr(Accelerator, "optimizer_step_was_skipped", overflows)
+            run_train_job(**sources, recipe=recipe, out=tmp_path / str(len(skipped)), callbacks=[watch])
+        rates.append(watch.found)
+    assert len(set(rates[0])) > 2 and rates[0] == rates[1]
+
+
 def test_layers_are_dropped_for_good(command: Callable[..., list[object]], tmp_path: Path) -> None:
     report = run_json(*command(*SHORT[:5], "keep=[1]", recipe="layer_drop6_squad", teacher=None))
     assert "1 layers were removed: bert.encoder.layer.0" in report["notes"] and "pruning" not in report

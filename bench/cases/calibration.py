@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness.backends import called, runnable
-from bench.harness.case import DTYPES, Case
+from bench.harness.case import Case
 from bench.harness.encoder import CPU_ENCODER, SHAPES, Encoder, build, make_batches, seconds, squad_loss
 from bench.harness.rows import Row, make_row
 from bench.harness.session import Context
+from obs_kernels.dtype_names import DTYPES
 from obs_kernels.errors import MemoryBudgetError
 from obs_kernels.pruning import OBSConfig, OBSPruner, gradient_buffer
 from obs_kernels.pruning.phase_times import PHASES, PhaseTimes

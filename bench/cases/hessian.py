@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bench.harness.backends import called, runnable
-from bench.harness.case import DTYPES, Case, Check, Inputs, Problem, Selection, Variant
+from bench.harness.case import Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops
+from obs_kernels.dtype_names import DTYPES
 from obs_kernels.ops.dispatch import kernel
 from obs_kernels.reference.precision import exact_products
 

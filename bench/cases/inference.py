@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from bench.harness.case import DTYPES, Case
+from bench.harness.case import Case
 from bench.harness.rows import Row, make_row
 from bench.harness.session import Context
+from obs_kernels.dtype_names import DTYPES
 from obs_kernels.errors import MissingDependencyError
 from obs_kernels.inference.encoders import SHAPES, build
 from obs_kernels.inference.measure import Plan, Twin, measure_cell

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness.backends import called, runnable
-from bench.harness.case import DENSE, DTYPES, Case, Check, Inputs, Problem, Selection, Variant
+from bench.harness.case import DENSE, Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops, reference
+from obs_kernels.dtype_names import DTYPES
 from obs_kernels.errors import BackendUnavailableError
 from obs_kernels.ops.dispatch import kernel
 from obs_kernels.packed_format import packed_shapes

@@ -13,10 +13,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import obs_kernels as obs
-from bench.harness.case import DTYPES, Case
+from bench.harness.case import Case
 from bench.harness.encoder import CPU_ENCODER, SHAPES, Encoder, build, make_batches, seconds
 from bench.harness.rows import Row, make_row
 from bench.harness.session import Context
+from obs_kernels.dtype_names import DTYPES
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.sparsify import run_stages
 from obs_kernels.timing import spread

@@ -15,8 +15,9 @@ from torch import Tensor
 from bench import peers
 from bench.cases.inverse import random_spd
 from bench.harness.backends import called, runnable, some_blocks
-from bench.harness.case import DTYPES, WEIGHTS, Case, Check, Inputs, Problem, Selection, Variant
+from bench.harness.case import WEIGHTS, Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops
+from obs_kernels.dtype_names import DTYPES
 from obs_kernels.ops.dispatch import kernel
 
 OP = "obs_update"

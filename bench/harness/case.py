@@ -22,8 +22,6 @@ Inputs = dict[str, Any]
 DENSE = "dense"
 """Name of the peer that is the dense baseline: the ratio to it is ``x_dense``, in the rows of other peers too."""
 
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-"""The names of dtypes in rows and on the command line."""
 
 WEIGHTS = {"14M": 14_155_776, "bert-base": 84_934_656}
 """Shapes by pruned weights: 6 of the 36 attention and feed-forward parts of BERT-base, and all of its encoder."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from obs_kernels import checks
+from obs_kernels.dtype_names import DTYPES, dtype_name
 from obs_kernels.errors import ConfigError, DataFormatError
 from obs_kernels.inference.encoders import build, check_pattern, found_pattern
 from obs_kernels.inference.measure import LAYERS, Plan, Twin, measure_cell
@@ -25,7 +26,7 @@ from obs_kernels.timing import make_clock
 from obs_kernels.training.environment import environment
 from obs_kernels.training.models import pick_device
 
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+MODEL_DTYPES = ("bf16", "f16", "f32")
 
 
 def run_speed_job(
@@ -49,7 +50,7 @@ def run_speed_job(
         model: a name of ``encoders.SHAPES`` (random weights), or a folder: packed, or dense with or without zeros.
         patterns: sparse models to time; none takes what the folder's zeros say.
         batches, lengths: every pair is a cell.
-        dtype: "bf16", "f16" or "f32".
+        dtype: "bf16", "f16" or "f32", or another spelling of these.
         device: "auto", "cpu" or "cuda[:n]".
         ways: of ``ways.WAYS``; None takes all that the device has.
         layers: "all" packs every layer that fits, "rows" and "measure" leave those dense that lose (``compress_``).
@@ -66,7 +67,7 @@ def run_speed_job(
         ConfigError: a bad argument. CheckpointFormatError: a damaged folder. DataFormatError: bad kernel rows.
     """
     start, say = time.perf_counter(), say or (lambda line: None)
-    checks.check_choice("dtype", dtype, tuple(DTYPES))
+    dtype = dtype_name("dtype", dtype, MODEL_DTYPES)
     checks.check_choice("layers", layers, LAYERS)
     if fuse_ffn is not None:
         checks.check_choice("fuse_ffn", fuse_ffn, checks.LAYOUTS)

@@ -283,7 +283,9 @@ def _add_samples(
         dys: list[Tensor | None] = list(grads[: len(uses)])
         weight_grads = grads[len(uses) :]
         del grads
-        samples = loss.shape[0] if loss.dim() else batch_size(batch, captured.inputs[uses[0].input].shape[0])
+        samples = loss.shape[0] if loss.dim() else batch_size(batch)
+        if samples is None:
+            samples = captured.inputs[uses[0].input].shape[0]
         with phase(timings, "check"), no_autocast():
             return samples, check_samples(
                 layers,

@@ -4,8 +4,9 @@
 Every process sees its part of the batches, so every gradient counts once. The sums of a layer (Fisher, or Hessian and
 what goes with it) are reduced to the one process that owns it, owners being balanced by bytes; it chooses and updates,
 and sends mask and weights to all. Scores of a threshold over all layers are shared before the choice. Sums are linear,
-so that the result is that of one process on the same samples, to rounding. Before and after the step the hashes of
-weights and masks are compared. What goes between processes is plain tensors and text.
+so that the result is that of one process on the same samples, to rounding. The hashes of weights and masks are compared
+before the step, and those of the new ones before they are written. What goes between processes is plain tensors and
+text.
 """
 
 from __future__ import annotations
@@ -57,15 +58,17 @@ def distributed_step(
         loss_fn: as in ``gradual_step``. One that draws random numbers draws others in each process.
 
     Raises:
-        DeviceMismatchError: weights or masks differ between processes, before or after the step. ConfigError: fewer
-            batches than processes, or a setting that only one process can do. What ``gradual_step`` raises in one
-            process, every one raises.
+        DeviceMismatchError: weights or masks differ between processes, before the step or as it would write them.
+            ConfigError: fewer batches than processes, one that does not say how many samples it has, or a setting that
+            only one process can do. What ``gradual_step`` raises in one process, every one raises; the model is then
+            as before the call.
     """
     for name, plain in (("refit_norms", False), ("row_clusters", 1)):  # each process would find others
         if (value := getattr(pruner.config, name)) != plain:
             raise ConfigError(f"{name} is for one process, got {value} with several; use {name}={plain}")
     work = _Exchange(pruner)
-    work.require_same("before the step")
+    now = [(layer.weight.detach(), layer.bias, layer.mask) for layer in pruner.layers]
+    work.require_same("before the step", now)
     budget = pruner._budget
     try:
         pruner._budget = min(work.agree(pruner.plan().budget))  # or each would make groups by its own free memory
@@ -76,7 +79,6 @@ def distributed_step(
         raise
     finally:
         pruner._budget = budget
-    work.require_same("after the step")
     return pruner.report()
 
 
@@ -130,7 +132,13 @@ def _share(pruner: OBSPruner, loader: Iterable[Any] | None, work: _Exchange) -> 
     for batch in begin():  # which batches the whole takes, and how many samples of each
         if sum(taken) >= config.num_grads:
             break
-        count = batch_size(batch, 1) if config.gradients == "sample" else 1
+        count = batch_size(batch) if config.gradients == "sample" else 1
+        if count is None:
+            raise ConfigError(
+                f"batch {len(taken)} of loader must hold a tensor whose first dimension counts its samples, so that "
+                f"several processes can share them, got {type(batch).__name__} without one; tokenise in the loader, or "
+                f"use gradients='batch'"
+            )
         taken.append(min(count, config.num_grads - sum(taken)))
     if len(taken) < work.world:
         raise ConfigError(
@@ -189,13 +197,12 @@ class _Exchange:
         if not self._told:
             self.agree(error=error)
 
-    def require_same(self, when: str) -> None:
-        """Compare hashes of weights, biases and masks."""
+    def require_same(self, when: str, values: Iterable[Sequence[Tensor | None]]) -> None:
+        """Compare hashes of weights, biases and masks, of one layer after the other."""
         digest = hashlib.sha256()
-        for layer in self.pruner.layers:
-            for value in (layer.weight.detach(), layer.bias, layer.mask):
-                if value is not None:
-                    digest.update(_as_bytes(value.detach()).cpu().numpy().tobytes())
+        for value in chain.from_iterable(values):
+            if value is not None:
+                digest.update(_as_bytes(value.detach()).cpu().numpy().tobytes())
         found = self.agree(digest.hexdigest()[:32])
         if len(set(found)) > 1:
             self._told = True
@@ -235,7 +242,10 @@ class _Exchange:
         merged: dict[str, dict[str, Any]] = {}
         for part in self.agree(plain, error):
             merged |= part
-        return [self._sent(layer, found.get(layer.name), merged[layer.name]) for layer in layers]
+        sent = [self._sent(layer, found.get(layer.name), merged[layer.name]) for layer in layers]
+        # here, where an error still leaves the model as it was, and not when all is written
+        self.require_same("after the step", [(item.weight, item.bias, item.mask) for item in sent])
+        return sent
 
     def _sent(self, layer: PrunedLayer, item: StagedLayer | None, plain: dict[str, Any]) -> StagedLayer:
         """A staged layer, from its owner."""

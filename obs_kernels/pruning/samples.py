@@ -170,15 +170,15 @@ def padding_of(batch: Any) -> Tensor | None:
     return None if mask is None else mask == 0
 
 
-def batch_size(batch: Any, default: int) -> int:
-    """Samples of a batch: the first dimension of its first tensor."""
+def batch_size(batch: Any) -> int | None:
+    """Samples of a batch: the first dimension of its first tensor; None where it has no such tensor."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else default
+        return batch.shape[0] if batch.dim() else None
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     for value in values:
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]
-    return default
+    return None
 
 
 def _attention_mask(batch: Any) -> Tensor | None:

@@ -78,6 +78,21 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
     return stages
 
 
+def check_weights(masks: Mapping[str, Tensor], layers: Sequence[PrunedLayer]) -> None:
+    """``ResumeMismatchError`` with the first layer whose weights live where its mask [R, C] in ``masks`` prunes.
+
+    Masks of another checkpoint than the weights would otherwise prune these without a choice or an update.
+    """
+    live = [int((layer.matrix.masked_fill(masks[layer.name].to(layer.mask.device), 0) != 0).sum()) for layer in layers]
+    wrong = [(layer, count) for layer, count in zip(layers, live, strict=True) if count]
+    if wrong:
+        layer, count = wrong[0]
+        raise ResumeMismatchError(
+            f"{layer.name}: weights must be zero where the mask of the state prunes, got {count} that are not (in "
+            f"{len(wrong)} of {len(layers)} layers); load the model's weights of the same checkpoint first"
+        )
+
+
 def _stages_of(texts: Any, config: OBSConfig) -> tuple[Pattern, ...]:
     """Patterns that lead to that of ``config``, each from the one before."""
     if not isinstance(texts, (list, tuple)) or not texts:

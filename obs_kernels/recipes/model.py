@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from obs_kernels import checks
+from obs_kernels.dtype_names import dtype_name
 from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.schedule import PruningSchedule, step_of
 
 FORMAT_VERSION = 1
 LR_SCHEDULES = ("linear", "cyclic_linear", "constant")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+"""Written as transformers' flags are named; by ``dtype_names``, whose spellings are read."""
 TASK_OUTPUTS = {
     "squad": ("start_logits", "end_logits"),
     "mnli": ("logits",),
@@ -52,7 +54,7 @@ class TrainingSettings:
         weight_decay: of AdamW.
         warmup_ratio: share of the optimizer steps in which the rate rises.
         max_grad_norm: gradients are clipped to it; 0 does not clip. The Fisher's never are.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16" or "fp16", or another spelling of these.
         seed: of everything random in the training.
     """
 
@@ -81,7 +83,8 @@ class TrainingSettings:
         """Validate."""
         checks.check_choice("task", self.task, tuple(TASK_OUTPUTS))
         checks.check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        checks.check_choice("precision", self.precision, PRECISIONS)
+        precision = PRECISIONS[dtype_name("precision", self.precision, tuple(PRECISIONS))]
+        object.__setattr__(self, "precision", precision)
         for name in ("epochs", "final_learning_rate", "weight_decay", "max_grad_norm"):
             _check_number(name, getattr(self, name))
         _check_number("learning_rate", self.learning_rate, above=True)

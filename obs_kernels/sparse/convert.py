@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from obs_kernels import checks
-from obs_kernels.checks import PACK_DTYPES
+from obs_kernels.dtype_names import DTYPES, dtype_name
 from obs_kernels.errors import CheckpointFormatError, ConfigError
 from obs_kernels.files import whole_folder
 from obs_kernels.sparse import semi_structured, stored
@@ -86,7 +86,7 @@ def convert(
         out: folder to write; the tokenizer goes along.
         to: "packed", "dense" or "semi-structured".
         pattern: of a dense source; None finds it in the zeros.
-        dtype: "float16", "bfloat16", "float32"; None keeps the source's.
+        dtype: "bf16", "f16", "f32" or "f64", or another spelling of these; None keeps the source's.
         max_shard_size: as in ``save_pretrained``.
         overwrite: replace ``out`` if it is a model folder.
 
@@ -200,9 +200,7 @@ def read_model(folder: Path) -> nn.Module:
 
 
 def _read(folder: Path, form: str, dtype: str | None) -> nn.Module:
-    kind = None if dtype is None else getattr(torch, dtype, None)
-    if dtype is not None and kind not in PACK_DTYPES:
-        raise ConfigError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    kind = None if dtype is None else DTYPES[dtype_name("dtype", dtype)]
     match form:
         case "packed":
             model = load(folder)

@@ -142,7 +142,7 @@ def _check(name: str, layer: SparseLinear) -> None:
     if layer.values.dtype not in DTYPES:
         raise DTypeNotSupportedError(
             f"{name} must be float16 or bfloat16 for torch's semi-structured layout, got {layer.values.dtype}; "
-            f"convert with dtype='bfloat16'"
+            f"convert with dtype='bf16'"
         )
     if layer.out_features % ROWS or layer.in_features % COLS:
         raise ShapeNotSupportedError(

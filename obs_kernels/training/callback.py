@@ -46,7 +46,8 @@ class OBSPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     Raises:
         ConfigError: while training begins: what ``OBSPruner`` and ``GradualPruning`` raise; FSDP or DeepSpeed, whose
             sharded weights cannot be pruned here; ``load_best_model_at_end``, which would bring back weights of an
-            earlier stage. ResumeMismatchError: the checkpoint is of another recipe, with the keys that differ.
+            earlier stage. ResumeMismatchError: the checkpoint is of another recipe, with the keys that differ, or its
+            masks are not those of the weights that were loaded, with the layer.
     """
 
     _of_run: ClassVar[weakref.WeakValueDictionary[str, OBSPruningCallback]] = weakref.WeakValueDictionary()

@@ -33,6 +33,7 @@ from obs_kernels.pruning import OBSPruner, PruningReport, gradual_step
 from obs_kernels.pruning.calibration import LossFn
 from obs_kernels.pruning.distributed import distributed_step, is_distributed
 from obs_kernels.pruning.held_masks import HeldMasks
+from obs_kernels.pruning.state import check_state, check_weights
 
 if TYPE_CHECKING:
     from obs_kernels.pruning.schedule import PruningSchedule
@@ -167,10 +168,11 @@ class GradualPruning:
         return {"identity": self.identity(), "position": self.position, "pruner": self.pruner.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken, on a model with the weights of that moment; nothing changes on an error.
+        """Go on where ``state`` was taken, on a model that has the weights of that moment; nothing changes on an error.
 
         Raises:
-            ResumeMismatchError: the state is of another recipe, with the keys that differ, or damaged.
+            ResumeMismatchError: the state is of another recipe, with the keys that differ, or damaged; weights of the
+            model are not zero where a mask of the state prunes, with the layer.
         """
         position = state.get("position")
         if not isinstance(position, int) or not 0 <= position <= len(self.prunings):
@@ -178,6 +180,8 @@ class GradualPruning:
         check_identity(state.get("identity"), self.identity())
         if not isinstance(state.get("pruner"), Mapping):
             raise ResumeMismatchError("state['pruner'] is missing or damaged; save it again")
+        check_state(state["pruner"], self.pruner.config, self.pruner.layers)
+        check_weights(state["pruner"]["masks"], self.pruner.layers)
         self.pruner.load_state_dict(state["pruner"])
         self.position = position
         self.masks.refresh()

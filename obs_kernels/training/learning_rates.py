@@ -8,6 +8,7 @@ of the training, the last one shortened.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
@@ -80,7 +81,10 @@ def learning_rate_schedule(
     warmup_steps: int = 0,
     first_step: int = 0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """``learning_rate_factor`` as a scheduler of torch; call its ``step()`` after each optimizer step."""
+    """``learning_rate_factor`` as a scheduler of torch; call its ``step()`` after each optimizer step.
+
+    A step that a GradScaler skips counts too, or the falls would no longer end at the prunings: see ``keep_up``.
+    """
     factor = learning_rate_factor(
         shape,
         total_steps=total_steps,
@@ -90,3 +94,11 @@ def learning_rate_schedule(
         first_step=first_step,
     )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def keep_up(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
+    """Bring ``schedule`` to ``steps`` steps done; loops that leave it behind at skipped steps call this after each."""
+    while schedule.last_epoch < steps:
+        with warnings.catch_warnings():  # torch warns where the first of all steps was skipped, which is meant
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            schedule.step()

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from obs_kernels.files import write_text
+from obs_kernels.pruning.distributed import is_distributed
 from obs_kernels.recipes import Recipe
 from obs_kernels.training.callback import OBSPruningCallback
 from obs_kernels.training.distillation import Distiller
-from obs_kernels.training.learning_rates import learning_rate_schedule
+from obs_kernels.training.learning_rates import keep_up, learning_rate_schedule
 from obs_kernels.training.length_batches import EpochRows, RowNumbers
 from obs_kernels.training.squad_batches import model_inputs
 from obs_kernels.training.tasks import Batch, TaskData
@@ -39,6 +41,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         super().__init__(train_dataset=RowNumbers(len(data.lengths)), **settings)
         self._rows = EpochRows(data.lengths, self.args.train_batch_size, seed=recipe.training.seed)
         self.add_callback(_OrderOfEpoch(self._rows))
+        self.add_callback(_RateOfStep())
         self.loss_is_scaled_for_ga = False  # means of batches: the Trainer divides by the batches of a step
         self.model_accepts_loss_kwargs = False
 
@@ -100,6 +103,16 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             self.pruning.gradual.masks.mask_gradients()
         return loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """No batches where all steps are done: the loop of a Trainer that is resumed at the end of a part of an epoch
+        would take one more step before it looks.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        found: tuple[list[Any], Any] = super().get_batch_samples(*args, **kwargs)
+        return found
+
     def _collate(self, numbers: list[int]) -> Batch:
         count = len(self.data.lengths)
         return self.data.batch(torch.tensor([number % count for number in numbers]), numbers[0] // count)
@@ -120,11 +133,21 @@ class _OrderOfEpoch(TrainerCallback):  # type: ignore[misc]
         self.rows.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
 
 
+class _RateOfStep(TrainerCallback):  # type: ignore[misc]
+    """Ties the learning rate to the number of the step: the Trainer leaves it behind at steps that overflow in fp16."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count a step that was skipped, too."""
+        keep_up(kwargs["lr_scheduler"], state.global_step)
+
+
 class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Marks a checkpoint when everything of it is written; to be the last of the callbacks."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the mark."""
+        """Write the mark, when every process has written its part: each has random generators of its own."""
+        if is_distributed():
+            dist.barrier()
         if state.is_world_process_zero:
             write_text(Path(str(args.output_dir)) / f"{CHECKPOINTS}{state.global_step}" / WHOLE, "{}\n")
 
