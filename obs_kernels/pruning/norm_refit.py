@@ -132,7 +132,7 @@ class _Refit:
         self.device = self.norms[0].weight.device
         for index, batch, _ in self._batches():
             left = self.cfg.num_grads - sum(self._counts.values())
-            self._counts[index] = min(batch_size(batch, 1), left)
+            self._counts[index] = min((batch_size(batch) or 1), left)
         if not self._counts:
             raise ConfigError("loader gave no batch for refit_norms; it must yield at least one at every pass")
         self._expected: Expected = {}
@@ -208,7 +208,7 @@ class _Refit:
         received = 0
         for index, batch, padding in device_batches(self.loader, self.device, self.timings):
             yield index, batch, padding
-            received += batch_size(batch, 1)
+            received += batch_size(batch) or 1
             if received >= self.cfg.num_grads:
                 return
 
