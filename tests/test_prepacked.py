@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obs_kernels.cuda_calls import matmul
+from obs_kernels.cuda_calls import prepacked
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     stream = SimpleNamespace(cuda_stream=0, wait_event=lambda event: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
-    monkeypatch.setattr(matmul, "_is_capturing", lambda device: False)
-    monkeypatch.setattr(matmul, "prepack", prepack)
-    monkeypatch.setattr(matmul, "_PREPACKED", {})
+    monkeypatch.setattr(prepacked, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(prepacked, "prepack", prepack)
+    monkeypatch.setattr(prepacked, "_PREPACKED", {})
     return packed
 
 
@@ -42,18 +42,18 @@ def parts(gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_packed_once(made: list[Tensor], gen: torch.Generator) -> None:
     weight = parts(gen)
-    first = matmul.prepacked(*weight, "8:2:4")
-    assert matmul.prepacked(*weight, "8:2:4") is first and len(made) == 1
+    first = prepacked.prepacked(*weight, "8:2:4")
+    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 1
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_write_packs_into_the_same_memory(made: list[Tensor], gen: torch.Generator, part: int) -> None:
     """A graph that was captured before reads that memory."""
     weight = parts(gen)
-    first = matmul.prepacked(*weight, "8:2:4")
+    first = prepacked.prepacked(*weight, "8:2:4")
     weight[part].add_(1)
-    assert matmul.prepacked(*weight, "8:2:4") is first and len(made) == 2
-    assert matmul.prepacked(*weight, "8:2:4") is first and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 2
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -61,33 +61,35 @@ def test_other_tensors_are_another_weight(made: list[Tensor], gen: torch.Generat
     weight = parts(gen)
     other = [*weight]
     other[part] = weight[part].clone()
-    assert matmul.prepacked(*weight, "8:2:4") is not matmul.prepacked(*other, "8:2:4") and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4") is not prepacked.prepacked(*other, "8:2:4") and len(made) == 2
 
 
 def test_another_layout_is_another_weight(made: list[Tensor], gen: torch.Generator) -> None:
     values, codes, columns = parts(gen)
-    assert matmul.prepacked(values, codes, columns, "8:2:4") is not matmul.prepacked(values.T, codes, columns, "8:2:4")
+    assert prepacked.prepacked(values, codes, columns, "8:2:4") is not prepacked.prepacked(
+        values.T, codes, columns, "8:2:4"
+    )
 
 
 def test_a_capture_keeps_nothing(made: list[Tensor], gen: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is memory of the graph."""
     weight = parts(gen)
-    monkeypatch.setattr(matmul, "_is_capturing", lambda device: True)
-    inside = matmul.prepacked(*weight, "8:2:4")
-    monkeypatch.setattr(matmul, "_is_capturing", lambda device: False)
-    assert matmul.prepacked(*weight, "8:2:4") is not inside and len(made) == 2
+    monkeypatch.setattr(prepacked, "_is_capturing", lambda device: True)
+    inside = prepacked.prepacked(*weight, "8:2:4")
+    monkeypatch.setattr(prepacked, "_is_capturing", lambda device: False)
+    assert prepacked.prepacked(*weight, "8:2:4") is not inside and len(made) == 2
 
 
 def test_forgotten_with_the_values(made: list[Tensor], gen: torch.Generator) -> None:
     values, codes, columns = parts(gen)
-    matmul.prepacked(values, codes, columns, "8:2:4")
+    prepacked.prepacked(values, codes, columns, "8:2:4")
     view = values[:2]
     del values
     gc.collect()
-    assert len(matmul._PREPACKED) == 1, "a view keeps the storage"
+    assert len(prepacked._PREPACKED) == 1, "a view keeps the storage"
     del view
     gc.collect()
-    assert not matmul._PREPACKED
+    assert not prepacked._PREPACKED
 
 
 def test_threads(made: list[Tensor], gen: torch.Generator) -> None:
@@ -97,7 +99,7 @@ def test_threads(made: list[Tensor], gen: torch.Generator) -> None:
     def work() -> None:
         try:
             for weight in weights:
-                matmul.prepacked(*weight, "8:2:4")
+                prepacked.prepacked(*weight, "8:2:4")
         except BaseException as error:
             failed.append(error)
 
@@ -106,4 +108,4 @@ def test_threads(made: list[Tensor], gen: torch.Generator) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failed and len(matmul._PREPACKED) == len(weights)
+    assert not failed and len(prepacked._PREPACKED) == len(weights)

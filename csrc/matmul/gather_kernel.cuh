@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "common/device.cuh"
 #include "common/hopper.cuh"
@@ -17,11 +18,9 @@
 
 namespace obs_kernels {
 
-inline constexpr int kPieceTokens = 8;  // 16 bytes
-inline constexpr int kStepGroups = kStepCols / 4;
+inline constexpr int kGroupColumns = 4;
+inline constexpr int kStepGroups = kStepCols / kGroupColumns;
 inline constexpr int kGatherWarps = kWarpgroup / 32;
-inline constexpr int kGatherCluster =
-    2;  // CTAs: other tokens of the same rows, so that W is shared
 
 // The columns of W in `sparse` are those that panels keep.
 template <typename Element>
@@ -35,87 +34,86 @@ struct GatherArgs {
   int groups;
 };
 
-// A warp: its share of the 64 columns of each stage, and of the W of all CTAs of the cluster.
+// A lane's piece of a column from all slabs of a tile.
+template <int... kSlab>
+__device__ __forceinline__ void copy_slabs(uint32_t to,
+                                           const uint8_t* from,
+                                           bool is_group,
+                                           const bool (&exists)[sizeof...(kSlab)],
+                                           std::integer_sequence<int, kSlab...>) {
+  (hopper::copy_or_zero<kSlab * kSlabBytes, kSlab * kSlabTokens * 2>(
+       to, from, is_group && exists[kSlab]),
+   ...);
+}
+
+// A warp: four of the 16 groups of each stage, and the W of 64 rows. An instruction copies 64
+// tokens of the four columns of a group, eight lanes a column, so that a group takes one address
+// and no more arithmetic for each copy: a warp issues alone and is bound by its instructions.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               CtaMemory<Tile> cta,
                                               int warp,
                                               int lane) {
   using namespace hopper;
-  constexpr int kPieces = Tile::kTokens / kPieceTokens;            // of a column
-  constexpr int kAtOnce = kPieces > 16 ? 1 : 2;                    // columns by a copy of all lanes
-  constexpr int kLanes = 32 / kAtOnce;                             // of a column
-  constexpr int kGroups = kStepCols / 4 / kGatherWarps / kAtOnce;  // of a lane in a step
-  static_assert(kGroups % 2 == 0 && kPieces <= kLanes, "a lane has a piece of whole patterns");
-  // This CTA's share of W: whole tiles of 64 rows, or half a tile.
-  constexpr int kShareTiles = Tile::kWeightTiles / kGatherCluster;
-  constexpr int kCopies = kShareTiles > 0 ? kShareTiles : 1;
-  constexpr int kCopyBytes = kShareTiles > 0 ? kWeightBytes : kWeightBytes / kGatherCluster;
-  constexpr auto kAllCtas = static_cast<uint16_t>((1u << kGatherCluster) - 1u);
-  static_assert(kCopies <= kGatherWarps, "a warp brings at most one");
+  constexpr int kGroups = kStepGroups / kGatherWarps;
+  static_assert(Tile::kWeightTiles <= kGatherWarps, "a warp brings at most one");
   const SparseArgs<Element>& sparse = args.sparse;
-  const int piece = lane % kLanes;
-  const int first_group = (warp * kAtOnce + lane / kLanes) * kGroups;
   const auto stride = static_cast<uint32_t>(args.x_stride * 2);  // bytes
   const int64_t group_stride = int64_t{stride} * args.m;
-  // In a stage, of the first column; the swizzle XORs the number of a piece with the column's.
-  const auto place_in_stage =
-      static_cast<uint32_t>(piece / 8 * kSlabBytes + first_group * 4 * 128 + piece % 8 * 16);
-  const auto rank = static_cast<int>(cluster_rank());
-  const int share = (rank * kCopies + warp) * kCopyBytes;
+  const int column = lane / 8;
+  const int piece = lane % 8;  // 16 bytes of the 64 tokens
+  // In a stage; the swizzle XORs the number of the piece with that of the row, modulo 8.
+  const auto lane_place = static_cast<uint32_t>((warp * kGroups * kGroupColumns + column) * 128 +
+                                                ((piece ^ column) << 4));
+  const uint32_t column_byte = 0x4440u | static_cast<uint32_t>(column);  // zeros above it
   StageRing<Tile::kStages> ring;
   for (int tile = first_tile(sparse); tile < num_tiles(sparse); tile += tile_stride(sparse)) {
-    const TilePlace place = place_of<true>(tile, sparse, rank);
+    const TilePlace place = place_of(tile, sparse.row_groups, sparse.token_tiles, 1, 0);
     const int panel = place.row_tile * Tile::kRows / args.v;
-    const auto* columns =
+    const auto* kept =
         reinterpret_cast<const uint32_t*>(args.columns) + int64_t{panel} * args.groups;
-    const int64_t weight_tile = int64_t{place.row_tile} * Tile::kWeightTiles + share / kWeightBytes;
-    const uint8_t* weight =
-        sparse.packed + weight_tile * sparse.steps * kPackedBytes + share % kWeightBytes;
-    const int token = place.token_tile * Tile::kTokens + piece * kPieceTokens;
-    const bool exists = piece < kPieces && token < sparse.tokens;
-    const auto* from = reinterpret_cast<const uint8_t*>(args.x + (exists ? token : 0)) +
-                       first_group * group_stride;
-    uint32_t next[kGroups];  // each the columns of a group, four bytes
-    const auto load_columns = [&](int step) {
+    const uint8_t* weight = sparse.packed + (int64_t{place.row_tile} * Tile::kWeightTiles + warp) *
+                                                sparse.steps * kPackedBytes;
+    const int64_t token = int64_t{place.token_tile} * Tile::kTokens + piece * 8;
+    const auto* group_x =
+        reinterpret_cast<const uint8_t*>(args.x + token) + int64_t{warp} * kGroups * group_stride;
+    bool exists[Tile::kSlabs];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const int group = step * kStepGroups + first_group + g;
-        next[g] = group < args.groups ? __ldg(columns + group) : 0;
-      }
+    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+      exists[slab] = token + slab * kSlabTokens < sparse.tokens;
+    }
+    const auto columns_of = [&](int group) {  // of the m, a byte each
+      return group < args.groups ? __ldg(kept + group) : 0;
     };
-    load_columns(0);
+    uint32_t next[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) next[g] = columns_of(warp * kGroups + g);
     for (int step = 0; step < sparse.steps; ++step) {
+      const int first_group = step * kStepGroups + warp * kGroups;
       uint32_t now[kGroups];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) now[g] = next[g];
-      if (step + 1 < sparse.steps) load_columns(step + 1);
+      for (int g = 0; g < kGroups; ++g) {
+        now[g] = next[g];
+        next[g] = columns_of(first_group + kStepGroups + g);
+      }
       const uint32_t arrived = cta.full(ring.stage);
       barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
       const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
-      if (lane == 0) {
-        if (warp == kGatherWarps - 1) barrier_expect(arrived, Tile::kWeightTiles * kWeightBytes);
-        if (warp < kCopies) {
-          copy_bytes(stage + Tile::kTokenBytes + share, weight, kCopyBytes, arrived, kAllCtas);
-        }
+      if (warp < Tile::kWeightTiles && lane == 0) {
+        barrier_expect(arrived, kWeightBytes);
+        copy_bytes(stage + Tile::kTokenBytes + warp * kWeightBytes, weight, kWeightBytes, arrived);
       }
       weight += kPackedBytes;
-      if (piece < kPieces) {
-        const uint32_t to = stage + place_in_stage;
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          const bool copies = exists && step * kStepGroups + first_group + g < args.groups;
-          const uint8_t* group =
-              copies ? from + g * group_stride : reinterpret_cast<const uint8_t*>(args.x);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int at = 4 * g + i;
-            const uint32_t column = now[g] >> (8 * i) & 255u;
-            copy_or_zero((to ^ at % 8 * 16) + at * 128, group + uint64_t{column} * stride, copies);
-          }
-        }
+      for (int g = 0; g < kGroups; ++g) {
+        const bool is_group = first_group + g < args.groups;
+        const uint32_t to =
+            ((stage + lane_place) ^ g % 2 * (kGroupColumns << 4)) + g * kGroupColumns * 128;
+        const uint8_t* from = group_x + uint64_t{__byte_perm(now[g], 0, column_byte)} * stride;
+        group_x += group_stride;
+        copy_slabs(to, from, is_group, exists, std::make_integer_sequence<int, Tile::kSlabs>{});
       }
-      from += kStepGroups * group_stride;
+      group_x += (kStepGroups - kGroups) * group_stride;
       barrier_arrive_after_copies(arrived);
       ring.next();
     }
@@ -133,25 +131,22 @@ __global__ __launch_bounds__(kSparseThreads,
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(cta.full(stage), kWarpgroup + 1);  // who gathers, and the bytes of W
-      barrier_init(cta.empty(stage), kConsumers * kGatherCluster);
+      barrier_init(cta.full(stage), kWarpgroup + Tile::kWeightTiles);
+      barrier_init(cta.empty(stage), kConsumers);
     }
     fence_barrier_init();
   }
-  cluster_sync();
+  __syncthreads();
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  constexpr bool kFull = Tile::kParts * Tile::kSumTokens > 256;  // sums fill the registers
   if (warpgroup == kConsumers) {
-    give_registers<kFull ? 56 : 88>();
+    give_registers<88>();
     bring_columns<Element, Tile>(args, cta, thread / 32, thread % 32);
   } else {
-    take_registers<kFull ? 224 : 208>();
+    take_registers<208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
-  // Copies and arrivals of the other CTA must find this one alive.
-  cluster_sync();
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

@@ -21,8 +21,7 @@ LaunchPlan launch(const GatherLinearParams& params,
   constexpr auto kernel = gather_linear_kernel<Element, Tile>;
   const SparseLinearParams& product = params.product;
   GatherArgs<Element> args{};
-  args.sparse =
-      sparse_args<Element>(product, tile.rows, tile.tokens * kGatherCluster, kGatherCluster);
+  args.sparse = sparse_args<Element>(product, tile.rows, tile.tokens, 1);
   args.x = static_cast<const Element*>(product.x);
   args.columns = params.columns;
   args.x_stride = params.x_stride;
@@ -41,8 +40,6 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
                        int device,
                        cudaStream_t stream) {
   switch (tile.rows * 1024 + tile.tokens) {
-    case 256 * 1024 + 192:
-      return launch<Element, SparseTile<2, 192>>(params, tile, device, stream);
     case 256 * 1024 + 128:
       return launch<Element, SparseTile<2, 128>>(params, tile, device, stream);
     case 128 * 1024 + 256:
@@ -71,6 +68,12 @@ const char* gather_tile_name(int config) {
   return kGatherTiles[config].name;
 }
 
+bool gather_is_faster(
+    int64_t rows, int64_t cols, int64_t tokens, int64_t v, int64_t m, bool feature_x, int device) {
+  OBS_CHECK(v > 0 && m > 0, "v and m must be positive, got v = ", v, ", m = ", m);
+  return gather_is_faster_on(rows, cols, tokens, v, m, feature_x, multiprocessors_of(device));
+}
+
 LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStream_t stream) {
   const SparseLinearParams& product = params.product;
   check_product(product, kNumGatherTiles);
@@ -86,6 +89,7 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
             product.cols);
   if (product.rows == 0 || product.tokens == 0) return {"sparse_linear", "empty", 0, 0};
   OBS_CHECK(product.cols > 0, "cols must be positive, got 0");
+  OBS_CHECK(aligned(params.columns, 4), "columns must be aligned to 4 bytes");
   OBS_CHECK(product.feature_x && params.x_stride % 8 == 0 && params.x_stride >= product.tokens,
             "x must be feature-major with columns of whole 16 bytes, got a stride of ",
             params.x_stride,
@@ -100,7 +104,8 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
                                               product.tokens,
                                               round_up(product.cols, kStepCols) / kStepCols,
                                               params.v,
-                                              multiprocessors_of(device));
+                                              multiprocessors_of(device))
+                               .index;
   const GatherTileShape& tile = kGatherTiles[chosen];
   OBS_CHECK(params.v % tile.rows == 0,
             "the rows of a tile must divide v = ",

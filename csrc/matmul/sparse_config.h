@@ -44,12 +44,11 @@ struct GatherTileShape {
 };
 
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x192", 256, 192, 1300, 6130},
-    {"gather 256x128", 256, 128, 900, 3520},
-    {"gather 128x256", 128, 256, 1100, 3970},
-    {"gather 128x192", 128, 192, 850, 3650},
-    {"gather 128x128", 128, 128, 600, 1840},
-    {"gather 64x256", 64, 256, 1000, 2500},
+    {"gather 256x128", 256, 128, 902, 3923},
+    {"gather 128x256", 128, 256, 894, 4613},
+    {"gather 128x192", 128, 192, 846, 3684},
+    {"gather 128x128", 128, 128, 655, 2704},
+    {"gather 64x256", 64, 256, 769, 2618},
 };
 inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
 
@@ -61,49 +60,75 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Cycles of a product by a tile, its CTAs all of a size and in waves.
-inline int64_t product_cycles(int64_t groups, int64_t at_once, int64_t cycles_of_one) {
-  return round_up(groups, at_once) / at_once * cycles_of_one;
+// A tile and what the product takes with it.
+struct ChosenTile {
+  int index;  // -1: none fits
+  int64_t cycles;
+};
+
+inline void take_faster(ChosenTile& best, int index, int64_t groups, int64_t at_once, int64_t one) {
+  const int64_t cycles = round_up(groups, at_once) / at_once * one;  // all waves
+  if (best.index < 0 || cycles < best.cycles) best = {index, cycles};
 }
 
-// The tile with the fewest cycles over all waves.
-inline int choose_sparse_tile(int64_t rows, int64_t tokens, int64_t steps, int multiprocessors) {
-  int best = 0;
-  int64_t fewest = INT64_MAX;
+// For W as 2:4, `steps` of kStepCols of its columns.
+inline ChosenTile choose_sparse_tile(int64_t rows,
+                                     int64_t tokens,
+                                     int64_t steps,
+                                     int multiprocessors) {
+  ChosenTile best{-1, 0};
   for (int i = 0; i < kNumSparseTiles; ++i) {
     const SparseTileShape& tile = kSparseTiles[i];
     const int64_t row_groups =
         round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
     const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
-    const int64_t cycles = product_cycles(groups,
-                                          std::max(1, multiprocessors / tile.cluster),
-                                          steps * tile.step_cycles + tile.tile_cycles);
-    if (cycles < fewest) {
-      fewest = cycles;
-      best = i;
-    }
+    take_faster(best,
+                i,
+                groups,
+                std::max(1, multiprocessors / tile.cluster),
+                steps * tile.step_cycles + tile.tile_cycles);
   }
   return best;
 }
 
-// The same among those whose rows divide v; -1 if none does.
-inline int choose_gather_tile(
+// For the kept columns of panels of v rows.
+inline ChosenTile choose_gather_tile(
     int64_t rows, int64_t tokens, int64_t steps, int64_t v, int multiprocessors) {
-  int best = -1;
-  int64_t fewest = INT64_MAX;
+  ChosenTile best{-1, 0};
   for (int i = 0; i < kNumGatherTiles; ++i) {
     const GatherTileShape& tile = kGatherTiles[i];
     if (v % tile.rows != 0) continue;
-    const int64_t pair = 2 * tile.tokens;
-    const int64_t groups = rows / tile.rows * (round_up(tokens, pair) / pair);
-    const int64_t cycles = product_cycles(
-        groups, std::max(1, multiprocessors / 2), steps * tile.step_cycles + tile.tile_cycles);
-    if (cycles < fewest) {
-      fewest = cycles;
-      best = i;
-    }
+    take_faster(best,
+                i,
+                rows / tile.rows * (round_up(tokens, tile.tokens) / tile.tokens),
+                std::max(1, multiprocessors),
+                steps * tile.step_cycles + tile.tile_cycles);
   }
   return best;
+}
+
+// Transposing X first: two launches instead of one, and bytes through L2 or device memory.
+inline int64_t transpose_cycles(int64_t tokens, int64_t cols) {
+  constexpr int64_t kLaunch = 3000;
+  constexpr int64_t kBytesOfCycle = 2100;  // 3.4 to 4.8 TB/s
+  return kLaunch + 4 * tokens * cols / kBytesOfCycle;
+}
+
+// Whether gathering the kept columns of a v:2:m weight is faster than running it as 2:4.
+inline bool gather_is_faster_on(int64_t rows,
+                                int64_t cols,
+                                int64_t tokens,
+                                int64_t v,
+                                int64_t m,
+                                bool feature_x,
+                                int multiprocessors) {
+  const auto steps_of = [](int64_t columns) { return round_up(columns, kStepCols) / kStepCols; };
+  const ChosenTile gathered =
+      choose_gather_tile(rows, tokens, steps_of(cols / m * 4), v, multiprocessors);
+  if (gathered.index < 0) return false;
+  const int64_t before = feature_x ? 0 : transpose_cycles(tokens, cols);
+  return gathered.cycles + before <
+         choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles;
 }
 
 }  // namespace obs_kernels

@@ -53,8 +53,7 @@ struct StageRing {
 };
 
 // A warpgroup: its sums of a tile, tile after tile. kFeatureX: X lies token after token within a
-// column. kGathered: threads copied it, so that the tensor cores must be fenced from their writes,
-// and the CTAs of a cluster share rows.
+// column. kGathered: threads copied it, so that the tensor cores must be fenced from their writes.
 template <typename Element, typename Tile, bool kFeatureX, bool kGathered>
 __device__ __forceinline__ void consume(const CUtensorMap& y_map,
                                         const SparseArgs<Element>& args,
@@ -120,7 +119,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
 
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
     const auto rank = static_cast<int>(cluster_rank());
-    const TilePlace at = place_of<kGathered>(tile, args, rank);
+    const TilePlace at = place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
     arrived();
     load_meta(meta[0]);
     int step = 0;

@@ -57,7 +57,7 @@ struct SparseArgs {
   int steps;         // of kStepCols columns
   int weight_tiles;  // of 64 rows, that exist; those of the last cluster may be more
   int row_groups;    // of the rows of a cluster
-  int token_tiles;   // of the tokens of a cluster
+  int token_tiles;
   int cluster;
   Activation activation;
   bool feature_y;
@@ -83,19 +83,14 @@ struct TilePlace {
   int token_tile;
 };
 
-// Tiles in groups of kRasterTokens token tiles; within a group the tokens run first. CTAs of a
-// cluster have other rows of the same tokens, or, if kShareRows, other tokens of the same rows.
-template <bool kShareRows, typename Element>
-__device__ __forceinline__ TilePlace place_of(int tile, const SparseArgs<Element>& args, int rank) {
-  const int raster = kShareRows ? kRasterTokens / args.cluster : kRasterTokens;
-  const int whole = raster * args.row_groups;
-  const int first = tile / whole * raster;
-  const int width = min(raster, args.token_tiles - first);
+// Tiles in groups of kRasterTokens token tiles; within a group the tokens run first.
+__device__ __forceinline__ TilePlace
+place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
+  const int whole = kRasterTokens * row_groups;
+  const int first = tile / whole * kRasterTokens;
+  const int width = min(kRasterTokens, token_tiles - first);
   const int in = tile % whole;
-  const int row = in / width;
-  const int token = first + in % width;
-  if constexpr (kShareRows) return {row, token * args.cluster + rank};
-  return {row * args.cluster + rank, token};
+  return {in / width * cluster + rank, first + in % width};
 }
 
 }  // namespace obs_kernels

@@ -87,7 +87,8 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
                          : choose_sparse_tile(params.rows,
                                               params.tokens,
                                               round_up(params.cols, kStepCols) / kStepCols,
-                                              multiprocessors_of(device));
+                                              multiprocessors_of(device))
+                               .index;
   const SparseTileShape& tile = kSparseTiles[chosen];
   check_tiles(params, tile.rows, tile.tokens);
   return params.type == MatmulType::kHalf

@@ -10,8 +10,9 @@ from obs_kernels.cuda_calls.device import runs_on
 from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_fisher
 from obs_kernels.cuda_calls.group_launches import launch_groups
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
-from obs_kernels.cuda_calls.matmul import launch_sparse_linear, prepack, sparse_linear
+from obs_kernels.cuda_calls.matmul import launch_gather_linear, launch_sparse_linear, sparse_linear
 from obs_kernels.cuda_calls.packing import launch_pack, pack
+from obs_kernels.cuda_calls.prepacked import prepack
 from obs_kernels.cuda_calls.search import prune_nm, prune_vnm, search_nm, search_vnm
 from obs_kernels.cuda_calls.sweep import launch_sweep_columns, sweep_groups
 from obs_kernels.cuda_calls.update import block_saliency, loss_increase, obs_update
@@ -26,6 +27,7 @@ __all__ = [
     "launch_invert_spd",
     "launch_loss_increase",
     "launch_pack",
+    "launch_gather_linear",
     "launch_groups",
     "launch_sparse_linear",
     "launch_sweep_columns",

@@ -1,43 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """``sparse_linear`` of the compiled module: the product by ``wgmma.sp``, for GPUs of compute capability 9.0.
 
-A weight is read in an order of its own (``prepack``), made when it is first used and kept as long as its values live.
+Every weight with at most two nonzeros in each aligned four columns runs as 2:4. Panels v:2:m of 64 rows and more can
+also be run on the columns that they keep alone, four of m, gathered from feature-major x: less to multiply, more to
+bring. Both read the weight in an order of its own (``prepacked``): of all its columns, or of the kept ones.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from obs_kernels import _ext
-from obs_kernels.cuda_calls.device import check_gpu, check_on_cuda
-from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError, UnsupportedGPUError
+from obs_kernels.cuda_calls.device import check_on_cuda
+from obs_kernels.cuda_calls.prepacked import prepack, prepacked
+from obs_kernels.cuda_calls.wgmma import (
+    ACTIVATIONS,
+    TYPES,
+    WIDTH,
+    check_operands,
+    check_packed,
+    lacks_sparse_product,
+    plan_of,
+    tile_index,
+)
+from obs_kernels.errors import ShapeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
-from obs_kernels.packed_format import packed_shapes, runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 
-CAPABILITY = (9, 0)
-ARCHITECTURE = "90a"
-"""What the module must be built for: ``wgmma`` is in no other code, nor in PTX for later GPUs."""
-TYPES = {torch.float16: 0, torch.bfloat16: 1}
-ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-WIDTH = 8
-"""Elements of 16 bytes: rows of x must be multiples of them."""
+__all__ = ["lacks_sparse_product", "launch_gather_linear", "launch_sparse_linear", "prepack", "sparse_linear"]
+KEPT = 4
+"""Columns that a panel keeps of m."""
 
 
 def __getattr__(name: str) -> Any:
-    """``CONFIGS``: names of the tile configurations, from the compiled module."""
-    if name == "CONFIGS":
-        return tuple(_ext.load().SPARSE_TILES)
+    """``CONFIGS`` and ``GATHER_CONFIGS``: names of the tile configurations, from the compiled module."""
+    if name in ("CONFIGS", "GATHER_CONFIGS"):
+        return tuple(_ext.load().SPARSE_TILES if name == "CONFIGS" else _ext.load().GATHER_TILES)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -59,6 +61,16 @@ def sparse_linear(
     y = x.new_empty((tokens, rows) if y_layout == "token" else (rows, tokens))
     if y.numel() == 0:
         return y
+    bias = None if bias is None else bias.contiguous()
+    parsed: NMPattern = parse_pattern(pattern)
+    cols = kept // parsed.n * parsed.m
+    if isinstance(parsed, VNMPattern) and kept and gathers(parsed, rows, cols, tokens, x_layout, x.device):
+        packed = prepacked(*kept_columns(values, codes, columns), "2:4")
+        given, columns = as_gathered(x, x_layout), columns if columns.data_ptr() % 4 == 0 else columns.clone()
+        launch_gather_linear(
+            given, columns, packed, bias, y, rows=rows, cols=cols, v=parsed.v, activation=activation, y_layout=y_layout
+        )
+        return y
     if kept == 0:  # no columns: what is left is activation(bias), here of a weight of zeros
         x, x_layout, pattern = x.new_zeros(tokens, WIDTH), "token", "2:4"
         packed = prepack(
@@ -68,15 +80,7 @@ def sparse_linear(
         packed = prepacked(values, codes, columns, pattern)
     x, x_layout, cols = as_copied(x, x_layout)
     launch_sparse_linear(
-        x,
-        packed,
-        None if bias is None else bias.contiguous(),
-        y,
-        rows=rows,
-        cols=cols,
-        activation=activation,
-        x_layout=x_layout,
-        y_layout=y_layout,
+        x, packed, bias, y, rows=rows, cols=cols, activation=activation, x_layout=x_layout, y_layout=y_layout
     )
     return y
 
@@ -91,124 +95,6 @@ def as_copied(x: Tensor, x_layout: str) -> tuple[Tensor, str, int]:
     if x.data_ptr() % 16:
         x = x.clone()
     return x, x_layout, x.shape[1] if x_layout == "token" else x.shape[0]
-
-
-@dataclass
-class _Prepacked:
-    """A weight in the order of the product, and what it was made of."""
-
-    sources: tuple[StorageWeakRef, ...]
-    version: tuple[int, ...]
-    packed: Tensor
-    stream: int
-    done: torch.cuda.Event
-
-
-_PREPACKED: dict[tuple[Any, ...], _Prepacked] = {}
-"""By addresses and layout of values, codes and columns. Global, as ops of torch.library take tensors and no objects."""
-_LOCK = threading.Lock()
-
-
-def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Tensor:
-    """``prepack``, or what an earlier call made of the same tensors, unless they were written to since.
-
-    Kept until the storage of the values dies. A weight that changed is packed into the same memory, so that graphs that
-    were captured before follow. Writes that torch does not count are not seen: by ``.data``, by numpy, or to inference
-    tensors.
-    """
-    parts = (values, codes, columns)
-    stream = torch.cuda.current_stream(values.device)
-    capturing = _is_capturing(values.device)
-    key = (pattern, values.dtype, values.shape, values.stride(), *(part.data_ptr() for part in parts))
-    version = tuple(0 if part.is_inference() else part._version for part in parts)
-    found = _PREPACKED.get(key)
-    if found is not None and any(source.expired() for source in found.sources):
-        found = None
-    if found is not None and found.version == version:
-        if found.stream != stream.cuda_stream and not capturing:  # torch.cuda.graph begins with a sync
-            stream.wait_event(found.done)
-            found.packed.record_stream(stream)
-        return found.packed
-    if capturing:
-        return prepack(*parts, pattern)  # memory of the graph's pool, filled by each replay
-    with _LOCK:
-        if found is not None:
-            stream.wait_event(found.done)
-        packed = prepack(*parts, pattern, out=_lasting_memory(parts, pattern) if found is None else found.packed)
-        done = torch.cuda.Event()
-        done.record(stream)
-        sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
-        _PREPACKED[key] = _Prepacked(sources, version, packed, stream.cuda_stream, done)
-        if found is None:
-            weakref.finalize(values.untyped_storage(), _PREPACKED.pop, key, None).atexit = False
-    return packed
-
-
-def _lasting_memory(parts: tuple[Tensor, Tensor, Tensor], pattern: str) -> Tensor:
-    """Memory for ``prepack``, of no graph's pool: those take what a thread allocates while it warms up for a capture,
-    and want it back. So another thread allocates it, on this thread's stream.
-    """
-    stream = torch.cuda.current_stream(parts[0].device)
-
-    def allocate() -> Tensor:
-        with torch.cuda.stream(stream):
-            return _memory(parts, pattern)
-
-    with ThreadPoolExecutor(max_workers=1) as outside:
-        return outside.submit(allocate).result()
-
-
-def _memory(parts: tuple[Tensor, Tensor, Tensor], pattern: str) -> Tensor:
-    values, parsed = parts[0], parse_pattern(pattern)
-    rows, cols = values.shape[0], values.shape[1] // parsed.n * parsed.m
-    return torch.empty(_ext.load().prepacked_bytes(rows=rows, cols=cols), dtype=torch.uint8, device=values.device)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    if torch.cuda.current_device() == device.index:
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def prepack(values: Tensor, codes: Tensor, columns: Tensor, pattern: str, *, out: Tensor | None = None) -> Tensor:
-    """[bytes] uint8, ``out`` if given: a packed weight of 16-bit values in the order in which the product reads it.
-
-    Raises:
-        BackendUnavailableError: the compiled module is absent. ConfigError: the pattern is not 2:4 at heart.
-        DTypeNotSupportedError, DeviceMismatchError, ShapeNotSupportedError, UnsupportedGPUError: as named.
-    """
-    native = _ext.load()
-    parsed: NMPattern = parse_pattern(pattern)
-    if not runs_as_two_of_four(parsed):
-        raise ConfigError(f"pattern must keep at most 2 of 4, 8, 12, ... columns, got {pattern}; use the reference")
-    if values.dtype not in TYPES:
-        raise DTypeNotSupportedError(f"values must be float16 or bfloat16, got {values.dtype}; convert with .to()")
-    check_on_cuda(values=values, codes=codes, columns=columns)
-    _check_sparse_gpu(values.device.index)
-    rows, cols = values.shape[0], values.shape[1] // parsed.n * parsed.m
-    wanted = [shape or (0,) for shape in packed_shapes(parsed, rows, cols)]
-    shapes = [tuple(part.shape) for part in (values, codes, columns)]
-    if shapes != wanted or codes.dtype != torch.uint8 or columns.dtype != torch.uint8:
-        raise ShapeNotSupportedError(
-            f"values, codes and columns must be {wanted} for pattern {pattern}, the last two uint8, got {shapes}, "
-            f"{codes.dtype} and {columns.dtype}"
-        )
-    packed = _memory((values, codes, columns), pattern) if out is None else out
-    native.prepack(
-        values=values.data_ptr(),
-        codes=codes.data_ptr(),
-        columns=columns.data_ptr(),
-        packed=packed.data_ptr(),
-        rows=rows,
-        cols=cols,
-        v=parsed.v if isinstance(parsed, VNMPattern) else 0,
-        n=parsed.n,
-        m=parsed.m,
-        device=values.device.index,
-        stream=torch.cuda.current_stream(values.device).cuda_stream,
-    )
-    return packed
 
 
 def launch_sparse_linear(
@@ -229,28 +115,10 @@ def launch_sparse_linear(
     ``x`` [T, C] or [C, T] with rows of whole 16 bytes, ``packed`` of ``prepack``, ``bias`` [R] or None.
     """
     native = _ext.load()
-    if x.dtype not in TYPES or y.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise DTypeNotSupportedError(
-            f"x, y and bias must share float16 or bfloat16, got {x.dtype}, {y.dtype}"
-            f"{'' if bias is None else f', {bias.dtype}'}"
-        )
-    check_on_cuda(x=x, packed=packed, y=y, **({} if bias is None else {"bias": bias}))
-    tokens = x.shape[0] if x_layout == "token" else x.shape[1]
-    shapes = [tuple(x.shape), tuple(y.shape), packed.numel(), None if bias is None else tuple(bias.shape)]
-    wanted = [
-        (tokens, cols) if x_layout == "token" else (cols, tokens),
-        (tokens, rows) if y_layout == "token" else (rows, tokens),
-        native.prepacked_bytes(rows=rows, cols=cols),
-        None if bias is None else (rows,),
-    ]
-    if shapes != wanted:
-        raise ShapeNotSupportedError(f"x, y, packed bytes and bias must be {wanted}, got {shapes}")
+    tokens = check_operands(x, packed, bias, y, rows=rows, cols=cols, x_layout=x_layout, y_layout=y_layout)
+    check_packed(packed, rows, cols)
     tiles = native.SPARSE_TILES
-    if config is not None and config not in tiles:
-        raise ConfigError(f"config must be one of {', '.join(map(repr, tiles))}, got {config!r}")
-    device = x.device.index
-    _check_sparse_gpu(device)
-    plan = native.sparse_linear(
+    launched = native.sparse_linear(
         x=x.data_ptr(),
         packed=packed.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
@@ -262,28 +130,109 @@ def launch_sparse_linear(
         activation=ACTIVATIONS[activation],
         feature_x=x_layout == "feature",
         feature_y=y_layout == "feature",
-        config=-1 if config is None else tiles.index(config),
-        device=device,
+        config=tile_index(config, tiles),
+        device=x.device.index,
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )
-    op, path, blocks, threads = plan
-    return LaunchPlan(op, path, blocks, threads, config=path if path in tiles else "")
+    return plan_of(launched, tiles)
 
 
-def _check_sparse_gpu(device: int) -> None:
-    check_gpu(device)
-    reason = lacks_sparse_product(device)
-    if reason is not None:
-        raise UnsupportedGPUError(f"sparse_linear cannot run on cuda:{device}: {reason}. Fix: use backend='reference'")
+def gathers(pattern: VNMPattern, rows: int, cols: int, tokens: int, x_layout: str, device: torch.device) -> bool:
+    """Whether a weight of panels runs on its kept columns alone, as measured tiles say that this is faster."""
+    if pattern.n != 2 or pattern.v % 64 or cols == 0:
+        return False
+    answer: bool = _ext.load().gather_is_faster(
+        rows=rows,
+        cols=cols,
+        tokens=tokens,
+        v=pattern.v,
+        m=pattern.m,
+        feature_x=x_layout == "feature",
+        device=device.index,
+    )
+    return answer
 
 
-@functools.cache
-def lacks_sparse_product(device: int) -> str | None:
-    """Why ``wgmma.sp`` does not run on GPU ``device`` by this module; None if it does."""
-    found = torch.cuda.get_device_capability(device)
-    if found != CAPABILITY:
-        return f"it needs compute capability 9.0 (Hopper), found {found[0]}.{found[1]}"
-    built = _ext.build_info()["architectures"]
-    if not any(architecture.startswith(ARCHITECTURE) for architecture in built):
-        return f"the compiled module holds code for {', '.join(built)}, and it needs {ARCHITECTURE}"
-    return None
+def kept_columns(values: Tensor, codes: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, codes, no columns): the 2:4 weight [R, 4C/m] of the columns that panels v:2:m keep. Views."""
+    return values, codes, columns.view(-1)[:0]
+
+
+def as_gathered(x: Tensor, x_layout: str) -> Tensor:
+    """[C, T], of columns that begin at multiples of 16 bytes: x itself where it can be, else a copy, transposed by a
+    kernel of its own.
+    """
+    if x_layout == "token":
+        tokens = x.shape[0]
+        x, _, cols = as_copied(x, x_layout)
+        stride = -(-tokens // WIDTH) * WIDTH
+        out = x.new_empty(cols, stride)
+        _ext.load().transpose(
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            tokens=tokens,
+            cols=cols,
+            out_stride=stride,
+            device=x.device.index,
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+        )
+        return out[:, :tokens]
+    if x.stride(1) != 1 or x.stride(0) % WIDTH or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
+        padded = (
+            F.pad(x, (0, -x.shape[1] % WIDTH)) if x.shape[1] % WIDTH else x.clone(memory_format=torch.contiguous_format)
+        )
+        x = padded[:, : x.shape[1]]
+    return x
+
+
+def launch_gather_linear(
+    x: Tensor,
+    columns: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    rows: int,
+    cols: int,
+    v: int,
+    activation: str,
+    y_layout: str,
+    config: str | None = None,
+) -> LaunchPlan:
+    """Fill ``y`` [T, R] or [R, T] from the columns that panels of ``v`` rows keep; ``config`` forces a tile of
+    ``GATHER_CONFIGS``. Returns what was launched.
+
+    ``x`` [C, T] as ``as_gathered`` gives it, ``columns`` [R / v, C / m, 4] uint8 of the stored format, ``packed`` of
+    ``prepack`` for ``kept_columns``, ``bias`` [R] or None.
+    """
+    native = _ext.load()
+    tokens = check_operands(x[:cols], packed, bias, y, rows=rows, cols=cols, x_layout="feature", y_layout=y_layout)
+    check_on_cuda(columns=columns)
+    groups = columns.shape[1] if columns.dim() == 3 else 0
+    if v < 1 or groups < 1 or tuple(columns.shape) != (rows // v, groups, KEPT) or rows % v or cols % groups:
+        raise ShapeNotSupportedError(
+            f"columns must be [rows / v, groups, {KEPT}] with groups that divide cols = {cols}, got "
+            f"{list(columns.shape)} for rows = {rows}, v = {v}"
+        )
+    check_packed(packed, rows, groups * KEPT)
+    tiles = native.GATHER_TILES
+    launched = native.gather_linear(
+        x=x.data_ptr(),
+        columns=columns.data_ptr(),
+        packed=packed.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        rows=rows,
+        cols=groups * KEPT,
+        tokens=tokens,
+        x_stride=x.stride(0),
+        v=v,
+        m=cols // groups,
+        type=TYPES[x.dtype],
+        activation=ACTIVATIONS[activation],
+        feature_y=y_layout == "feature",
+        config=tile_index(config, tiles),
+        device=x.device.index,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return plan_of(launched, tiles)

@@ -73,6 +73,11 @@ struct GatherLinearParams {
   int64_t m;
 };
 
+// Whether it is faster than sparse_linear for this weight of `cols` columns in all; if x is not
+// feature-major, with a transposition before.
+bool gather_is_faster(
+    int64_t rows, int64_t cols, int64_t tokens, int64_t v, int64_t m, bool feature_x, int device);
+
 int num_gather_tiles();
 const char* gather_tile_name(int config);
 
