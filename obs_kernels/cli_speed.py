@@ -30,7 +30,7 @@ def speed(
     ] = "all",
     fuse_ffn: Annotated[
         str, typer.Option(help="Activation inside the first feed-forward product: token, feature (layout) or none.")
-    ] = "token",
+    ] = "feature",
     kernel_rows: Annotated[
         Path | None, typer.Option(help="Result of bench.run --op matmul to predict from; left out: the package's.")
     ] = None,

@@ -130,7 +130,8 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     if (step < args.steps) multiply(meta[0], meta[1], step);
 
     SumPlace place{};
-    place.first_row = at.row_tile * Tile::kRows + row_part * kPartRows;
+    place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *
+                      kParts * kPartRows;
     place.first_token = at.token_tile * Tile::kTokens + token_part;
     place.row = place.first_row + thread / 32 * 16 + thread % 32 / 4;
     place.warpgroup = warpgroup;

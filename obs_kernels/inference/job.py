@@ -39,7 +39,7 @@ def run_speed_job(
     device: str = "auto",
     ways: Sequence[str] | None = None,
     layers: str = "all",
-    fuse_ffn: str | None = "token",
+    fuse_ffn: str | None = "feature",
     kernel_rows: str | os.PathLike[str] | None = None,
     seconds: float = 0.5,
     say: Callable[[str], None] | None = None,

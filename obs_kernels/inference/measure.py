@@ -36,7 +36,7 @@ class Plan:
     patterns: tuple[str, ...]
     ways: tuple[str, ...]
     layers: str = "all"
-    fuse_ffn: str | None = "token"
+    fuse_ffn: str | None = "feature"
     seconds: float = 0.5
     """Budget of one way of one model."""
     energy_seconds: float = 1.0

@@ -45,8 +45,11 @@ def sparse_linear(
     reaches the rows that keep the column, and those with a free place among the four columns around it.
 
     ``cuda`` runs on compute capability 9.0, for float16 and bfloat16, and for patterns of at most two nonzeros in each
-    aligned four columns. Its own copy of the weight, in 2:4 order and 0.56 of the dense bytes for every pattern, is
-    made by the first call and lives as long as ``sparse.values``.
+    aligned four columns. Panels v:2:m, v a multiple of 64, run on the four of m columns that they keep alone where
+    measured tiles say that this is faster: best with x feature-major, as a token-major x is transposed first.
+    Everything else runs as 2:4 on all columns. The first call that goes one of these ways makes its own copy of the
+    weight, 0.56 of the dense bytes for all columns and 4/m of that for the kept ones, which lives as long as
+    ``sparse.values``.
     """
     checks.check_choice("x_layout", x_layout, checks.LAYOUTS)
     checks.check_choice("y_layout", y_layout, checks.LAYOUTS)

@@ -1,0 +1,643 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse product of panels v:2:m on the columns that they keep alone, gathered from feature-major x."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from fisher_checks import Guarded, needs
+from test_matmul import ACTIVATIONS, check, expected
+from test_matmul_gpu import (
+    DEVICE,
+    DTYPES,
+    GRADIENT,
+    INF,
+    NAN,
+    assert_exact,
+    every_place,
+    hopper,
+    integer_weight,
+    integers,
+    matmul,
+    normal,
+    normal_weight,
+    same_bits,
+)
+from torch import Tensor
+
+from obs_kernels import _ext, parse_pattern
+from obs_kernels.errors import ConfigError, DeviceMismatchError, DTypeNotSupportedError, ShapeNotSupportedError
+from obs_kernels.ops import SparseWeight, pack, sparse_linear, unpack
+
+pytestmark = pytest.mark.gpu
+__all__ = ["hopper", "matmul"]  # fixtures
+
+PANELS = (1, 3)
+M = (4, 8, 12, 16, 32, 256)
+GROUPS = (1, 2, 5, 16, 17, 33)
+"""A step takes 16."""
+TOKENS = (1, 8, 77, 129, 256, 264, 1000)
+KINDS = ("token", "token apart", "feature", "feature apart", "turned")
+RAGGED = [
+    pytest.param(77, 128, 12 * 17, "64:2:12", marks=pytest.mark.sanitizer),
+    (130, 192, 40, "192:2:8"),
+    (264, 384, 32 * 33, "128:2:32"),
+    (1000, 768, 3072, "256:2:8"),
+]
+"""(tokens, rows, cols, pattern)."""
+
+
+@pytest.fixture
+def gen() -> torch.Generator:
+    return torch.Generator(device=DEVICE).manual_seed(77)
+
+
+def configs(matmul: ModuleType, v: int) -> list[str]:
+    """Those whose rows divide ``v``."""
+    found = [name for name in matmul.GATHER_CONFIGS if v % int(name.split()[1].split("x")[0]) == 0]
+    assert found, v
+    return found
+
+
+def between_nans(x: Tensor) -> Tensor:
+    """A copy of rows that lie apart, at multiples of 16 bytes, in a buffer of NaN on all sides."""
+    rows, width = x.shape
+    buffer = torch.full((rows + 16, -(-width // 8) * 8 + 64), NAN, dtype=x.dtype, device=x.device)
+    return buffer[8 : 8 + rows, 32 : 32 + width].copy_(x)
+
+
+def gathered(matmul: ModuleType, x: Tensor, kind: str) -> Tensor:
+    """What the kernel takes for ``x`` [T, C] that comes to it in one of KINDS."""
+    match kind:
+        case "token":
+            return matmul.as_gathered(x, "token")
+        case "token apart":
+            return matmul.as_gathered(between_nans(x), "token")
+        case "feature":
+            return matmul.as_gathered(x.T.contiguous(), "feature")
+        case "feature apart":
+            apart = between_nans(x.T)
+            found = matmul.as_gathered(apart, "feature")
+            assert found.data_ptr() == apart.data_ptr(), "a copy that was not needed"
+            return found
+    return matmul.as_gathered(x.T, "feature")
+
+
+def prepacked(matmul: ModuleType, sparse: SparseWeight) -> Tensor:
+    return matmul.prepack(*matmul.kept_columns(sparse.values, sparse.codes, sparse.columns), "2:4")
+
+
+def launch(
+    matmul: ModuleType,
+    config: str,
+    given: Tensor,
+    sparse: SparseWeight,
+    bias: Tensor | None = None,
+    y_layout: str = "token",
+    *,
+    activation: str = "",
+    shift: int = 0,
+) -> Tensor:
+    """y [T, R] by a forced configuration, written into NaN between guards; ``shift`` is that of ``Guarded``."""
+    (rows, cols), tokens = sparse.shape, given.shape[1]
+    shape = (tokens, rows) if y_layout == "token" else (rows, tokens)
+    y = Guarded(torch.full(shape, NAN, dtype=given.dtype, device=DEVICE), shift)
+    plan = matmul.launch_gather_linear(
+        given, sparse.columns, prepacked(matmul, sparse), bias, y.tensor, rows=rows, cols=cols, v=sparse.pattern.v,
+        activation=activation, y_layout=y_layout, config=config,
+    )  # fmt: skip
+    assert plan.config == config
+    y.assert_unharmed()
+    return y.tensor if y_layout == "token" else y.tensor.T
+
+
+def slots(sparse: SparseWeight) -> Tensor:
+    """[R, C] bool: what the tensor core multiplies, two of every m: the kept entries and the free places."""
+    ones = replace(sparse, values=torch.ones_like(sparse.values))
+    return unpack(ones, backend="reference") != 0
+
+
+# Sums, at every shape and by every configuration
+
+
+def shapes() -> Iterator[tuple[int, int, int]]:
+    """(m, groups, tokens): each two of the three lists in every combination."""
+    yield from itertools.product(M, GROUPS, (129,))
+    yield from itertools.product(M, (17,), TOKENS)
+    yield from itertools.product((16,), GROUPS, TOKENS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [64, 128, 192, 256])
+def test_integers_are_exact_at_every_shape(gen, matmul, v, dtype):
+    """The other lists go round beside the shapes, by a step that mixes them."""
+    around = list(itertools.product(KINDS, ("token", "feature"), (True, False), PANELS, (0, 1)))
+    for i, (m, groups, tokens) in enumerate(shapes()):
+        kind, y_layout, with_bias, panels, shift = around[37 * i % len(around)]
+        rows, cols = panels * v, m * groups
+        sparse, dense = integer_weight(rows, cols, f"{v}:2:{m}", dtype)
+        x = integers(gen, 7, (tokens, cols), dtype)
+        bias = integers(gen, 7, (rows,), dtype) if with_bias else None
+        given = gathered(matmul, x, kind)
+        for config in configs(matmul, v):
+            case = (config, m, groups, tokens, kind, y_layout, with_bias, panels, shift)
+            assert_exact(launch(matmul, config, given, sparse, bias, y_layout, shift=shift), x, dense, bias, case)
+
+
+@pytest.mark.parametrize("y_layout", ["token", "feature"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_by_every_configuration(gen, matmul, kind, y_layout):
+    """By the copy engine and element by element: y of rows that are no multiple of 16 bytes, or off its alignment."""
+    for tokens, shift in ((264, 0), (264, 1), (77, 0)):
+        sparse, dense = integer_weight(512, 17 * 16, "256:2:16", torch.float16)
+        x, bias = integers(gen, 7, (tokens, 17 * 16), torch.float16), integers(gen, 7, (512,), torch.float16)
+        given = gathered(matmul, x, kind)
+        for config in matmul.GATHER_CONFIGS:
+            y = launch(matmul, config, given, sparse, bias, y_layout, shift=shift)
+            assert_exact(y, x, dense, bias, (config, tokens, shift))
+
+
+@pytest.mark.parametrize("y_layout", ["token", "feature"])
+@pytest.mark.parametrize(("v", "rows"), [(64, 64 * 42), (128, 128 * 21), (192, 192 * 14), (256, 256 * 11)])
+def test_several_tiles_of_a_block(gen, matmul, v, rows, y_layout):
+    """More tiles than multiprocessors, ragged: stages and phases go on from tile to tile, with fewer and more steps
+    than there are stages; panels change between the tiles of a block.
+    """
+    for groups, tokens in itertools.product((5, 17, 83), (2504, 2501)):
+        cols = 8 * groups
+        sparse, dense = integer_weight(rows, cols, f"{v}:2:8", torch.bfloat16)
+        x, bias = integers(gen, 7, (tokens, cols), torch.bfloat16), integers(gen, 7, (rows,), torch.bfloat16)
+        given = matmul.as_gathered(x, "token")
+        for config in configs(matmul, v):
+            tile_rows, tile_tokens = map(int, config.split()[1].split("x"))
+            assert rows // tile_rows * -(-tokens // tile_tokens) > 132
+            assert_exact(launch(matmul, config, given, sparse, bias, y_layout), x, dense, bias, (config, cols, tokens))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("tokens", "rows", "cols", "text"), RAGGED)
+def test_random_inputs(gen, matmul, tokens, rows, cols, text, activation, dtype):
+    """A bias of both signs, on either side of every activation; y turned has the same bits."""
+    sparse, dense = normal_weight(gen, rows, cols, text, dtype)
+    x = normal(gen, (tokens, cols), dtype)
+    given = matmul.as_gathered(x, "token")
+    for config in configs(matmul, sparse.pattern.v):
+        for bias in (None, torch.linspace(-6, 6, rows, device=DEVICE).to(dtype)):
+            y = launch(matmul, config, given, sparse, bias, activation=activation or "")
+            check(y, x, dense, bias, activation)
+            for layout in ("token", "feature"):
+                again = launch(matmul, config, given, sparse, bias, layout, activation=activation or "")
+                assert same_bits(again, y), (config, layout)
+
+
+def test_runs_give_the_same_bits(gen, matmul):
+    """Many tiles a block, where stages race if they do."""
+    sparse, dense = normal_weight(gen, 256 * 11, 3072, "256:2:16", torch.bfloat16)
+    x, bias = normal(gen, (2501, 3072), torch.bfloat16), normal(gen, (256 * 11,), torch.bfloat16)
+    given = matmul.as_gathered(x, "token")
+    for config in matmul.GATHER_CONFIGS:
+        first, *others = (launch(matmul, config, given, sparse, bias) for _ in range(4))
+        check(first, x, dense, bias, None)
+        assert all(same_bits(first, other) for other in others), config
+
+
+def test_overflow_becomes_infinity(gen, matmul):
+    sparse, dense = integer_weight(64, 64, "64:2:16", torch.float16)
+    x = 30000 * integers(gen, 1, (9, 64), torch.float16)
+    wanted = expected(x, dense, None, None).to(torch.float16)
+    assert wanted.isinf().any() and wanted.isfinite().any()
+    assert torch.equal(launch(matmul, "gather 64x256", matmul.as_gathered(x, "token"), sparse), wanted)
+
+
+@pytest.mark.big
+def test_beyond_31_bits(gen, matmul):
+    """x has more than 2^31 elements: its last columns lie beyond, of the first tokens as of the last."""
+    needs(24)
+    tokens, cols = 2**18 + 9, 16 * 513
+    assert tokens * (cols - 16) > 2**31
+    sparse, dense = normal_weight(gen, 64, cols, "64:2:16", torch.bfloat16)
+    x = torch.randn(tokens, cols, generator=gen, device=DEVICE, dtype=torch.bfloat16)
+    y = launch(matmul, "gather 64x256", matmul.as_gathered(x, "token"), sparse)
+    assert not y.isnan().any()
+    for start in (0, 2**31 // cols - 50, tokens - 100):
+        part = slice(start, start + 100)
+        check(y[part].contiguous(), x[part], dense, None, None)
+
+
+# Places: codes, columns, and what a row does not keep
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [64, 128, 192, 256])
+@pytest.mark.parametrize("m", [4, 8, 16, 256])
+def test_every_code_and_column_in_every_position(gen, matmul, m, v, dtype):
+    """The product with the identity is the weight, bit for bit; more groups than a step has."""
+    cols = 17 * m
+    mask = every_place(768, cols, parse_pattern(f"{v}:2:{m}"))
+    weight = normal(gen, (768, cols), dtype).masked_fill(~mask, 0.0)
+    sparse = pack(weight, mask, f"{v}:2:{m}")
+    assert {0, m - 1} <= set(sparse.columns.unique().tolist())
+    given = matmul.as_gathered(torch.eye(cols, dtype=dtype, device=DEVICE), "feature")
+    for config in configs(matmul, v):
+        assert torch.equal(launch(matmul, config, given, sparse, None, "feature").T, weight), config
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("text", ["64:2:4", "64:2:16", "128:2:12", "256:2:256"])
+def test_what_lies_around_x_reaches_nothing(gen, matmul, text, bad):
+    """Tokens beyond T in the stride, columns beyond C, columns that no row multiplies: all of them bad."""
+    pattern, dtype = parse_pattern(text), torch.bfloat16
+    sparse, dense = integer_weight(2 * pattern.v, 17 * pattern.m, text, dtype)
+    idle = ~slots(sparse).any(0)
+    assert idle.any() or pattern.m == 4
+    for tokens in (77, 256, 265):
+        clean = integers(gen, 7, (tokens, 17 * pattern.m), dtype)
+        x = between_nans(clean.masked_fill(idle, bad).T)
+        if bad == INF:
+            x._base.masked_fill_(x._base.isnan(), INF)
+        for config in configs(matmul, pattern.v):
+            assert_exact(launch(matmul, config, x, sparse), clean, dense, None, (config, tokens))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("text", ["64:2:4", "64:2:8", "128:2:16", "256:2:12"])
+def test_nan_and_inf_reach_the_rows_that_keep_the_column(gen, matmul, text, bad):
+    """Those of n = 2 alone: where a group keeps fewer, the places that packing filled with +0 count as kept."""
+    pattern = parse_pattern(text)
+    rows, cols = 3 * pattern.v, 17 * pattern.m
+    sparse, _ = normal_weight(gen, rows, cols, text, torch.bfloat16)
+    reached = slots(sparse)
+    x = normal(gen, (200, cols), torch.bfloat16)
+    columns = [0, 1, pattern.m - 1, pattern.m, 7 * pattern.m + 2, cols - 1]
+    columns += [group * pattern.m + int(sparse.columns[1, group, 3]) for group in (0, 6, 16)]
+    for config in configs(matmul, pattern.v):
+        clean = launch(matmul, config, matmul.as_gathered(x, "token"), sparse)
+        assert clean.isfinite().all()
+        hits = 0
+        for token, column in itertools.product((0, 130, 199), columns):
+            dirty = x.clone()
+            dirty[token, column] = bad
+            y = launch(matmul, config, matmul.as_gathered(dirty, "token"), sparse)
+            hit = reached[:, column]
+            assert torch.equal(~y[token].isfinite(), hit), (config, token, column)
+            assert same_bits(y[token, ~hit], clean[token, ~hit]), (config, token, column)
+            y[token], hits = clean[token], hits + int(hit.sum())
+            assert same_bits(y, clean), "another token changed"
+        assert hits > 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_keeps_nan(gen, matmul, activation):
+    sparse, _ = normal_weight(gen, 128, 128, "128:2:16", torch.float16)
+    x = normal(gen, (9, 128), torch.float16)
+    column = 16 + int(sparse.columns[0, 1, 2])
+    x[4, column] = NAN
+    for config in configs(matmul, 128):
+        y = launch(matmul, config, matmul.as_gathered(x, "token"), sparse, activation=activation or "")
+        assert torch.equal(y[4].isnan(), slots(sparse)[:, column]) and not y[[0, 3, 5, 8]].isnan().any()
+
+
+# x token-major, transposed
+
+
+def random_bits(gen: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """All 16-bit patterns, NaN and infinity among them."""
+    bits = torch.randint(-(2**15), 2**15, shape, generator=gen, device=DEVICE, dtype=torch.int32)
+    return bits.to(torch.int16).view(dtype)
+
+
+def test_transposition(gen, matmul):
+    """x.T bit for bit, and zeros up to the 16 bytes; 20: columns that are padded too."""
+    sizes = itertools.product((1, 7, 8, 9, 63, 64, 77, 129, 2050), (8, 20, 24, 64, 1032, 4096))
+    for (tokens, cols), dtype in zip(sizes, itertools.cycle(DTYPES)):
+        x = random_bits(gen, (tokens, cols), dtype)
+        for given in (x, between_nans(x), x.T.contiguous().T):
+            before = given.contiguous().view(torch.int16).clone()
+            found = matmul.as_gathered(given, "token")
+            stride, height = found.stride(0), found.shape[0]
+            assert (stride, height) == (-(-tokens // 8) * 8, -(-cols // 8) * 8) and found.data_ptr() % 16 == 0
+            wanted = torch.zeros(height, stride, dtype=torch.int16, device=DEVICE)
+            wanted[:cols, :tokens] = before.T
+            assert torch.equal(found.as_strided(wanted.shape, (stride, 1)).view(torch.int16), wanted), (
+                tokens,
+                cols,
+            )
+            assert torch.equal(given.contiguous().view(torch.int16), before), "x was changed"
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("tokens", "cols"), [(1, 8), (77, 24), (129, 72), (2050, 1032)])
+def test_transposition_stays_inside(gen, tokens, cols):
+    stride = -(-tokens // 8) * 8
+    x = random_bits(gen, (tokens, cols), torch.float16)
+    out = Guarded(torch.full((cols, stride), 5, dtype=torch.int16, device=DEVICE), 0)
+    _ext.load().transpose(
+        x=x.data_ptr(), out=out.tensor.data_ptr(), tokens=tokens, cols=cols, out_stride=stride, device=0,
+        stream=torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    out.assert_unharmed()
+    assert torch.equal(out.tensor[:, :tokens], x.view(torch.int16).T) and not out.tensor[:, tokens:].any()
+
+
+# The public op
+
+
+@pytest.fixture
+def launches(matmul: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layout of y of each launch that gathers."""
+    seen: list[str] = []
+    original = matmul.launch_gather_linear
+
+    def counted(*args, **options):
+        seen.append(options["y_layout"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(matmul, "launch_gather_linear", counted)
+    return seen
+
+
+LARGE = (4096, 4096, 4096, "128:2:16")
+"""(tokens, rows, cols, pattern) for which a quarter of the columns is far less work, transposed or not."""
+SMALL = (8, 64, 64, "64:2:16")
+"""One step as 2:4."""
+
+
+def takes_gather(matmul: ModuleType, case: tuple[int, int, int, str], x_layout: str) -> bool:
+    tokens, rows, cols, text = case
+    return matmul.gathers(parse_pattern(text), rows, cols, tokens, x_layout, torch.device(DEVICE, 0))
+
+
+def fresh(sparse: SparseWeight) -> SparseWeight:
+    """The same weight in memory that no call has packed yet."""
+    return replace(sparse, values=sparse.values.clone(), codes=sparse.codes.clone(), columns=sparse.columns.clone())
+
+
+def as_given(x: Tensor, x_layout: str) -> Tensor:
+    return x if x_layout == "token" else x.T.contiguous()
+
+
+@pytest.mark.parametrize("x_layout", ["feature", "token"])
+def test_the_op_gathers_where_that_is_faster(gen, matmul, launches, x_layout):
+    """A large weight and a small one by turns: each keeps a packed order of its own."""
+    assert takes_gather(matmul, LARGE, x_layout) and not takes_gather(matmul, SMALL, "token")
+    cases = []
+    for case, layout in ((LARGE, x_layout), (SMALL, "token")):
+        tokens, rows, cols, text = case
+        sparse, dense = normal_weight(gen, rows, cols, text, torch.bfloat16)
+        x, bias = normal(gen, (tokens, cols), torch.bfloat16), normal(gen, (rows,), torch.bfloat16)
+        cases.append((case is LARGE, layout, sparse, dense, x, bias))
+    for gathering, layout, sparse, dense, x, bias in cases * 2:
+        for y_layout in ("token", "feature"):
+            before = len(launches)
+            y = sparse_linear(
+                as_given(x, layout), sparse, bias, activation="gelu", x_layout=layout, y_layout=y_layout, backend="cuda"
+            )
+            assert launches[before:] == [y_layout] * gathering
+            check(y if y_layout == "token" else y.T.contiguous(), x, dense, bias, "gelu")
+
+
+def test_one_weight_both_ways(gen, matmul, launches):
+    """Many tokens are worth a transposition, a few are not; neither order of the weight is taken for the other."""
+    rows, cols, text = 4096, 512, "128:2:16"
+    sparse, dense = integer_weight(rows, cols, text, torch.float16)
+    for tokens, gathering in ((4096, True), (8, False), (4093, True), (7, False)):
+        assert takes_gather(matmul, (tokens, rows, cols, text), "token") == gathering, "take other sizes"
+        x, before = integers(gen, 7, (tokens, cols), torch.float16), len(launches)
+        assert_exact(sparse_linear(x, sparse, backend="cuda"), x, dense, None, tokens)
+        assert len(launches) - before == gathering
+
+
+def test_the_op_takes_any_strides(gen, matmul, launches):
+    tokens, rows, cols, text = LARGE
+    sparse, dense = integer_weight(rows, cols, text, torch.float16)
+    big = integers(gen, 7, (tokens + 8, cols + 16), torch.float16)
+    views = {
+        "turned": big[:tokens, :cols].T.contiguous().T,
+        "rows apart": big[:tokens, 8 : 8 + cols],
+        "odd tokens": big[: tokens - 3, :cols],
+        "off by one": big[:tokens, 1 : 1 + cols],
+        "one token": big[:1, :cols].expand(tokens, cols),
+    }
+    for name, x in views.items():
+        before = x.clone()
+        assert_exact(sparse_linear(x, sparse, backend="cuda"), x, dense, None, name)
+        assert_exact(sparse_linear(x.T, sparse, x_layout="feature", backend="cuda"), x, dense, None, name)
+        assert torch.equal(x, before), f"{name}: x was changed"
+    assert len(launches) == 2 * len(views)
+
+
+def test_columns_off_their_alignment(gen, matmul, launches):
+    """As in a file that was mapped: four bytes are read at once."""
+    tokens, rows, cols, text = LARGE
+    sparse, dense = integer_weight(rows, cols, text, torch.float16)
+    memory = torch.empty(sparse.columns.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    shifted = replace(fresh(sparse), columns=memory[1:].view(sparse.columns.shape).copy_(sparse.columns))
+    x = integers(gen, 7, (tokens, cols), torch.float16)
+    assert_exact(sparse_linear(x, shifted, backend="cuda"), x, dense)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("x_layout", ["feature", "token"])
+def test_cuda_graph(gen, matmul, launches, x_layout, used):
+    """Replays take new input, transposed anew; what a capture packed is not there for other calls."""
+    tokens, rows, cols, text = LARGE
+    known, dense = integer_weight(rows, cols, text, torch.float16)
+    x, bias = integers(gen, 7, (tokens, cols), torch.float16), integers(gen, 7, (rows,), torch.float16)
+    given, options = as_given(x, x_layout), {"x_layout": x_layout, "backend": "cuda"}
+    sparse_linear(given, known, bias, **options)  # loads the kernels
+    sparse = fresh(known)
+    if used:
+        sparse_linear(given, sparse, bias, **options)
+    torch.cuda.synchronize()
+    graph, before = torch.cuda.CUDAGraph(), len(launches)
+    with torch.cuda.graph(graph):
+        y = sparse_linear(given, sparse, bias, **options)
+    assert len(launches) == before + 1
+    assert_exact(sparse_linear(given, sparse, bias, **options), x, dense, bias, "outside of the graph")
+    for _ in range(2):
+        x = integers(gen, 7, (tokens, cols), torch.float16)
+        given.copy_(as_given(x, x_layout))
+        y.fill_(NAN)
+        graph.replay()
+        assert_exact(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_graph_follows_its_weight(gen, matmul, launches, warm):
+    """Values by the memory into which a later eager call packs what was written; columns are read where they lie."""
+    tokens, rows, cols, text = LARGE
+    known, _ = integer_weight(rows, cols, text, torch.float16)
+    x = integers(gen, 7, (tokens, cols), torch.float16)
+    given, options = x.T.contiguous(), {"x_layout": "feature", "backend": "cuda"}
+    sparse_linear(given, known, **options)  # loads the kernels
+    sparse = fresh(known)
+    if warm:
+        sparse_linear(given, sparse, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse_linear(given, sparse, **options)
+    sparse.values.mul_(2)
+    sparse.columns.copy_(15 - sparse.columns.flip(2))  # ascending again
+    dense = unpack(sparse, backend="reference")
+    assert not torch.equal(dense, 2 * unpack(known, backend="reference"))
+    assert_exact(sparse_linear(given, sparse, **options), x, dense, None, "outside of the graph")
+    graph.replay()
+    assert_exact(y, x, dense)
+    assert len(launches) == 3 + warm
+
+
+def test_streams(gen, matmul, launches):
+    """x arrives late, each on its stream: a launch on any other, of either kernel, would take the zeros before."""
+    tokens, rows, cols, text = LARGE
+    sparse, dense = integer_weight(rows, cols, text, torch.float16)
+    sources = [integers(gen, 7, (tokens, cols), torch.float16) for _ in range(2)]
+    inputs = [torch.zeros_like(source) for source in sources]
+    sparse_linear(inputs[0], sparse, backend="cuda")
+    torch.cuda.synchronize()
+    found = []
+    for x, source in zip(inputs, sources, strict=True):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+            x.copy_(source)
+            found.append(sparse_linear(x, sparse, backend="cuda"))
+            assert not stream.query(), "the call waited for the device"
+    torch.cuda.synchronize()
+    for y, source in zip(found, sources, strict=True):
+        assert_exact(y, source, dense)
+    assert len(launches) == 3
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("x_layout", ["feature", "token"])
+def test_gradients(gen, matmul, launches, x_layout, activation):
+    """With an activation the backward runs the product again."""
+    tokens, rows, cols, text = LARGE
+    dtype = torch.bfloat16
+    sparse, dense = normal_weight(gen, rows, cols, text, dtype)
+    x = normal(gen, (tokens, cols), dtype)
+    inputs = [as_given(x, x_layout).requires_grad_(), normal(gen, (rows,), dtype).requires_grad_()]
+    y = sparse_linear(inputs[0], sparse, inputs[1], activation=activation, x_layout=x_layout, backend="cuda")
+    grad = normal(gen, tuple(y.shape), dtype)
+    ours = list(torch.autograd.grad(y, inputs, grad))
+    assert len(launches) == (1 if activation is None else 2)
+    assert ours[0].shape == inputs[0].shape
+    ours[0] = ours[0] if x_layout == "token" else ours[0].T
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, inputs[1])]
+    wanted = torch.autograd.grad(expected(wide[0], dense, wide[1], activation), wide, grad.double())
+    for mine, theirs in zip(ours, wanted, strict=True):
+        tolerance = GRADIENT * torch.finfo(dtype).eps * theirs.abs().max().item()
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=tolerance)
+
+
+# What is refused, before anything is launched
+
+
+def arguments(gen: torch.Generator, matmul: ModuleType, text: str = "64:2:16") -> dict[str, object]:
+    sparse, _ = integer_weight(128, 128, text, torch.float16)
+    x = matmul.as_gathered(integers(gen, 7, (16, 128), torch.float16), "token")
+    return {
+        "x": x, "columns": sparse.columns, "packed": prepacked(matmul, sparse), "bias": None,
+        "y": x.new_zeros(16, 128), "rows": 128, "cols": 128, "v": sparse.pattern.v, "activation": "",
+        "y_layout": "token",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda a: {"columns": a["columns"].flatten()}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"columns": a["columns"][:1]}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"columns": a["columns"][..., :3].contiguous()}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"columns": a["columns"][:, :7].contiguous()}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"columns": a["columns"][:, :0]}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"columns": a["columns"].transpose(0, 1)}, ShapeNotSupportedError, "contiguous"),
+        (lambda a: {"v": 128}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"v": 0}, ShapeNotSupportedError, "columns must be"),
+        (lambda a: {"packed": a["packed"][:-16]}, ShapeNotSupportedError, "packed must hold"),
+        (lambda a: {"cols": 16}, ValueError, "four of m = 4 .. 256 columns are kept, got m = 2"),
+        (lambda a: {"x": a["x"][:120]}, ShapeNotSupportedError, "x, y and bias must be"),
+        (lambda a: {"y": a["y"].T}, ShapeNotSupportedError, "contiguous"),
+        (lambda a: {"y": a["y"][:, :64].contiguous()}, ShapeNotSupportedError, "x, y and bias must be"),
+        (lambda a: {"bias": a["y"].new_zeros(64)}, ShapeNotSupportedError, "x, y and bias must be"),
+        (lambda a: {"y": a["y"].bfloat16()}, DTypeNotSupportedError, "must share"),
+        (lambda a: {"config": "gather 1x1"}, ConfigError, "config must be one of"),
+        (lambda a: {"config": "gather 128x256"}, ValueError, "the rows of a tile must divide v = 64"),
+        (lambda a: {"config": "gather 256x128"}, ValueError, "the rows of a tile must divide v = 64"),
+        (lambda a: {"x": a["x"].cpu()}, DeviceMismatchError, "x must be on a CUDA device"),
+        (lambda a: {"columns": a["columns"].cpu()}, DeviceMismatchError, "columns must be on a CUDA device"),
+        (lambda a: {"packed": a["packed"].cpu()}, DeviceMismatchError, "packed must be on a CUDA device"),
+        (
+            lambda a: {"x": a["x"][:, :9].contiguous(), "y": a["y"][:9]},
+            ValueError,
+            "16 bytes",
+        ),
+        (
+            lambda a: {"x": a["x"].new_zeros(128 * 16 + 1)[1:].view(128, 16)},
+            ValueError,
+            "x and packed must be aligned to 16 bytes",
+        ),
+        (
+            lambda a: {"columns": torch.cat([a["columns"].new_zeros(1), a["columns"].flatten()])[1:].view(2, 8, 4)},
+            ValueError,
+            "columns must be aligned to 4 bytes",
+        ),
+    ],
+)
+def test_refused(gen, matmul, change, error, words):
+    usual = arguments(gen, matmul)
+    changed = usual | change(usual)
+    changed["y"].fill_(5)
+    before = _ext.load().launch_count()
+    with pytest.raises(error, match=words):
+        matmul.launch_gather_linear(**changed)
+    assert _ext.load().launch_count() == before and bool((changed["y"] == 5).all())
+    assert matmul.launch_gather_linear(**usual).config == "gather 64x256", "what was not changed is taken"
+
+
+def test_columns_of_another_dtype_are_refused(gen, matmul):
+    """Their bytes would be read as other columns; here all of them stay inside x."""
+    usual = arguments(gen, matmul)
+    with pytest.raises((ShapeNotSupportedError, DTypeNotSupportedError), match="uint8"):
+        matmul.launch_gather_linear(**usual | {"columns": usual["columns"].long()})
+
+
+def test_narrow_panels_are_refused(gen, matmul):
+    """The rows of a tile would be of several panels."""
+    for config in (None, *matmul.GATHER_CONFIGS):
+        usual = arguments(gen, matmul, "32:2:16") | {"config": config}
+        with pytest.raises(ValueError, match="v must be a multiple of 64 that divides the rows, got v = 32"):
+            matmul.launch_gather_linear(**usual)
+
+
+def test_nothing_to_do(gen, matmul):
+    """Neither tokens nor rows: no launch."""
+    usual = arguments(gen, matmul)
+    before = _ext.load().launch_count()
+    plan = matmul.launch_gather_linear(**usual | {"x": usual["x"][:, :0].contiguous(), "y": usual["y"][:0]})
+    assert (plan.path, plan.blocks) == ("empty", 0) and _ext.load().launch_count() == before
+
+
+@pytest.mark.multigpu
+def test_device_of_the_tensors_counts(gen, matmul, launches):
+    tokens, rows, cols, text = LARGE
+    sparse, dense = integer_weight(rows, cols, text, torch.float16)
+    for index in (1, 0, 1):
+        x = integers(gen, 7, (tokens, cols), torch.float16).to(f"cuda:{index}")
+        y = sparse_linear(x, sparse.to(x.device), backend="cuda")
+        assert y.device == x.device and torch.cuda.current_device() == 0
+        assert_exact(y, x, dense.to(x.device))
+    assert len(launches) == 3
+    usual = arguments(gen, matmul)
+    for name in ("x", "packed", "y", "columns"):
+        with pytest.raises(DeviceMismatchError, match="share a device"):
+            matmul.launch_gather_linear(**usual | {name: usual[name].to("cuda:1")})
