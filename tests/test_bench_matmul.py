@@ -79,7 +79,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return LaunchPlan("sparse_linear", "gather", 132, 384, options["config"] or "128x256")
 
     vars(module).update(CONFIGS=("a", "b"), prepack=prepack, launch_sparse_linear=launch_sparse_linear)
-    vars(module).update(GATHER_CONFIGS=("128x256", "64x256"), launch_gather_linear=launch_gather_linear)
+    vars(module).update(GATHER_CONFIGS=("gather 128x256", "gather 64x256"), launch_gather_linear=launch_gather_linear)
     vars(module).update(gathers=gathers, kept_columns=kept_columns, as_gathered=as_gathered)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(dispatch.TABLE, "sparse_linear", ("cuda", "reference"))
@@ -295,7 +295,7 @@ def test_a_sweep_forces_both_kernels(monkeypatch: pytest.MonkeyPatch):
     assert [v.config.get("forced", False) for v in p.variants] == [v.name in tiles for v in p.variants]
     assert [entry["prepack"] for entry in seen if "prepack" in entry] == ["2:4", "64:2:16"]
     launches = [(entry.get("gathered", False), entry["y_layout"], entry["config"]) for entry in seen if "rows" in entry]
-    forced = [(False, "token", None), (False, "token", "a"), (False, "token", "b"), (True, "token", "64x256")]
+    forced = [(False, "token", None), (False, "token", "a"), (False, "token", "b"), (True, "token", "gather 64x256")]
     assert launches == [(True, "token", None), (True, "token", None), (True, "feature", None), *forced]
     assert [v.name for v in one("128:2:8", backends=("cuda",), sweep=True).variants if "gather" in v.name] == [
         "cuda gather 128x256",

@@ -245,9 +245,9 @@ def _launches(
         yield launch(False, "cuda 2:4", forced=True)
     for tile in launcher.CONFIGS:
         yield launch(False, f"cuda {tile}", tile=tile, forced=True)
-    for tile in launcher.GATHER_CONFIGS if feature else ():
-        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split("x")[0]) == 0:
-            yield launch(True, f"cuda gather {tile}", x_layout="feature", tile=tile, forced=True)
+    for tile in launcher.GATHER_CONFIGS if feature else ():  # "gather 128x256"
+        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split()[-1].split("x")[0]) == 0:
+            yield launch(True, f"cuda {tile}", x_layout="feature", tile=tile, forced=True)
 
 
 def _peers(selection: Selection, pattern: NMPattern, num_bytes: int, num_flops: int) -> Iterator[Variant]:
