@@ -3,6 +3,7 @@
 
     python -m bench.kernel_rows [bench/results/matmul.json]
 
+They are those of the launch that a call on token-major x comes to, whichever kernel that is for a pattern.
 ``compress_(tokens=)`` and ``obs-kernels speed`` read them; run it again whenever the result changes.
 """
 

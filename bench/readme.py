@@ -111,18 +111,34 @@ def _rows(topic: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["path"] == "kernel" and row["config"].get("backend") == "cuda"]
 
 
-def matmul_table() -> str:
-    """The sparse product against dense and against cuSPARSELt, from the stored results; layers in columns."""
-    stored = json.loads((RESULTS.parent / "matmul.json").read_text())
-    rows = {
-        (row["name"], row["shape"]["T"]): row
-        for row in stored["rows"]
-        if row["path"] == "kernel" and row["config"].get("backend") == "cuda" and row["pattern"] == "2:4"
-    }
+PANELS = ("128:2:8", "128:2:16", "128:2:32")
+"""Patterns of the product's table beside 2:4, once there are rows of them on feature-major x."""
+
+
+def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
+    """The sparse product against dense and against cuSPARSELt, from the stored results; layers in columns.
+
+    Panels have a line of their own in every cell: token-major, and feature-major after a slash.
+    """
+    stored = json.loads(path.read_text())
+    found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in stored["rows"]:
+        config = row["config"]
+        if row["path"] == "kernel" and config.get("backend") == "cuda" and not (config.get("forced") or "y" in config):
+            own = found.setdefault((row["pattern"], config.get("x", "token-major")), {})
+            own[row["name"], row["shape"]["T"]] = row
+    rows = found[("2:4", "token-major")]
+    panels = [p for p in PANELS if {(p, "token-major"), (p, "feature-major")} <= found.keys()]
     layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
+
+    def ratio(pattern: str, layout: str, at: tuple[str, int]) -> str:
+        row = found[pattern, layout].get(at)
+        return f"{row['x_dense']:.2f}" if row else "-"
+
+    more = f"; {', '.join(panels)}: x token-major / feature-major" if panels else ""
     lines = [
         f"{stored['env']['device']}, commit {stored['env']['commit']}, 2:4, bf16, kernel time: x dense cuBLAS of the "
-        "same run (x cuSPARSELt, best algorithm):",
+        f"same run (x cuSPARSELt, best algorithm){more}:",
         "",
         f"| tokens | {' | '.join(layers.values())} |",
         f"|---:{'|---:' * len(layers)}|",
@@ -130,7 +146,11 @@ def matmul_table() -> str:
     for tokens in sorted({tokens for _, tokens in rows}):
         cells = [rows.get((name, tokens)) for name in layers]
         shown = [f"{c['x_dense']:.2f} ({c['x_peer'].get('cuSPARSELt', float('nan')):.2f})" if c else "-" for c in cells]
-        lines.append(f"| {tokens:,} | {' | '.join(shown)} |")
+        for pattern in panels:
+            for index, name in enumerate(layers):
+                both = (ratio(pattern, layout, (name, tokens)) for layout in ("token-major", "feature-major"))
+                shown[index] += f"<br>{' / '.join(both)}"
+        lines.append(f"| {'<br>'.join([f'{tokens:,}', *panels])} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -20,12 +20,14 @@ from bench.harness import Check, Context, Problem, Selection, Variant, session
 from bench.harness.case import DENSE
 from bench.harness.plans import plan_of
 from bench.harness.rows import problem_rows, with_limit
+from bench.readme import matmul_table
 from obs_kernels import ops, reference
 from obs_kernels.errors import BackendUnavailableError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.ops import dispatch
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.report.bench import bench_table, schema_problems
+from obs_kernels.sparse.crossover import KernelTable
 from obs_kernels.timing import Ceilings, CpuClock, Spread
 
 CEILINGS = Ceilings(copy_gbps=1000.0, matmul_tflops=100.0)
@@ -37,7 +39,9 @@ def one(pattern: str = "128:2:8", *, name: str = "8b-gate", dtype: str = "bf16",
 
 
 def play(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A cuda backend whose launch is torch's own product; its calls."""
+    """A cuda backend whose launches are torch's own product; its calls. Panels of eight and more columns are gathered,
+    token-major x for more than eight only.
+    """
     seen: list[dict[str, Any]] = []
     module = ModuleType("obs_kernels.cuda_calls.matmul")
 
@@ -47,12 +51,36 @@ def play(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def launch_sparse_linear(x: Tensor, packed: Tensor, bias: None, y: Tensor, **options: Any) -> LaunchPlan:
         weight = packed.view(x.dtype).view(options["rows"], options["cols"])
-        product = torch.nn.functional.linear(x, weight)
+        product = torch.nn.functional.linear(x if options["x_layout"] == "token" else x.T, weight)
         y.copy_(product if options["y_layout"] == "token" else product.T)
         seen.append(options)
         return LaunchPlan("sparse_linear", "wgmma", 132, 384, options["config"] or "128x256")
 
+    def gathers(pattern: Any, rows: int, cols: int, tokens: int, x_layout: str, device: torch.device) -> bool:
+        assert rows % pattern.v == 0 and cols % pattern.m == 0 and tokens > 0 and device.type == "cpu"
+        return bool(pattern.m > 8 or x_layout == "feature")
+
+    def kept_columns(values: Tensor, codes: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return values, codes, columns.view(-1)[:0]
+
+    def as_gathered(x: Tensor, x_layout: str) -> Tensor:
+        seen.append({"transposed": x_layout == "token"})
+        return x.T.contiguous() if x_layout == "token" else x
+
+    def launch_gather_linear(x: Tensor, columns: Tensor, packed: Tensor, bias: None, y: Tensor, **options: Any) -> Any:
+        groups = columns.shape[1]
+        weight = packed.view(x.dtype).view(len(columns), options["v"], 4 * groups)
+        first = torch.arange(groups)[:, None] * (options["cols"] // groups)
+        for panel, (own, kept) in enumerate(zip(weight, columns, strict=True)):
+            product = own @ x[(first + kept).flatten()]
+            part = slice(panel * options["v"], (panel + 1) * options["v"])
+            (y.T if options["y_layout"] == "token" else y)[part] = product
+        seen.append({**options, "gathered": True})
+        return LaunchPlan("sparse_linear", "gather", 132, 384, options["config"] or "128x256")
+
     vars(module).update(CONFIGS=("a", "b"), prepack=prepack, launch_sparse_linear=launch_sparse_linear)
+    vars(module).update(GATHER_CONFIGS=("gather 128x256", "gather 64x256"), launch_gather_linear=launch_gather_linear)
+    vars(module).update(gathers=gathers, kept_columns=kept_columns, as_gathered=as_gathered)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(dispatch.TABLE, "sparse_linear", ("cuda", "reference"))
     monkeypatch.setattr(dispatch, "_no_cuda", lambda kind: None)
@@ -203,24 +231,118 @@ def test_the_check_goes_through_all_tokens(gen: torch.Generator):
 # the launch
 
 
+def checked(p: Problem) -> dict[str, Check]:
+    """The checks of what runs here, on one set."""
+    inputs = p.make(0)
+    checks = {v.name: v.check(inputs) for v in p.variants if v.path == "kernel"}
+    assert all(check.ok for check in checks.values())
+    return checks
+
+
 def test_the_launch_takes_a_weight_that_was_prepacked_once(monkeypatch: pytest.MonkeyPatch):
     seen = play(monkeypatch)
-    p = one("64:2:8", backends=("cuda",), sweep=True)
-    names = ["cuda", "cuda, y feature-major", "cuda a", "cuda b", "call cuda", DENSE]
-    assert [v.name for v in p.variants] == names
-    inputs = p.make(0)
-    checks = {v.name: v.check(inputs) for v in p.variants if v.name != "call cuda"}
-    assert all(check.ok for check in checks.values())
+    p = one("2:4", backends=("cuda",), sweep=True)
+    assert [v.name for v in p.variants] == ["cuda", "cuda, y feature-major", "cuda a", "cuda b", "call cuda", DENSE]
+    checks = checked(p)
     assert checks["cuda"].detail["prepacked_share"] == 1.0 and "prepacked_share" not in checks[DENSE].detail
-    assert checks["cuda"].detail["packed_share"] == pytest.approx(1 / 4 + 1 / 32 + 1 / 256)
-    assert [entry for entry in seen if "prepack" in entry] == [{"prepack": "64:2:8"}]
+    assert checks["cuda"].detail["packed_share"] == pytest.approx(1 / 2 + 1 / 16)
+    assert [entry for entry in seen if "prepack" in entry] == [{"prepack": "2:4"}]
     launches = [(entry["y_layout"], entry["config"]) for entry in seen if "rows" in entry]
     assert launches == [("token", None), ("feature", None), ("token", "a"), ("token", "b")]
-    assert all(entry["activation"] == "" for entry in seen if "rows" in entry)
-    plan = plan_of("cuda", lambda: p.variants[2].run(inputs))
+    assert all(entry["activation"] == "" and entry["x_layout"] == "token" for entry in seen if "rows" in entry)
+    plan = plan_of("cuda", lambda: p.variants[2].run(p.make(0)))
     assert plan == {"path": "wgmma", "blocks": 132, "threads": 384, "config": "a"}
-    assert p.variants[2].config["forced"] and "forced" not in p.variants[0].config
+    assert p.variants[2].config["forced"] and p.variants[0].config == {"backend": "cuda", "as": "2:4"}
     assert p.variants[4].path == "call" and p.variants[0].path == "kernel"
+    assert p.variants[4].config == p.variants[0].config
+
+
+@pytest.mark.parametrize(("pattern", "run_as"), [("64:2:8", "2:4"), ("64:2:16", "gathered")])
+def test_panels_also_take_x_transposed_before(monkeypatch: pytest.MonkeyPatch, pattern: str, run_as: str):
+    seen = play(monkeypatch)
+    p = one(pattern, backends=("cuda",))
+    assert [v.name for v in p.variants] == ["cuda", "cuda, x feature-major", "call cuda", DENSE]
+    token, feature, call, _ = p.variants
+    assert token.config == call.config == {"backend": "cuda", "as": run_as}
+    assert feature.config == {"backend": "cuda", "as": "gathered", "x": "feature-major"}
+    inputs = p.make(0)
+    shares = [v.check(inputs).detail["prepacked_share"] for v in (token, feature)]
+    kept = 4 / int(pattern.split(":")[-1])
+    assert shares == [1.0 if run_as == "2:4" else kept, kept], "the copy that it read"
+    before = [pattern, "2:4"] if run_as == "2:4" else ["2:4"]
+    assert [entry["prepack"] for entry in seen if "prepack" in entry] == before
+    given, kept_before = inputs["x, feature-major"], len(inputs)
+    seen.clear()
+    for v in (token, feature):
+        v.run(inputs)
+    assert inputs["x, feature-major"] is given and len(inputs) == kept_before, "prepared outside of the times"
+    assert not any("prepack" in entry for entry in seen)
+    transposed = [entry["transposed"] for entry in seen if "transposed" in entry]
+    assert transposed == ([False] if run_as == "2:4" else [True, False]), "a call on token-major x has to"
+    assert plan_of("cuda", lambda: feature.run(inputs))["path"] == "gather"
+
+
+def test_a_sweep_forces_both_kernels(monkeypatch: pytest.MonkeyPatch):
+    seen = play(monkeypatch)
+    p = one("64:2:16", backends=("cuda",), sweep=True)
+    tiles = ["cuda 2:4", "cuda a", "cuda b", "cuda gather 64x256"]
+    names = ["cuda", "cuda, x feature-major", "cuda, y feature-major", *tiles, "call cuda", DENSE]
+    assert [v.name for v in p.variants] == names
+    checks = checked(p)
+    assert {name: checks[name].detail["prepacked_share"] for name in tiles} == dict(
+        zip(tiles, (1, 1, 1, 0.25), strict=True)
+    )
+    assert [v.config.get("forced", False) for v in p.variants] == [v.name in tiles for v in p.variants]
+    assert [entry["prepack"] for entry in seen if "prepack" in entry] == ["2:4", "64:2:16"]
+    launches = [(entry.get("gathered", False), entry["y_layout"], entry["config"]) for entry in seen if "rows" in entry]
+    forced = [(False, "token", None), (False, "token", "a"), (False, "token", "b"), (True, "token", "gather 64x256")]
+    assert launches == [(True, "token", None), (True, "token", None), (True, "feature", None), *forced]
+    assert [v.name for v in one("128:2:8", backends=("cuda",), sweep=True).variants if "gather" in v.name] == [
+        "cuda gather 128x256",
+        "cuda gather 64x256",
+    ]
+    odd = matmul.problem(
+        Selection(backends=("cuda",), sweep=True, peers=False),
+        "8b-gate",
+        matmul.CPU_SHARE * 3,
+        parse_pattern("64:2:16"),  # type: ignore[arg-type]
+        "bf16",
+    )
+    assert odd.shape["T"] == 3 and not any("x feature" in v.name or "gather" in v.name for v in odd.variants)
+
+
+def test_kernel_rows_are_those_of_calls_on_token_major_x(monkeypatch: pytest.MonkeyPatch):
+    play(monkeypatch)
+    p = one("64:2:16", backends=("cuda",), sweep=True)
+    us = {v.name: 9.0 if v.name == "cuda" else 20.0 if v.name == DENSE else 1.0 for v in p.variants}
+    spreads = {name: Spread(time, time, time, 5) for name, time in us.items()}
+    rows = problem_rows(p, spreads, {name: Check(0.1, 1.0) for name in us}, {}, 2)
+    (found,) = KernelTable.from_bench({"rows": rows, "env": {"device": "a GPU", "commit": "abc"}}).rows
+    assert (found.pattern, found.sparse_us, found.dense_us) == ("64:2:16", 9.0, 20.0)
+
+
+def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
+    def row(pattern: str, tokens: int, x_dense: float, **config: Any) -> dict[str, Any]:
+        same = {"name": "8b-gate", "shape": {"R": 14336, "C": 4096, "T": tokens}, "path": "kernel", "x_peer": {}}
+        return {**same, "pattern": pattern, "x_dense": x_dense, "config": {"backend": "cuda", **config}}
+
+    def table(rows: list[dict[str, Any]]) -> list[str]:
+        path = tmp_path / "matmul.json"
+        path.write_text(json.dumps({"rows": rows, "env": {"device": "a GPU", "commit": "abc"}}))
+        return matmul_table(path).splitlines()
+
+    rows = [row("2:4", tokens, 1.5) | {"x_peer": {"cuSPARSELt": 1.04}} for tokens in (512, 2048)]
+    rows += [row("128:2:8", tokens, 1.6) for tokens in (512, 2048)]
+    before = table(rows)
+    assert before[-1] == "| 2,048 | 1.50 (1.04) |" and before[0].endswith("best algorithm):")
+    rows += [row("128:2:8", 2048, 2.25, x="feature-major"), row("128:2:8", 2048, 9.0, x="feature-major", forced=True)]
+    rows += [row("128:2:8", 2048, 9.0, y="feature-major"), row("2:4", 2048, 9.0, forced=True)]
+    after = table(rows)
+    assert after[-2:] == [
+        "| 512<br>128:2:8 | 1.50 (1.04)<br>1.60 / - |",
+        "| 2,048<br>128:2:8 | 1.50 (1.04)<br>1.60 / 2.25 |",
+    ]
+    assert after[0].endswith("best algorithm); 128:2:8: x token-major / feature-major:") and len(after) == len(before)
 
 
 # the peer

@@ -6,6 +6,10 @@ copy, and the products with kept weights at the rate of the dense product. Spars
 them half of the dense time, v:2:m 2/m of it if only the four columns of a panel are gathered; run as 2:4, v:2:m gets to
 4/m of the floor at most. TFLOP/s count kept weights; effective ones, all of the dense product.
 
+``cuda`` is the bare launch that a call on token-major x comes to: as 2:4, or, of the columns that panels keep, a
+transposition of x and a gathering product. ``cuda, x feature-major`` is the same on x that is transposed outside of the
+times, as a layer that follows another gets it. ``as`` in the config of a row says which of the two kernels ran.
+
 ``--samples`` picks T and ``--block-size`` m. A CPU takes the first T of a shape only. cuSPARSELt's algorithm is
 searched once a size; what its search, compression and our prepacking cost is not in the times.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from math import prod
@@ -30,7 +35,7 @@ from obs_kernels.dtype_names import DTYPES
 from obs_kernels.errors import BackendUnavailableError
 from obs_kernels.ops.dispatch import kernel
 from obs_kernels.packed_format import packed_shapes
-from obs_kernels.patterns import NMPattern, parse_pattern
+from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 
 OP = "sparse_linear"
 SHAPES = {
@@ -59,6 +64,10 @@ SUMS = 1e-3
 """Error allowed beside the rounding of y, over the RMS of y: f32 sums of 2^13 products, and tensor cores cut off."""
 PEER_SUMS = 4
 """The same for peers, times eps of y: they may split C and round the parts to the dtype of y."""
+GATHERED_ROWS = 64
+"""Panels of a multiple of so many rows can be gathered."""
+WIDTH = 8
+"""Tokens that a row of feature-major x is a multiple of, or it is no operand as it is."""
 
 Product = Callable[[Inputs], Tensor]
 
@@ -111,7 +120,8 @@ def problem(selection: Selection, name: str, tokens: int, pattern: NMPattern, dt
         dtype=dtype,
         num_bytes=io_bytes + packed_bytes,
         num_flops=dense_flops * pattern.n // pattern.m,
-        # on a GPU what the leanest call touches: its sets alone must be more than the cache holds
+        # on a GPU what the leanest call touches: its sets alone must be more than the cache holds. The copy of a
+        # gathered weight has as many bytes as the packed one but for its columns
         set_bytes=io_bytes + packed_bytes + (0 if whole else dense_bytes),
         make=make,
         variants=variants,
@@ -123,48 +133,121 @@ def problem(selection: Selection, name: str, tokens: int, pattern: NMPattern, dt
 def ours(
     selection: Selection, shape: Mapping[str, int], pattern: NMPattern, dtype: torch.dtype, facts: Mapping[str, Any]
 ) -> Iterator[Variant]:
-    """The bare launch on a prepacked weight (other backends: their function), and the user's call."""
-
-    def variant(backend: str, run: Product, name: str = "", path: str = "kernel", **config: Any) -> Variant:
-        check = partial(check_product, run, facts=facts)
-        return Variant(name or backend, run, check, {"backend": backend, **config}, path)
-
+    """The bare launches on a prepacked weight (other backends: their function), and the user's call."""
     like = torch.empty(0, shape["C"], dtype=dtype, device=selection.device)
     backends = runnable(OP, selection, like)
     if selection.device.type == "cuda" and selection.backends is None:
         backends = [b for b in backends if b != "reference"]  # it unpacks into f32: seconds that say nothing
+    token: _Launch | None = None
     for backend in backends:
-        if backend != "cuda":
-            yield variant(backend, partial(_function, kernel(OP, backend), str(pattern)))
-            continue
-        launcher = import_module("obs_kernels.cuda_calls.matmul")
-        launch = partial(_launch, launcher, shape["R"], str(pattern))
-        yield variant(backend, launch)
-        if selection.sweep:
-            feature = partial(launch, y_layout="feature")
-            yield variant(backend, feature, "cuda, y feature-major", y="feature-major")
-            for config in launcher.CONFIGS:
-                yield variant(backend, partial(launch, config=config), f"cuda {config}", forced=True)
+        if backend == "cuda":
+            token, *others = _launches(selection, shape, pattern, like.device)
+            for launch in (token, *others):
+                yield Variant(
+                    launch.name, launch, partial(check_product, launch, facts=facts, copy=launch.copy), launch.config
+                )
+        else:
+            run = partial(_function, kernel(OP, backend), str(pattern))
+            yield Variant(backend, run, partial(check_product, run, facts=facts), {"backend": backend})
     chosen = called(OP, selection, like)
     if chosen in backends:
-        call = partial(ops.sparse_linear, backend=chosen)
-        yield variant(chosen, lambda i: call(i["x"], i["sparse"]), f"call {chosen}", "call")
+        run = partial(_call, chosen)
+        ran = token if chosen == "cuda" else None  # the call takes the same kernel, and keeps as large a copy
+        check = partial(check_product, run, facts=facts, copy=ran.copy if ran else "")
+        config = {"backend": chosen, **({"as": ran.config["as"]} if ran else {})}
+        yield Variant(f"call {chosen}", run, check, config, "call")
 
 
 def _function(run: Callable[..., Tensor], pattern: str, inputs: Inputs) -> Tensor:
     return run(inputs["x"], *inputs["packed"], None, pattern, activation="", x_layout="token", y_layout="token")
 
 
-def _launch(
-    launcher: Any, rows: int, pattern: str, inputs: Inputs, *, y_layout: str = "token", config: str | None = None
-) -> Tensor:
-    x: Tensor = inputs["x"]
-    if "prepacked" not in inputs:
-        inputs["prepacked"] = launcher.prepack(*inputs["packed"], pattern)
-    y = x.new_empty((len(x), rows) if y_layout == "token" else (rows, len(x)))
-    options = {"rows": rows, "cols": x.shape[1], "activation": "", "y_layout": y_layout, "config": config}
-    launcher.launch_sparse_linear(x, inputs["prepacked"], None, y, **options)
-    return y if y_layout == "token" else y.T
+def _call(backend: str, inputs: Inputs) -> Tensor:
+    return ops.sparse_linear(inputs["x"], inputs["sparse"], backend=backend)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch of the cuda backend. What it prepares stays in the inputs, out of the times, but for token-major x of
+    a gathering product: a call has to transpose it each time.
+    """
+
+    launcher: Any
+    rows: int
+    pattern: NMPattern
+    gathered: bool
+    name: str = "cuda"
+    x_layout: str = "token"
+    y_layout: str = "token"
+    tile: str | None = None
+    forced: bool = False
+
+    @property
+    def copy(self) -> str:
+        """Key of the copy of the weight that it reads."""
+        return "prepacked, gathered" if self.gathered else "prepacked"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """For its row."""
+        layouts = {"x": self.x_layout, "y": self.y_layout}
+        return {
+            "backend": "cuda",
+            "as": "gathered" if self.gathered else "2:4",
+            **{tensor: "feature-major" for tensor, layout in layouts.items() if layout == "feature"},
+            **({"forced": True} if self.forced else {}),
+        }
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Y [T, R]."""
+        values, codes, columns = inputs["packed"]
+        if self.copy not in inputs:
+            kept = self.launcher.kept_columns(values, codes, columns) if self.gathered else (values, codes, columns)
+            inputs[self.copy] = self.launcher.prepack(*kept, "2:4" if self.gathered else str(self.pattern))
+        x: Tensor = inputs["x"]
+        tokens, cols = x.shape
+        if self.x_layout == "feature":
+            if "x, feature-major" not in inputs:
+                inputs["x, feature-major"] = x.T.contiguous()
+            x = inputs["x, feature-major"]
+        y = x.new_empty((tokens, self.rows) if self.y_layout == "token" else (self.rows, tokens))
+        options = {"rows": self.rows, "cols": cols, "activation": "", "y_layout": self.y_layout, "config": self.tile}
+        if self.gathered:
+            x = self.launcher.as_gathered(x, self.x_layout)
+            v = getattr(self.pattern, "v", None)
+            self.launcher.launch_gather_linear(x, columns, inputs[self.copy], None, y, v=v, **options)
+        else:
+            self.launcher.launch_sparse_linear(x, inputs[self.copy], None, y, x_layout=self.x_layout, **options)
+        return y if self.y_layout == "token" else y.T
+
+
+def _launches(
+    selection: Selection, shape: Mapping[str, int], pattern: NMPattern, device: torch.device
+) -> Iterator[_Launch]:
+    """What a call launches first; then the same on feature-major x, and what can be forced."""
+    launcher = import_module("obs_kernels.cuda_calls.matmul")
+    rows, cols, tokens = shape.values()
+    panels = isinstance(pattern, VNMPattern) and pattern.v % GATHERED_ROWS == 0
+
+    def gathered(x_layout: str) -> bool:
+        return panels and bool(launcher.gathers(pattern, rows, cols, tokens, x_layout, device))
+
+    launch = partial(_Launch, launcher, rows, pattern)
+    as_called = gathered("token")
+    yield launch(as_called)
+    feature = panels and tokens % WIDTH == 0
+    if feature:
+        yield launch(gathered("feature"), "cuda, x feature-major", x_layout="feature")
+    if not selection.sweep:
+        return
+    yield launch(as_called, "cuda, y feature-major", y_layout="feature")
+    if as_called:
+        yield launch(False, "cuda 2:4", forced=True)
+    for tile in launcher.CONFIGS:
+        yield launch(False, f"cuda {tile}", tile=tile, forced=True)
+    for tile in launcher.GATHER_CONFIGS if feature else ():  # "gather 128x256"
+        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split()[-1].split("x")[0]) == 0:
+            yield launch(True, f"cuda {tile}", x_layout="feature", tile=tile, forced=True)
 
 
 def _peers(selection: Selection, pattern: NMPattern, num_bytes: int, num_flops: int) -> Iterator[Variant]:
@@ -207,8 +290,13 @@ def check_cusparselt(run: Product, inputs: Inputs, *, facts: Mapping[str, Any]) 
         raise BackendUnavailableError(str(error).replace("CUDA error", "error of the library")) from error
 
 
-def check_product(run: Product, inputs: Inputs, *, facts: Mapping[str, Any], peer: bool = False) -> Check:
-    """All of y against float64: the largest error, in units of what half a place of y and ``SUMS`` allow."""
+def check_product(
+    run: Product, inputs: Inputs, *, facts: Mapping[str, Any], peer: bool = False, copy: str = ""
+) -> Check:
+    """All of y against float64: the largest error, in units of what half a place of y and ``SUMS`` allow.
+
+    ``copy`` is the key of the weight's copy that the product reads beside the packed one.
+    """
     x, weight, y = inputs["x"], inputs["dense"].double(), run(inputs)
     eps = torch.finfo(x.dtype).eps
     sums = max(SUMS, PEER_SUMS * eps) if peer else SUMS
@@ -217,8 +305,8 @@ def check_product(run: Product, inputs: Inputs, *, facts: Mapping[str, Any], pee
         wanted = part.double() @ weight.T
         allowed = 0.5 * eps * wanted.abs() + sums * wanted.square().mean().sqrt()
         worst.append(((found.double() - wanted).abs() / allowed).max())  # shapes that differ raise; NaN stays
-    prepacked = inputs.get("prepacked")
-    more = {} if peer or prepacked is None else {"prepacked_share": prepacked.nbytes / inputs["dense"].nbytes}
+    prepacked = inputs.get(copy)
+    more = {} if prepacked is None else {"prepacked_share": prepacked.nbytes / inputs["dense"].nbytes}
     return Check(float(torch.stack(worst).max()), 1.0, {**facts, **more})
 
 

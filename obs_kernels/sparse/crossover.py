@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the packed product beats the dense one: measured rows of the kernel bench, and estimates between them.
 
-The rows are those of ``bench.run --op matmul`` (medians of the bare kernel and of cuBLAS in the same run, bf16). They
+The rows are those of ``bench.run --op matmul`` (medians of the bare kernel on token-major x, of a gathered product with
+the transposition before, and of cuBLAS in the same run, bf16; a layer that gets x feature-major takes no longer). They
 ship as ``kernel_rows.json``, made by ``python -m bench.kernel_rows``. Between rows the rate (dense operations a
 microsecond) is taken as linear in log tokens for one shape, and averaged over shapes by inverse square distance in
 (log2 R, log2 C). Above the most tokens measured the rate of the last row stays. Below the fewest, or with no measured
@@ -24,7 +25,9 @@ from obs_kernels.patterns import NMPattern
 
 ROWS_FILE = "kernel_rows.json"
 FALLBACK = "2:4"
-"""Its rows stand for a pattern without rows that runs by the same kernel."""
+"""Its rows stand for a pattern without rows that can run by the same kernel, in the same time. Panels are gathered only
+where measured tiles say that this is faster: for them it is a bound on the safe side, a win may go unseen.
+"""
 _MOST_TOKENS = 1 << 17
 _FARTHEST = 1.0
 """Of the nearest measured shape, in log2, by the farther of rows and columns."""
@@ -179,7 +182,7 @@ def _pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[KernelRow]:
         if row["op"] != "sparse_linear" or row["dtype"] != "bf16" or row["path"] != "kernel":
             continue
         config, shape = row["config"], row["shape"]
-        plain = config.get("backend") == "cuda" and not config.get("forced") and "y" not in config
+        plain = config.get("backend") == "cuda" and not config.get("forced") and not {"x", "y"} & set(config)
         key = (int(shape["R"]), int(shape["C"]), int(shape["T"]), str(row["pattern"]))
         if plain:
             ours[key] = min(float(row["us"]), ours.get(key, math.inf))
