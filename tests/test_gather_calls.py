@@ -227,8 +227,9 @@ def test_token_major_x(gen: torch.Generator, native: list[dict[str, Any]], cols:
 
 def arguments(gen: torch.Generator, tokens: int) -> dict[str, Any]:
     x = matmul.as_gathered(torch.randn(tokens, 48, generator=gen).half(), "token")
+    columns = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
     return {
-        "x": x, "columns": torch.arange(12, dtype=torch.uint8).view(1, 3, 4), "packed": torch.zeros(4608, dtype=torch.uint8), "bias": None,
+        "x": x, "columns": columns, "packed": torch.zeros(4608, dtype=torch.uint8), "bias": None,
         "y": x.new_zeros(tokens, 64), "rows": 64, "cols": 48, "v": 64, "activation": "relu", "y_layout": "token",
         "config": TILES[1],
     }  # fmt: skip

@@ -90,12 +90,16 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
   if (product.rows == 0 || product.tokens == 0) return {"sparse_linear", "empty", 0, 0};
   OBS_CHECK(product.cols > 0, "cols must be positive, got 0");
   OBS_CHECK(aligned(params.columns, 4), "columns must be aligned to 4 bytes");
-  OBS_CHECK(product.feature_x && params.x_stride % 8 == 0 && params.x_stride >= product.tokens,
-            "x must be feature-major with columns of whole 16 bytes, got a stride of ",
-            params.x_stride,
-            " elements for ",
-            product.tokens,
-            " tokens");
+  constexpr int64_t kMostStride = int64_t{1} << 30;  // its bytes are 32-bit
+  OBS_CHECK(
+      product.feature_x && params.x_stride % 8 == 0 && params.x_stride >= product.tokens &&
+          params.x_stride < kMostStride,
+      "x must be feature-major with columns of whole 16 bytes, less than 2^30 elements apart, "
+      "got a stride of ",
+      params.x_stride,
+      " for ",
+      product.tokens,
+      " tokens");
   check_capability(device);
   const DeviceGuard guard(device);
   const int chosen = product.config >= 0

@@ -27,7 +27,7 @@ from obs_kernels.cuda_calls.wgmma import (
     plan_of,
     tile_index,
 )
-from obs_kernels.errors import ShapeNotSupportedError
+from obs_kernels.errors import DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 
@@ -155,7 +155,7 @@ def gathers(pattern: VNMPattern, rows: int, cols: int, tokens: int, x_layout: st
 
 def kept_columns(values: Tensor, codes: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values, codes, no columns): the 2:4 weight [R, 4C/m] of the columns that panels v:2:m keep. Views."""
-    return values, codes, columns.view(-1)[:0]
+    return values, codes, columns.flatten()[:0]
 
 
 def as_gathered(x: Tensor, x_layout: str) -> Tensor:
@@ -206,14 +206,18 @@ def launch_gather_linear(
     ``prepack`` for ``kept_columns``, ``bias`` [R] or None.
     """
     native = _ext.load()
-    tokens = check_operands(x[:cols], packed, bias, y, rows=rows, cols=cols, x_layout="feature", y_layout=y_layout)
-    check_on_cuda(columns=columns)
+    tokens = check_operands(
+        x[:cols], packed, bias, y, rows=rows, cols=cols, x_layout="feature", y_layout=y_layout, lines_apart=True
+    )
+    check_on_cuda(x=x[:1], columns=columns)
     groups = columns.shape[1] if columns.dim() == 3 else 0
     if v < 1 or groups < 1 or tuple(columns.shape) != (rows // v, groups, KEPT) or rows % v or cols % groups:
         raise ShapeNotSupportedError(
             f"columns must be [rows / v, groups, {KEPT}] with groups that divide cols = {cols}, got "
             f"{list(columns.shape)} for rows = {rows}, v = {v}"
         )
+    if columns.dtype != torch.uint8:
+        raise DTypeNotSupportedError(f"columns must be uint8, got {columns.dtype}; use those of the packed weight")
     check_packed(packed, rows, groups * KEPT)
     tiles = native.GATHER_TILES
     launched = native.gather_linear(

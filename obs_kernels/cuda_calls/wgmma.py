@@ -23,17 +23,26 @@ WIDTH = 8
 
 
 def check_operands(
-    x: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor, *, rows: int, cols: int, x_layout: str, y_layout: str
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    rows: int,
+    cols: int,
+    x_layout: str,
+    y_layout: str,
+    lines_apart: bool = False,
 ) -> int:
     """Tokens of ``x`` [T, C] or [C, T]; raises unless ``y`` and ``bias`` fit it and a weight [R, C], and all lie on one
-    GPU with ``wgmma.sp``. What ``packed`` must hold is the caller's.
+    GPU with ``wgmma.sp``. What ``packed`` must hold is the caller's. ``lines_apart``: those of x may lie apart.
     """
     if x.dtype not in TYPES or y.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise DTypeNotSupportedError(
             f"x, y and bias must share float16 or bfloat16, got {x.dtype}, {y.dtype}"
             f"{'' if bias is None else f', {bias.dtype}'}"
         )
-    check_on_cuda(x=x, packed=packed, y=y, **({} if bias is None else {"bias": bias}))
+    check_on_cuda(x=x[:1] if lines_apart else x, packed=packed, y=y, **({} if bias is None else {"bias": bias}))
     tokens = x.shape[0] if x_layout == "token" else x.shape[1]
     shapes = [tuple(x.shape), tuple(y.shape), None if bias is None else tuple(bias.shape)]
     wanted = [
