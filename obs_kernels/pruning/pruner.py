@@ -42,8 +42,7 @@ class OBSPruner:
 
     Raises:
         ConfigError: targets that match nothing, or nothing left to prune. ShapeNotSupportedError: a layer that does not
-        fit the
-            pattern (``on_unsupported="raise"``). NonFiniteError: NaN weights.
+            fit the pattern (``on_unsupported="raise"``). NonFiniteError: NaN weights.
     """
 
     def __init__(self, model: nn.Module, config: OBSConfig, *, memory_budget: int | None = None) -> None:
@@ -62,8 +61,12 @@ class OBSPruner:
         self._buffer: GradientBuffer | None = None
         """Of ``accumulate``; ``collect`` has its own."""
 
-    def plan(self) -> PruningPlan:
-        """Layers, shapes, memory, and what is skipped and why; nothing is computed."""
+    def plan(self, order: Sequence[Sequence[str]] | None = None) -> PruningPlan:
+        """Layers, shapes, memory, and what is skipped and why; nothing is computed.
+
+        Args:
+            order: layers as they run, of ``execution_groups``; ``sequential`` follows it.
+        """
         return make_plan(
             self.layers,
             self.skipped,
@@ -71,6 +74,8 @@ class OBSPruner:
             needs_fisher=self.config.needs_fisher,
             budget=self._budget,
             num_grads=self.config.num_grads,
+            sequential=self.config.sequential,
+            order=order,
         )
 
     def collect(

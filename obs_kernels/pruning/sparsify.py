@@ -101,13 +101,13 @@ def run_until(
         raise ConfigError(
             f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
         )
-    groups = _groups(pruner)
+    groups = require_groups(pruner)
     if (cfg.sequential or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
     if cfg.sequential and loader is not None and loss_fn is not None:
-        groups = _in_order(pruner, loader, loss_fn)
+        groups = pruner.plan(execution_groups(pruner.model, pruner.layers, loader, loss_fn)).groups
     with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
         folder = None if held is None else _WorkDir(held, pruner, resume=resume)
         dense: DenseModel | None = None
@@ -137,16 +137,6 @@ def run_until(
             pruner.commit(staged)
 
 
-def _in_order(pruner: OBSPruner, loader: Iterable[Any], loss_fn: LossFn) -> list[list[str]]:
-    """Groups in the order the layers run; one that does not fit the memory is cut into single layers."""
-    sizes = {row.name: row.fisher_bytes for row in pruner.plan().layers}
-    groups = []
-    for names in execution_groups(pruner.model, pruner.layers, loader, loss_fn):
-        fits = sum(sizes[name] for name in names) <= pruner.plan().budget
-        groups += [names] if fits else [[name] for name in names]
-    return groups
-
-
 @contextmanager
 def _restored_on_error(pruner: OBSPruner) -> Iterator[None]:
     before = Snapshot(pruner.layers)
@@ -157,7 +147,12 @@ def _restored_on_error(pruner: OBSPruner) -> Iterator[None]:
         raise
 
 
-def _groups(pruner: OBSPruner) -> list[list[str]]:
+def require_groups(pruner: OBSPruner) -> list[list[str]]:
+    """Names of the layers that are collected together.
+
+    Raises:
+        MemoryBudgetError: one layer alone does not fit, or a global threshold would need groups.
+    """
     plan = pruner.plan()
     for row in plan.layers:
         if row.fisher_bytes > plan.budget:
@@ -173,7 +168,7 @@ def _groups(pruner: OBSPruner) -> list[list[str]]:
             f"budget is "
             f"{readable(plan.budget)}; lower fisher_block_size or set global_sparsity=False"
         )
-    return [[row.name for row in plan.layers if row.group == g] for g in range(plan.num_groups)]
+    return plan.groups
 
 
 class _WorkDir:

@@ -61,7 +61,10 @@ def plan_table(plan: dict[str, Any]) -> Any:
 
 
 def memory_lines(plan: dict[str, Any]) -> list[str]:
-    """Fisher memory of each pass, the peak, and the budget, of ``PruningPlan.to_dict()``."""
+    """Fisher memory of each pass, the peak, and the budget, of ``PruningPlan.to_dict()``.
+
+    In words, where a pass is not a group of layers: layer by layer, or without gradients.
+    """
     passes: dict[int, tuple[int, int]] = {}
     for row in plan["layers"]:
         if row["group"] >= 0:
@@ -72,6 +75,8 @@ def memory_lines(plan: dict[str, Any]) -> list[str]:
         for group, (count, size) in sorted(passes.items())
     ]
     peak = max((size for _, size in passes.values()), default=0)
+    if plan["layer_by_layer"] or not peak:
+        lines = [plan["way"]]
     sums = f"peak of the Fisher {megabytes(peak)}, budget {megabytes(plan['budget'])}"
     return [*lines, f"{plan['num_weights']:,} weights; {sums}"]
 
@@ -148,7 +153,7 @@ def print_report(report: dict[str, Any]) -> None:
     target = console(width=BENCH_WIDTH if report.get("job") in ("bench", "speed", "report") else _WIDE)
     match report.get("job"):
         case "plan":
-            _print_plan(target, report["plan"])
+            _print_plan(target, report)
         case "doctor":
             _print_doctor(target, report)
         case "bench":
@@ -216,9 +221,17 @@ def _print_bench_report(target: Any, report: dict[str, Any]) -> None:
         target.print(f"written: {path}")
 
 
-def _print_plan(target: Any, plan: dict[str, Any]) -> None:
-    target.print(plan_table(plan))
-    for line in memory_lines(plan):
+def _print_plan(target: Any, report: dict[str, Any]) -> None:
+    """Layers, then how they would be pruned, by which gradients, and in what memory."""
+    config, loss = report["config"], report["loss"]
+    target.print(plan_table(report["plan"]))
+    damp = number(config["damp"], "g") if config["damp"] is not None else f"{config['dampening_frac']:g} of the mean"
+    what = f"{config['num_grads']} gradients ({config['gradients']}) of the {loss}" if loss else "no gradients"
+    target.print(
+        f"{config['curvature']} curvature, {config['method']} choice, {config['update']} update, damping {damp}; {what}"
+    )
+    target.print(f"stages: {', '.join(report['stages'])}")
+    for line in (*memory_lines(report["plan"]), *(f"note: {note}" for note in report["notes"])):
         target.print(line)
 
 
