@@ -47,6 +47,10 @@ DampeningFrac = Annotated[float | None, typer.Option(help="Damping as a share of
 Recomputations = Annotated[int | None, typer.Option(help="Parts of the step, with new gradients for each.")]
 Passes = Annotated[int | None, typer.Option(help="Passes over the groups of a Fisher block after the first choice.")]
 Global = Annotated[bool | None, typer.Option("--global/--no-global", help="One threshold over all layers.")]
+LayerSparsity = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=SHARE, another sparsity for a class, name or 're:...'; may be repeated."),
+]
 Ignore = Annotated[list[str] | None, typer.Option(help="Class, name or 're:...' also left out; may be repeated.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Class, name or 're:...' that is pruned; may be repeated.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
@@ -74,6 +78,7 @@ def prune(
     recomputations: Recomputations = None,
     passes: Passes = None,
     global_sparsity: Global = None,
+    layer_sparsity: LayerSparsity = None,
     ignore: Ignore = None,
     targets: Targets = None,
     seed: Seed = None,
@@ -166,6 +171,8 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
             raise ConfigError(f"config must hold one JSON object, got {type(values).__name__} in {str(path)!r}")
     known = {field.name: field.default for field in fields(OBSConfig)}
     given = {name: value for name, value in options.items() if name in known and value is not None}
+    if "layer_sparsity" in given:
+        given["layer_sparsity"] = dict(_share(text) for text in given["layer_sparsity"])
     if "ignore" in given:
         before = values.get("ignore", known["ignore"])
         given["ignore"] = [*([before] if isinstance(before, str) else before), *given["ignore"]]
@@ -173,3 +180,10 @@ def _config(path: Path | None, options: dict[str, Any]) -> OBSConfig:
     config = OBSConfig.from_dict(chosen)
     by_layer = config.curvature == "row" and "sequential" not in chosen
     return replace(config, sequential=True) if by_layer else config
+
+
+def _share(text: str) -> tuple[str, str]:
+    rule, equals, share = text.rpartition("=")
+    if not equals or not rule:
+        raise ConfigError(f"--layer-sparsity must be NAME=SHARE, got {text!r}; for example 're:.*query=0.8'")
+    return rule, share

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from obs_kernels.errors import MemoryBudgetError
+from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning.gradient_buffer import MAX_ROWS, buffer_room, choose_rows, most_rows, row_bytes
 from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
@@ -159,8 +160,9 @@ def make_plan(
     for number, names in enumerate(groups):
         for layer in (by_name[name] for name in names):
             shape = tuple(layer.mask.shape)
+            own = str(layer.pattern_at(parse_pattern(pattern)))
             note = "" if layer.padded == shape else f"padded to {list(layer.padded)}"
-            rows.append(PlannedLayer(layer.name, shape, pattern, layer.block_size, sizes[layer.name], number, note))
+            rows.append(PlannedLayer(layer.name, shape, own, layer.block_size, sizes[layer.name], number, note))
     rows += [PlannedLayer(s.name, s.shape, pattern, 0, 0, -1, s.reason) for s in skipped]
     none = (0,) * len(groups)
     if not needs_fisher:

@@ -248,7 +248,7 @@ class OBSPruner:
         for item in staged:
             item.layer.mask = item.mask
             item.write()
-        reports = [self._layer_report(item, str(pattern)) for item in staged]
+        reports = [self._layer_report(item, str(item.layer.pattern_at(pattern))) for item in staged]
         self._num_grads = max((item.num_grads for item in staged), default=0)
         if not keep_fisher:
             for layer in self.layers:
