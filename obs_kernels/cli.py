@@ -34,6 +34,7 @@ from obs_kernels.cli_common import (
     say,
     show,
 )
+from obs_kernels.cli_damping import damping
 from obs_kernels.cli_files import compress, convert
 from obs_kernels.cli_prune import plan, prune
 from obs_kernels.cli_speed import speed
@@ -50,7 +51,7 @@ app = typer.Typer(
 
 app.add_typer(cli_recipes.app, name="recipes")
 app.command("train")(cli_train.train_model)
-for _command in (prune, plan, compress, convert, speed):
+for _command in (prune, plan, compress, convert, speed, damping):
     app.command()(_command)
 
 

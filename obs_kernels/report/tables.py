@@ -149,7 +149,7 @@ class CellRows:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report of any job ("prune", "train", "eval", "demo", "plan", "doctor", "bench") on stdout."""
+    """The report of any job ("prune", "train", "eval", "demo", "plan", "doctor", "bench", "damping", ...) on stdout."""
     target = console(width=BENCH_WIDTH if report.get("job") in ("bench", "speed", "report") else _WIDE)
     match report.get("job"):
         case "plan":
@@ -162,6 +162,8 @@ def print_report(report: dict[str, Any]) -> None:
             print_speed(target, report)
         case "report":
             _print_merged(target, report)
+        case "damping":
+            _print_damping(target, report)
         case "compress" | "convert":
             _print_conversion(target, report)
         case _:
@@ -247,6 +249,27 @@ def _print_result(target: Any, report: dict[str, Any]) -> None:
     for note in report.get("notes") or ():
         target.print(f"note: {note}")
     target.print(f"{number(report.get('seconds'), '.1f')} s")
+
+
+def _print_damping(target: Any, report: dict[str, Any]) -> None:
+    """F1 by damping and number of gradients, for each pattern; and the best of each."""
+    rows = report["rows"]
+    damps, counts = (sorted({row[key] for row in rows}) for key in ("damp", "num_grads"))
+    target.print(f"dense: F1 {number(report['accuracy']['dense']['f1'], '.2f')}")
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        found = {(row["num_grads"], row["damp"]): row for row in rows if row["pattern"] == pattern}
+        table = _table((f"{pattern}: F1", False), *((f"damp {damp:g}", True) for damp in reversed(damps)))
+        for count in counts:
+            cells = (found.get((count, damp), {}) for damp in reversed(damps))
+            texts = ("failed" if "failed" in cell else number(cell.get("f1"), ".2f") for cell in cells)
+            table.add_row(f"{count} gradients", *texts)
+        target.print(table)
+    for pattern, row in report["best"].items():
+        target.print(
+            f"best at {pattern}: damp {row['damp']:g} with {row['num_grads']} gradients, F1 {number(row['f1'], '.2f')}"
+        )
+    for note in report.get("notes") or ():
+        target.print(f"note: {note}")
 
 
 def _print_conversion(target: Any, report: dict[str, Any]) -> None:
