@@ -392,6 +392,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     missing = [] if args.merge else [f"--{name}" for name in ("model", "data", "train") if getattr(args, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} must be given, except with --merge")
+    if args.share[1] > 1 and args.json == RESULTS:
+        parser.error("--share needs a --json of its own for each process")
     return args
 
 

@@ -176,6 +176,12 @@ def test_a_share_must_be_one_of_its_number(text: str, capsys: pytest.CaptureFixt
     assert "must be I/N with 1 <= I <= N" in capsys.readouterr().err
 
 
+def test_processes_that_share_do_not_write_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        squad_gradual.main(["--model", "m", "--data", "d", "--train", "t", "--share", "1/2"])
+    assert "--share needs a --json of its own" in capsys.readouterr().err
+
+
 def test_two_processes_share_the_rows_and_merge_their_results(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
