@@ -30,6 +30,7 @@ from bench.gpu_report import describe_tree
 from bench.permutation import reorder_channels_
 from bench.stored import digest, run_command, save
 from obs_kernels import OBSConfig
+from obs_kernels.errors import ConfigError
 from obs_kernels.training.evaluate import evaluate_squad
 from obs_kernels.training.models import load_qa_model, pick_device
 from obs_kernels.training.oneshot import Cell, OneShotTable
@@ -49,8 +50,15 @@ ROW_CHANGES: dict[str, dict[str, Any]] = {
     "groups by curvature": {"sweep_order": "diagonal"},
     "damping 0.1": {"dampening_frac": 0.1},
     "two parts": {"recomputations": 2},
+    "512 questions": {"num_grads": 512},
+    "2,048 questions": {"num_grads": 2048},
     "4,096 questions": {"num_grads": 4096},
+    "8,192 questions": {"num_grads": 8192},
+    "two clusters": {"row_clusters": 2},
+    "four clusters": {"row_clusters": 4},
+    "norms refit": {"refit_norms": True},
 }
+FIGURES = {"predicted_loss": "{:.4f}", "f1": "{:.2f}"}
 DIAGONAL_SIZE = 64
 """D of the Fisher whose diagonal decides the order."""
 ROUNDS = 100
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tree = describe_tree(args.commit)
     started = time.monotonic()
     tables: dict[tuple[int, int, str | None], OneShotTable] = {}
-    for cell in _cells(args.studies.split(","), args.seeds):
+    for cell in chosen_cells(args.studies.split(","), args.seeds, args.only):
         seed = cell["seed"]
         key = f"{cell['study']}/{cell['pattern']}/{cell['D']}/{cell['value']}/{seed}"
         if key in stored["cells"] or (args.minutes and time.monotonic() - started > 60 * args.minutes):
@@ -156,6 +164,27 @@ def _cells(studies: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
                         yield {"study": "permutation", "pattern": pattern, "D": of, "value": order, "seed": seed}
 
 
+def chosen_cells(studies: Sequence[str], seeds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Cells of ``studies``; with ``only`` those that it names, in its order: PATTERN, VALUE or PATTERN/VALUE.
+
+    Raises:
+        ConfigError: one of ``only`` names no cell.
+    """
+    cells = list(_cells(studies, seeds))
+    if not only:
+        return cells
+    found: list[dict[str, Any]] = []
+    for text in only:
+        named = [c for c in cells if text in (c["pattern"], str(c["value"]), f"{c['pattern']}/{c['value']}")]
+        if not named:
+            known = dict.fromkeys(str(cell["value"]) for cell in cells)
+            raise ConfigError(
+                f"--only must be PATTERN, VALUE or PATTERN/VALUE, got {text!r}; values: {'; '.join(known)}"
+            )
+        found += [cell for cell in named if cell not in found]
+    return found
+
+
 def _table(
     model: nn.Module, pattern: str | None, loader: Any, tokenizer: Any, dev: Any, args: argparse.Namespace
 ) -> OneShotTable:
@@ -190,26 +219,46 @@ def to_markdown(stored: dict[str, Any]) -> str:
     for study, title in (
         ("passes", "Coordinate passes over the groups of a Fisher block"),
         ("permutation", "Input channels of FFN down and attention output reordered"),
-        ("row", "Row curvature, layer by layer, of the model's own answers"),
     ):
-        found = [cell for cell in cells if cell["study"] == study]
-        values = list(dict.fromkeys(cell["value"] for cell in found))
-        lines += ["", f"## {title}", ""]
-        if not found:
-            lines.append("Not run.")
-            continue
-        names = [f"{v} pass{'' if v == 1 else 'es'}" if study == "passes" else str(v) for v in values]
-        columns = [f"predicted loss, {n}" for n in names] + [f"F1, {n}" for n in names]
-        lines += ["| pattern | D | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
-        for pattern, size in sorted({(c["pattern"], c["D"]) for c in found}, key=lambda x: (str(x[1]).zfill(4), x[0])):
-            row = [pattern, str(size)]
-            for figure, form in (("predicted_loss", "{:.4f}"), ("f1", "{:.2f}")):
-                for value in values:
-                    own = [c[figure] for c in found if (c["pattern"], c["D"], c["value"]) == (pattern, size, value)]
-                    spread = f" ({max(own) - min(own):.2f})" if figure == "f1" and len(own) > 1 else ""
-                    row.append(form.format(sum(own) / len(own)) + spread if own else "not run")
-            lines.append("| " + " | ".join(row) + " |")
+        lines += ["", f"## {title}", "", *_table_by_pattern(study, [c for c in cells if c["study"] == study])]
+    lines += ["", "## Row curvature, layer by layer, of the model's own answers", ""]
+    lines += _table_by_change([cell for cell in cells if cell["study"] == "row"])
     return "\n".join(lines) + "\n"
+
+
+def _table_by_pattern(study: str, cells: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a pattern and block size, a column a value."""
+    if not cells:
+        return ["Not run."]
+    values = list(dict.fromkeys(cell["value"] for cell in cells))
+    names = [f"{v} pass{'' if v == 1 else 'es'}" if study == "passes" else str(v) for v in values]
+    columns = [f"predicted loss, {n}" for n in names] + [f"F1, {n}" for n in names]
+    lines = ["| pattern | D | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
+    for pattern, size in sorted({(c["pattern"], c["D"]) for c in cells}, key=lambda x: (str(x[1]).zfill(4), x[0])):
+        own = [[c for c in cells if (c["pattern"], c["D"], c["value"]) == (pattern, size, v)] for v in values]
+        figures = [_figure(part, figure) for figure in FIGURES for part in own]
+        lines.append("| " + " | ".join([pattern, str(size), *figures]) + " |")
+    return lines
+
+
+def _table_by_change(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a change of the settings, a column a pattern; changes that were not run have their line too."""
+    columns = [f"{name}, {pattern}" for name in ("predicted loss", "F1") for pattern in ROW_PATTERNS]
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for value in (AS_IT_IS, *ROW_CHANGES):
+        own = [[c for c in cells if (c["pattern"], c["value"]) == (pattern, value)] for pattern in ROW_PATTERNS]
+        figures = [_figure(part, figure) for figure in FIGURES for part in own]
+        lines.append("| " + " | ".join([value, *figures]) + " |")
+    return lines
+
+
+def _figure(cells: Sequence[dict[str, Any]], figure: str) -> str:
+    """Mean over the seeds; of F1 also largest less least."""
+    if not cells:
+        return "not run"
+    values = [cell[figure] for cell in cells]
+    spread = f" ({max(values) - min(values):.2f})" if figure == "f1" and len(values) > 1 else ""
+    return FIGURES[figure].format(sum(values) / len(values)) + spread
 
 
 def _resume(path: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +279,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="questions to evaluate on, SQuAD v1.1")
     parser.add_argument("--train", required=True, help="questions to take gradients from, SQuAD v1.1")
     parser.add_argument("--studies", default="row,passes,permutation")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="PATTERN, VALUE or PATTERN/VALUE of cells to run, in order",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=1, help="take every so many of the dev questions")
     parser.add_argument("--num-grads", type=int, default=1024)

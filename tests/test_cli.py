@@ -406,7 +406,8 @@ def test_plan_takes_the_options_of_prune():
         for c in (plan, prune)
     )
     assert of_plan == {name: value for name, value in of_prune.items() if name != "dry_run"}
-    assert {field.name for field in dataclasses.fields(OBSConfig)} - {"refit_bias", "sweep_order"} <= set(of_plan)
+    studies = {"refit_bias", "row_clusters", "refit_norms", "sweep_order"}  # by --config only
+    assert {field.name for field in dataclasses.fields(OBSConfig)} - studies <= set(of_plan)
 
 
 @pytest.mark.parametrize("curvature", ["row", "layer"])

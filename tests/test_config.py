@@ -34,6 +34,8 @@ FIELDS = {
     "on_nonfinite": "raise",
     "sequential": False,
     "refit_bias": True,
+    "row_clusters": 1,
+    "refit_norms": False,
     "sweep_order": "given",
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obs_kernels import OBSConfig, OBSPruner, sparsify_
-from obs_kernels.errors import ConfigError
+from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.pruning import gradual_step
 from obs_kernels.pruning.schedule import PruningSchedule
 
@@ -110,7 +110,11 @@ def test_round_trips() -> None:
     found = config("unstructured:0.5")
     assert OBSConfig.from_dict(found.to_dict()) == found and found.to_dict()["layer_sparsity"] == OWN
     assert hash(found) == hash(config("unstructured:0.5", layer_sparsity=tuple(OWN.items())))
-    assert "layer_sparsity" not in config("2:8", layer_sparsity={}).to_dict()
+    plain = config("unstructured:0.5", layer_sparsity={})
+    assert "layer_sparsity" not in plain.to_dict()
+    for one, other in ((found, plain), (plain, found)):
+        with pytest.raises(ResumeMismatchError, match=r"differs in layer_sparsity\)"):
+            OBSPruner(Net(), one).load_state_dict(OBSPruner(Net(), other).state_dict())
     recipes = pytest.importorskip("obs_kernels.recipes")
     pytest.importorskip("pydantic")
     yaml = pytest.importorskip("yaml")

@@ -103,7 +103,7 @@ class Problem:
         dense, pruned = copy.deepcopy(dense).double(), copy.deepcopy(pruned).double()
         block, self.kind = int(name.split(".")[1]), name.split(".")[2]
         self.dense = dense.get_submodule(name)
-        inputs, wanted, weights, rows = [], [], [], []
+        inputs, wanted, squares = [], [], []
         left = SAMPLES
         for batch in batches:
             count = min(left, batch["x"].shape[0])
@@ -124,10 +124,10 @@ class Problem:
             aim = outputs[name] if self.kind == "up" or own else streams[block + 1] - stream
             inputs.append(given[:count][live].detach())
             wanted.append(aim[:count][live].detach())
-            weights.append(dy[:count][live].square().sum(1))
-            rows.append(dy[:count][live].square().sum(0))
-        self.x, self.target, self.weight = torch.cat(inputs), torch.cat(wanted), torch.cat(weights)
-        self.row_scale = torch.stack(rows).sum(0) / torch.stack(rows).sum()
+            squares.append(dy[:count][live].square())
+        self.x, self.target, self.squares = torch.cat(inputs), torch.cat(wanted), torch.cat(squares)
+        self.weight = self.squares.sum(1)
+        self.row_scale = self.squares.sum(0) / self.squares.sum()
 
     def damp(self, share: float) -> float:
         """A share of the mean diagonal of H."""

@@ -125,6 +125,33 @@ __device__ __forceinline__ void copy_bytes(uint32_t to,
       : "memory");
 }
 
+// Sixteen bytes by this thread (9.7.9.25.3.1), or as many zeros; `from` must be an address even
+// then.
+__device__ __forceinline__ void copy_or_zero(uint32_t to, const void* from, bool copy) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copy ? 16 : 0)
+      : "memory");
+}
+
+// One arrival when all such copies of this thread so far are done; the barrier counts it among
+// those it was made for (9.7.13.15.16).
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same to the same place of every CTA in `ctas`, each told by its own barrier.
+__device__ __forceinline__ void copy_bytes(
+    uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier),
+      "h"(ctas)
+      : "memory");
+}
+
 // A box from shared memory to a matrix; what lies outside of it is not written.
 __device__ __forceinline__ void store_box(const CUtensorMap* map,
                                           int column,

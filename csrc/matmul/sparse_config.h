@@ -33,12 +33,37 @@ inline constexpr SparseTileShape kSparseTiles[] = {
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
+// Of a panel's kept columns, which a warpgroup gathers. A tile lies within a panel, so that its
+// rows divide v.
+struct GatherTileShape {
+  const char* name;
+  int rows;
+  int tokens;
+  int step_cycles;
+  int tile_cycles;
+};
+
+inline constexpr GatherTileShape kGatherTiles[] = {
+    {"gather 256x192", 256, 192, 1300, 6130},
+    {"gather 256x128", 256, 128, 900, 3520},
+    {"gather 128x256", 128, 256, 1100, 3970},
+    {"gather 128x192", 128, 192, 850, 3650},
+    {"gather 128x128", 128, 128, 600, 1840},
+    {"gather 64x256", 64, 256, 1000, 2500},
+};
+inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
+
 inline constexpr int kStepCols = 64;  // of W in a stage: 128 bytes of X, a row of the swizzle
 // Token tiles that CTAs work on at a time: neighbours read the same X and the same W through L2.
 inline constexpr int kRasterTokens = 8;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+// Cycles of a product by a tile, its CTAs all of a size and in waves.
+inline int64_t product_cycles(int64_t groups, int64_t at_once, int64_t cycles_of_one) {
+  return round_up(groups, at_once) / at_once * cycles_of_one;
 }
 
 // The tile with the fewest cycles over all waves.
@@ -50,9 +75,29 @@ inline int choose_sparse_tile(int64_t rows, int64_t tokens, int64_t steps, int m
     const int64_t row_groups =
         round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
     const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
-    const int64_t at_once = std::max(1, multiprocessors / tile.cluster);
-    const int64_t waves = round_up(groups, at_once) / at_once;
-    const int64_t cycles = waves * (steps * tile.step_cycles + tile.tile_cycles);
+    const int64_t cycles = product_cycles(groups,
+                                          std::max(1, multiprocessors / tile.cluster),
+                                          steps * tile.step_cycles + tile.tile_cycles);
+    if (cycles < fewest) {
+      fewest = cycles;
+      best = i;
+    }
+  }
+  return best;
+}
+
+// The same among those whose rows divide v; -1 if none does.
+inline int choose_gather_tile(
+    int64_t rows, int64_t tokens, int64_t steps, int64_t v, int multiprocessors) {
+  int best = -1;
+  int64_t fewest = INT64_MAX;
+  for (int i = 0; i < kNumGatherTiles; ++i) {
+    const GatherTileShape& tile = kGatherTiles[i];
+    if (v % tile.rows != 0) continue;
+    const int64_t pair = 2 * tile.tokens;
+    const int64_t groups = rows / tile.rows * (round_up(tokens, pair) / pair);
+    const int64_t cycles = product_cycles(
+        groups, std::max(1, multiprocessors / 2), steps * tile.step_cycles + tile.tile_cycles);
     if (cycles < fewest) {
       fewest = cycles;
       best = i;

@@ -25,21 +25,26 @@ inline constexpr int kValueBytes = 64 * 64;                          // of them;
 inline constexpr int kBuffers = 3;
 inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 
-// Sizes for a tile of 128 * kParts rows and kTokens tokens: two warpgroups that multiply, each the
-// sums of kParts times 64 rows.
-template <int kParts, int kTokens>
+// Sizes for a tile of kTokens tokens whose sums two warpgroups hold, each of kParts times 64 rows:
+// rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens.
+template <int kParts_, int kTokens_, bool kShareRows_ = false>
 struct SparseTile {
+  static constexpr int kParts = kParts_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr bool kShareRows = kShareRows_;
+  static constexpr int kWeightTiles = kShareRows ? kParts : kConsumers * kParts;
+  static constexpr int kRows = kWeightTiles * kPartRows;
+  static constexpr int kSumTokens = kShareRows ? kTokens / kConsumers : kTokens;
   static constexpr int kSlabs = kTokens / kSlabTokens;
-  static constexpr int kWeightTiles = kConsumers * kParts;
-  static constexpr int kStageBytes = kTokens * 128 + kWeightTiles * kWeightBytes;
+  static constexpr int kTokenBytes = kSlabs * kSlabBytes;  // of a stage; W follows
+  // The swizzle wants stages of whole patterns.
+  static constexpr int kStageBytes =
+      (kTokenBytes + kWeightTiles * kWeightBytes + 1023) / 1024 * 1024;
   static constexpr int kAround = 1024 + kEpilogueBytes + 256;  // alignment, epilogue, barriers
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
-  static_assert(kSlabs >= 2,
-                "each CTA of a cluster of two brings a part, which keeps them in step");
-  static_assert(kSlabs <= 2 * kBuffers, "two passes write a tile of Y");
-  static_assert(kStageBytes % 1024 == 0, "the swizzle wants stages of whole patterns");
+  static_assert(kSumTokens / kSlabTokens <= 2 * kBuffers, "two passes write a tile of Y");
 };
 
 template <typename Element>
@@ -52,7 +57,7 @@ struct SparseArgs {
   int steps;         // of kStepCols columns
   int weight_tiles;  // of 64 rows, that exist; those of the last cluster may be more
   int row_groups;    // of the rows of a cluster
-  int token_tiles;
+  int token_tiles;   // of the tokens of a cluster
   int cluster;
   Activation activation;
   bool feature_y;
@@ -78,14 +83,19 @@ struct TilePlace {
   int token_tile;
 };
 
-// Tiles in groups of kRasterTokens token tiles; within a group the tokens run first.
-__device__ __forceinline__ TilePlace
-place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
-  const int whole = kRasterTokens * row_groups;
-  const int first = tile / whole * kRasterTokens;
-  const int width = min(kRasterTokens, token_tiles - first);
+// Tiles in groups of kRasterTokens token tiles; within a group the tokens run first. CTAs of a
+// cluster have other rows of the same tokens, or, if kShareRows, other tokens of the same rows.
+template <bool kShareRows, typename Element>
+__device__ __forceinline__ TilePlace place_of(int tile, const SparseArgs<Element>& args, int rank) {
+  const int raster = kShareRows ? kRasterTokens / args.cluster : kRasterTokens;
+  const int whole = raster * args.row_groups;
+  const int first = tile / whole * raster;
+  const int width = min(raster, args.token_tiles - first);
   const int in = tile % whole;
-  return {in / width * cluster + rank, first + in % width};
+  const int row = in / width;
+  const int token = first + in % width;
+  if constexpr (kShareRows) return {row, token * args.cluster + rank};
+  return {row * args.cluster + rank, token};
 }
 
 }  // namespace obs_kernels

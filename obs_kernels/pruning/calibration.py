@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError, NonFiniteGradientError
 from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.pruning.capture import capture
+from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.finite import require_finite_gradients
 from obs_kernels.pruning.gradient_buffer import GradientBuffer, row_dtype
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.modes import eval_mode, require_grad
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
+from obs_kernels.pruning.row_clusters import RowSignatures
 from obs_kernels.pruning.row_layer import RowLayer, RowSums, require_row_layers
 from obs_kernels.pruning.samples import Samples, batch_size, check_samples, host_padding, padding_of
 from obs_kernels.pruning.token_weights import TokenWeights
@@ -43,7 +45,7 @@ def collect_gradients(
     gradients: str,
     on_nonfinite: str,
     seed: int = 0,
-    sink: TokenWeights | None = None,
+    sink: TokenWeights | RowSignatures | None = None,
     sized_for: Sequence[PrunedLayer] | None = None,
     timings: PhaseTimes | None = None,
     progress: bool = True,
@@ -81,7 +83,7 @@ def collect_gradients(
                 total=num_grads, desc="gradients", unit="grad", leave=False, disable=None if progress else True, delay=2
             )
         )
-        buffer: GradientBuffer | RowSums | TokenWeights
+        buffer: GradientBuffer | RowSums | TokenWeights | RowSignatures
         if sink is not None:
             buffer = sink
         elif isinstance(layers[0], RowLayer):
@@ -108,6 +110,46 @@ def collect_gradients(
             "only once)"
         )
     return received
+
+
+def find_row_clusters(
+    model: nn.Module,
+    layers: Sequence[PrunedLayer],
+    loader: Iterable[Any],
+    loss_fn: LossFn,
+    cfg: OBSConfig,
+    timings: PhaseTimes | None = None,
+) -> None:
+    """Which rows of each of ``layers`` share a Hessian, by a pass with gradients.
+
+    Nothing where all rows share one, or a layer has sums already: more tokens go to the same clusters.
+
+    Raises:
+        ConfigError: ``loader`` can be used only once. What ``collect_gradients`` does.
+    """
+    rows = [layer for layer in layers if isinstance(layer, RowLayer)]
+    several = [layer for layer in rows if layer.num_clusters > 1 and not layer.has_fisher]
+    if not several:
+        return
+    if isinstance(loader, Iterator):
+        raise ConfigError(
+            "loader is an iterator, which can be used only once, and row_clusters takes one more pass; pass a list, a "
+            "DataLoader or another re-iterable"
+        )
+    signatures = RowSignatures(several, cfg.seed, timings)
+    collect_gradients(
+        model,
+        several,
+        loader,
+        loss_fn,
+        num_grads=cfg.num_grads,
+        gradients=cfg.gradients,
+        on_nonfinite=cfg.on_nonfinite,
+        seed=cfg.seed,
+        sink=signatures,
+        timings=timings,
+    )
+    signatures.assign(cfg.parsed_pattern.multiples()[0])
 
 
 @contextmanager
@@ -215,7 +257,7 @@ def _push_gradients(buffer: GradientBuffer, grads: Sequence[Tensor]) -> None:
 
 def _add_samples(
     model: nn.Module,
-    buffer: GradientBuffer | RowSums | TokenWeights,
+    buffer: GradientBuffer | RowSums | TokenWeights | RowSignatures,
     batch: Any,
     padding: Tensor | None,
     loss_fn: LossFn,
@@ -225,7 +267,7 @@ def _add_samples(
 ) -> int:
     layers = buffer.layers
     # autograd's own weight gradients of the first batch, to compare with: a weight may be used where no hook sees it
-    first = len(buffer) == 0 if isinstance(buffer, TokenWeights) else layers[0].num_grads == 0
+    first = len(buffer) == 0 if isinstance(buffer, (TokenWeights, RowSignatures)) else layers[0].num_grads == 0
     compared = [layer.weight for layer in layers] if first else []
 
     def work() -> tuple[int, Samples]:
@@ -264,7 +306,7 @@ def _add_samples(
     return count
 
 
-def _with_memory(buffer: GradientBuffer | RowSums | TokenWeights, work: Callable[[], T]) -> T:
+def _with_memory(buffer: GradientBuffer | RowSums | TokenWeights | RowSignatures, work: Callable[[], T]) -> T:
     """``work()``, which adds nothing anywhere; done again with a smaller buffer while memory runs out."""
     while True:
         try:

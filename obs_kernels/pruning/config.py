@@ -81,6 +81,10 @@ class OBSConfig:
             residual stream too where an output goes into one.
         refit_bias: move the biases of pruned layers to make up for the mean of what is lost. For "row"; the others
             leave them alone.
+        row_clusters: Hessians a layer, each for a cluster of rows (whole panels for v:n:m) whose weights of tokens are
+            alike, found by one more pass with gradients; a layer with fewer rows or panels has one for each. For "row".
+        refit_norms: at the end fit weight and bias of every normalisation layer (``find_norms``) to the outputs of the
+            dense model, channel by channel, in the order they run. Takes the data anew for each of them.
         sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
             first. For "row" and "layer".
     """
@@ -106,6 +110,8 @@ class OBSConfig:
     on_nonfinite: str = "raise"
     sequential: bool = False
     refit_bias: bool = True
+    row_clusters: int = 1
+    refit_norms: bool = False
     sweep_order: str = "given"
 
     def __post_init__(self) -> None:
@@ -115,7 +121,7 @@ class OBSConfig:
         self._set("targets", _names("targets", self.targets))
         self._set("ignore", _names("ignore", self.ignore))
         self._set("layer_sparsity", _shares(self.layer_sparsity))
-        for name in ("num_grads", "recomputations", "passes", "seed"):
+        for name in ("num_grads", "recomputations", "passes", "row_clusters", "seed"):
             self._set(name, _integer(name, getattr(self, name), least=0 if name in ("passes", "seed") else 1))
         if self.fisher_block_size is not None:
             self._set("fisher_block_size", _integer("fisher_block_size", self.fisher_block_size, least=1))
@@ -126,7 +132,7 @@ class OBSConfig:
             raise ConfigError(
                 "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
             )
-        for name in ("global_sparsity", "sequential", "refit_bias"):
+        for name in ("global_sparsity", "sequential", "refit_bias", "refit_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, choices in (
@@ -142,6 +148,11 @@ class OBSConfig:
             checks.check_choice(name, getattr(self, name), choices)
         if self.curvature == "auto":
             self._set("curvature", self._measured_curvature(parsed))
+        if self.row_clusters > 1 and self.curvature != "row":
+            raise ConfigError(
+                f"row_clusters needs curvature='row', got {self.row_clusters} with {self.curvature!r}; use "
+                f"row_clusters=1"
+            )
         self._check_together(parsed)
 
     def _measured_curvature(self, pattern: Pattern) -> str:

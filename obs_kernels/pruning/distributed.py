@@ -59,9 +59,13 @@ def distributed_step(
 
     Raises:
         DeviceMismatchError: weights or masks differ between processes, before the step or as it would write them.
-            ConfigError: fewer batches than processes, or one that does not say how many samples it has. What
-            ``gradual_step`` raises in one process, every one raises; the model is then as before the call.
+            ConfigError: fewer batches than processes, one that does not say how many samples it has, or a setting that
+            only one process can do. What ``gradual_step`` raises in one process, every one raises; the model is then
+            as before the call.
     """
+    for name, plain in (("refit_norms", False), ("row_clusters", 1)):  # each process would find others
+        if (value := getattr(pruner.config, name)) != plain:
+            raise ConfigError(f"{name} is for one process, got {value} with several; use {name}={plain}")
     work = _Exchange(pruner)
     now = [(layer.weight.detach(), layer.bias, layer.mask) for layer in pruner.layers]
     work.require_same("before the step", now)

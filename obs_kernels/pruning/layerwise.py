@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError, NonFiniteError
 from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.pruning.block_chain import Batches, KeptActivations, find_chains
-from obs_kernels.pruning.calibration import LossFn, collect_gradients, device_batches, move, seeded
+from obs_kernels.pruning.calibration import LossFn, collect_gradients, device_batches, find_row_clusters, move, seeded
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.modes import eval_mode
-from obs_kernels.pruning.output_watch import Expected, Seen, expected_of, watch
+from obs_kernels.pruning.output_watch import Expected, Seen, Watched, expected_of, watch
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.row_layer import RowLayer, require_row_layers
 from obs_kernels.pruning.samples import as_tokens
@@ -39,7 +39,7 @@ WAITING_BYTES = (1 << 25, 1 << 28)
 class Snapshot:
     """Weights and biases of layers as they are now, to be put back, or put in for a while."""
 
-    def __init__(self, layers: Sequence[PrunedLayer]) -> None:
+    def __init__(self, layers: Sequence[Watched]) -> None:
         found = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}  # each once
         self._saved = [(parameter, parameter.detach().clone()) for parameter in found.values()]
         self._inside: dict[nn.Module, list[int]] = {}
@@ -81,7 +81,7 @@ class _Waiting:
 
     layer: RowLayer
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """x [t, C], weight [t], error [t, R]."""
+    """x [t, C], weight [t, k], error [t, R]."""
 
     def add(self, x: Tensor, weight: Tensor, error: Tensor) -> None:
         self.parts.append((x, weight, error))
@@ -124,6 +124,7 @@ class DenseModel:
         self.model, self.loader, self.loss_fn, self.cfg = model, loader, loss_fn, cfg
         self.snapshot, self.timings = snapshot, timings
         self.device = layers[0].weight.device
+        find_row_clusters(model, rows, loader, loss_fn, cfg, timings)
         self.weights = TokenWeights(rows, timings)
         self._marks: list[tuple[str, ...]] = []
         collect_gradients(
@@ -216,7 +217,7 @@ class DenseModel:
                 error = as_tokens(aim.output.float() - use.output.float(), use.output.shape[0], padding)[:count]
                 x, error = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
                 good = torch.isfinite(x.sum(dtype=torch.float32) + error.sum()) & good
-                tokens.add(x, weight.reshape(-1), error)
+                tokens.add(x, weight.reshape(-1, weight.shape[-1]), error)
             finite.append(good)
         return torch.stack(finite)
 
@@ -241,7 +242,7 @@ class DenseModel:
     def _whole(self) -> Batches:
         for index, batch, padding in device_batches(self._checked(self.loader), self.device, self.timings):
             if index in self.weights.counts:
-                yield index, padding, _WholeRun(self.model, batch, self.loss_fn)
+                yield index, padding, WholeRun(self.model, batch, self.loss_fn)
 
     def _marked(self, loader: Iterable[Any]) -> Iterator[Any]:
         for batch in loader:
@@ -262,16 +263,20 @@ class DenseModel:
 
 
 @dataclass(frozen=True, eq=False)
-class _WholeRun:
+class WholeRun:
+    """All of a model on one batch, as a ``Run``."""
+
     model: nn.Module
     batch: Any
     loss_fn: LossFn
 
     @property
     def part(self) -> nn.Module:
+        """The model."""
         return self.model
 
     def __call__(self, *, dense: bool) -> Tensor:
+        """Run it with the weights that are in place."""
         return self.loss_fn(self.model, self.batch)
 
 
@@ -293,7 +298,7 @@ def _mark(batch: Any) -> Iterator[str]:
 def _require_same_tokens(
     layer: RowLayer, batch: int, weights: Sequence[Tensor], aims: Sequence[Seen], uses: Sequence[Seen], count: int
 ) -> None:
-    counts = [weight.numel() for weight in weights]
+    counts = [weight[..., 0].numel() for weight in weights]
     for seen in (aims, uses):
         found = [f.output[:count].numel() // f.output.shape[-1] for f in seen]
         if found != counts:

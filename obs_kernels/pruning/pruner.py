@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import Pattern, parse_pattern
-from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients
+from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients, find_row_clusters
 from obs_kernels.pruning.config import OBSConfig
-from obs_kernels.pruning.find_layers import find_layers
+from obs_kernels.pruning.find_layers import find_layers, find_norms
 from obs_kernels.pruning.gradient_buffer import GradientBuffer
 from obs_kernels.pruning.held import held_layer, require_at
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
-from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
-from obs_kernels.pruning.row_layer import RowLayer
+from obs_kernels.pruning.report import LayerReport, NormReport, PruningReport, merge_saliency
 from obs_kernels.pruning.schedule import EPSILON, check_reachable, recomputation_stages
-from obs_kernels.pruning.state import check_state
+from obs_kernels.pruning.state import check_state, tables_of, take_tables
 from obs_kernels.pruning.step import StagedLayer, stage_step
 from obs_kernels.sparse.linear import PRUNED_ATTRIBUTE
 
@@ -49,6 +48,8 @@ class OBSPruner:
         self.model = model
         self.config = config
         self.layers, self.skipped = find_layers(model, config)
+        self.norms = find_norms(model, config)
+        """What ``sparsify_`` and ``gradual_step`` refit at the end."""
         self.stages = recomputation_stages(config.parsed_pattern, config.recomputations)
         """Patterns on the way, the last one that of the config; ``prune(pattern)`` puts another in."""
         self.stage = 0
@@ -56,6 +57,7 @@ class OBSPruner:
         self._budget = memory_budget
         self._saliency = 0.0
         self._reports: dict[str, LayerReport] = {}
+        self._norms: tuple[NormReport, ...] = ()
         self._seconds = 0.0
         self._num_grads = 0
         self._buffer: GradientBuffer | None = None
@@ -76,6 +78,7 @@ class OBSPruner:
             num_grads=self.config.num_grads,
             sequential=self.config.sequential,
             order=order,
+            norms=self.norms,
         )
 
     def collect(
@@ -111,6 +114,7 @@ class OBSPruner:
             held=self._held() if self._budget is not None else 0,
             advice="lower fisher_block_size, collect fewer layers at a time (layers=), or let sparsify_ do groups",
         )
+        find_row_clusters(self.model, chosen, loader, loss_fn, self.config, timings)
         return collect_gradients(
             self.model,
             chosen,
@@ -148,7 +152,7 @@ class OBSPruner:
         add_parameter_gradients(self._buffer, self.layers[0].num_grads)
 
     def fishers(self) -> dict[str, Tensor]:
-        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T; under row curvature the Hessian [1, C, C]."""
+        """{parameter name: [B, D, D] f32}, the undamped mean of g g^T; under row curvature the Hessians [k, C, C]."""
         return {layer.parameter_name: layer.mean_fisher() for layer in self.layers}
 
     def set_fishers(self, fishers: Mapping[str, Tensor], num_grads: int) -> None:
@@ -188,6 +192,11 @@ class OBSPruner:
             ConfigError: no gradients, all stages are done, or ``pattern`` is not on the way: of another kind, beyond
             the config's, or one that would open pruned weights. SingularBlockError: names layer and block.
         """
+        if self.config.refit_norms:
+            raise ConfigError(
+                "refit_norms needs the data again after pruning, got prune(), which has none; use sparsify_ or "
+                "gradual_step"
+            )
         before = self.stages
         if pattern is not None:
             self.aim_at(self.stages_to(pattern))
@@ -259,6 +268,11 @@ class OBSPruner:
         self.stage += 1
         return self.report()
 
+    def note_norms(self, norms: Sequence[NormReport]) -> None:
+        """Take what the last ``refit_norms_`` did into the report."""
+        self._norms = tuple(norms)
+        self._seconds += sum(norm.seconds for norm in norms)
+
     def report(self) -> PruningReport:
         """The report as it stands."""
         return PruningReport(
@@ -271,6 +285,7 @@ class OBSPruner:
             seconds=self._seconds,
             skipped=tuple((s.name, s.reason) for s in self.skipped),
             environment={"torch": torch.__version__, "device": _device_name(self.layers[0].weight.device)},
+            norms=self._norms,
         )
 
     @torch.no_grad()
@@ -326,7 +341,6 @@ class OBSPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, position in the stages, Fisher sums and counts: tensors and plain values only."""
-        rows = [layer for layer in self.layers if isinstance(layer, RowLayer)]
         return {
             "config": self.config.to_dict(),
             "stage": self.stage,
@@ -334,18 +348,11 @@ class OBSPruner:
             "saliency": self._saliency,
             "seconds": self._seconds,
             "received": self._num_grads,
-            "masks": {layer.name: layer.mask.clone() for layer in self.layers},
-            "first_masks": {layer.name: layer.first_mask.clone() for layer in self.layers},
-            "fisher_sums": {
-                layer.name: fisher.clone() for layer in self.layers if (fisher := layer.fisher_sum) is not None
-            },
-            "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
-            "origins": {layer.name: layer.origin.clone() for layer in rows if layer.origin is not None},
-            "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
-            "num_grads": {layer.name: layer.num_grads for layer in self.layers},
+            **tables_of(self.layers),
             "reports": {
                 name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
             },
+            "norms": [dict(vars(norm)) for norm in self._norms],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -355,21 +362,11 @@ class OBSPruner:
             ResumeMismatchError: another configuration or other layers.
         """
         stages = check_state(state, self.config, self.layers)
-        for layer in self.layers:
-            device = layer.weight.device
-            layer.mask = state["masks"][layer.name].to(device, copy=True)
-            layer.first_mask = state["first_masks"][layer.name].to(device, copy=True)
-            fisher = state["fisher_sums"].get(layer.name)
-            fisher = None if fisher is None else fisher.to(device, copy=True)
-            layer.set_fisher(fisher, state["num_grads"][layer.name])
-            if isinstance(layer, RowLayer) and fisher is not None:
-                layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
-                origin = state["origins"].get(layer.name)
-                layer.origin = None if origin is None else origin.to(device, copy=True)
-                layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
+        take_tables(state, self.layers)
         self.stages, self.stage, self._saliency = stages, state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}
+        self._norms = tuple(NormReport(**norm) for norm in state.get("norms", ()))
 
     def _named(self, names: Sequence[str] | None) -> list[PrunedLayer]:
         if names is None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pruned weight under row (or layer) curvature: a Hessian for all its rows, and a number a row.
+"""One pruned weight under row (or layer) curvature: a Hessian for all its rows or a few clusters, and a number a row.
 
 ``H = 1/S sum_t |dy_t|^2 x_t x_t^T`` over all tokens of S samples, ``h_r = 1/S sum_t dy_tr^2``: dy is the gradient of
 the sample's own loss with respect to the output. The curvature of row r is taken as ``h_r / sum(h) H``. Under
-``curvature="layer"`` every token and every row weighs 1.
+``curvature="layer"`` every token and every row weighs 1. With clusters of rows each has an H of its own, ``|dy_t|^2``
+and ``sum(h)`` being sums over its rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from obs_kernels.reference.precision import exact_products
 
 @dataclass(frozen=True)
 class RowMoments:
-    """What a step needs of the tokens: means over the samples, of the padded shape.
+    """What a step needs of the tokens for the rows of a cluster, R of them: means over the samples, of padded width.
 
     With e the error of an output that weights or bias are to make up for, 0 without a target: the loss of a change dW,
     db is ``1/2 sum_t |dy_t|^2 |dW x_t + db - e_t|^2``.
@@ -56,7 +57,7 @@ class RowMoments:
 
 @dataclass(eq=False)
 class RowLayer(PrunedLayer):
-    """``fisher_sum`` is the sum of the Hessian, [1, C, C] of the padded width; ``row_sum`` [R] f64 that of the rows.
+    """``fisher_sum`` is the sum of the Hessians, [k, C, C] of the padded width; ``row_sum`` [R] f64 that of the rows.
 
     Inputs are measured from ``origin``, about their mean: a large mean in common would take the digits of what differs.
     """
@@ -65,22 +66,26 @@ class RowLayer(PrunedLayer):
     """Whether tokens and rows weigh as the loss says, or all alike (``curvature="layer"``)."""
     has_target: bool = False
     """Whether the outputs of the dense model are aimed at, for which ``target_sum`` takes memory."""
+    num_clusters: int = 1
+    """k, clusters of rows with a Hessian each."""
+    clusters: Tensor | None = field(default=None, init=False, repr=False)
+    """[R] int64 of the padded height, which cluster each row is of; needed before any token where k > 1."""
     row_sum: Tensor | None = field(default=None, init=False, repr=False)
     origin: Tensor | None = field(default=None, init=False, repr=False)
     """[C] f32 of the layer's own width: mean of the first inputs, None before them."""
     input_sum: Tensor | None = field(default=None, init=False, repr=False)
-    """[C + 1] f64, sum of ``|dy|^2 (x - origin, 1)``."""
+    """[k, C + 1] f64, sum of ``|dy|^2 (x - origin, 1)``."""
     target_sum: Tensor | None = field(default=None, init=False, repr=False)
     """[R, C + 1] f32, sum of ``|dy|^2 e (x - origin, 1)^T``; None before the first target."""
 
     @property
     def num_blocks(self) -> int:
-        """One matrix for all rows."""
-        return 1
+        """One matrix a cluster."""
+        return self.num_clusters
 
     @property
     def fisher_bytes(self) -> int:
-        """Bytes of the Hessian, and of the sum of targets where there are any."""
+        """Bytes of the Hessians, and of the sum of targets where there are any."""
         rows, cols = self.padded
         return super().fisher_bytes + (4 * rows * (cols + 1) if self.has_target else 0)
 
@@ -89,7 +94,7 @@ class RowLayer(PrunedLayer):
         if self.row_sum is None:
             rows, cols = self.padded
             self.row_sum = torch.zeros(rows, dtype=torch.float64, device=self.weight.device)
-            self.input_sum = torch.zeros(cols + 1, dtype=torch.float64, device=self.weight.device)
+            self.input_sum = torch.zeros(self.num_clusters, cols + 1, dtype=torch.float64, device=self.weight.device)
         return super().allocate()
 
     def drop_empty(self) -> None:
@@ -99,7 +104,7 @@ class RowLayer(PrunedLayer):
             self.row_sum = self.origin = self.input_sum = self.target_sum = None
 
     def set_fisher(self, fisher_sum: Tensor | None, num_grads: int) -> None:
-        """Take a sum [1, C, C] about ``origin``; it and the other sums are set after it."""
+        """Take a sum [k, C, C] about ``origin``; it and the other sums are set after it."""
         super().set_fisher(fisher_sum, num_grads)
         self.row_sum = self.origin = self.input_sum = self.target_sum = None
 
@@ -114,33 +119,52 @@ class RowLayer(PrunedLayer):
             return
         squares = squared(dy, scale).reshape(-1, rows)
         self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
-        self.add_inputs(x.reshape(-1, cols), squares.sum(1))
+        self.add_inputs(x.reshape(-1, cols), self.token_weights(squares))
+
+    def token_weights(self, squares: Tensor) -> Tensor:
+        """[..., k]: what a token weighs for each cluster, from its squares [..., R] of output gradients."""
+        if self.num_clusters == 1:
+            return squares.sum(-1, keepdim=True)
+        own = F.one_hot(self._clusters(), self.num_clusters)[: squares.shape[-1]]
+        with exact_products(), no_autocast():
+            return squares @ own.to(squares.dtype)
+
+    def rows_of(self, cluster: int) -> Tensor | slice:
+        """What indexes the rows of a cluster, of the padded height, in their order."""
+        return slice(None) if self.num_clusters == 1 else (self._clusters() == cluster).nonzero().flatten()
+
+    def _clusters(self) -> Tensor:
+        assert self.clusters is not None, "clusters are found before tokens are added"
+        return self.clusters
 
     def add_inputs(self, x: Tensor, token_weight: Tensor | None, error: Tensor | None = None) -> None:
-        """Add inputs x [t, C] of weight [t] f32 (None: 1), and the errors [t, R] f32 of their outputs."""
+        """Add inputs x [t, C] of weights [t, k] f32 (None: 1), and the errors [t, R] f32 of their outputs."""
         with exact_products(), no_autocast():
             self._add_inputs(x, token_weight, error)
 
     def _add_inputs(self, x: Tensor, token_weight: Tensor | None, error: Tensor | None) -> None:
-        hessian = self.allocate()[0]
+        hessians = self.allocate()
         rows, cols = self.mask.shape
-        weight = x.new_ones(x.shape[0], dtype=torch.float32) if token_weight is None else token_weight
+        weight = x.new_ones(x.shape[0], 1, dtype=torch.float32) if token_weight is None else token_weight
         if self.origin is None:
-            self.origin = (weight[None] @ x.float())[0] / weight.sum().clamp_min(1e-30)
-        part = hessian if cols == hessian.shape[0] else hessian[:cols, :cols].contiguous()
-        accumulate_hessian_(part, x, token_weight=token_weight, origin=self.origin, scale=1.0)
-        if part is not hessian:  # columns that the pattern pads are never used
-            hessian[:cols, :cols] = part
+            total = weight.sum(1)
+            self.origin = (total[None] @ x.float())[0] / total.sum().clamp_min(1e-30)
+        for hessian, own in zip(hessians, weight.mT, strict=True):
+            part = hessian if cols == hessian.shape[0] else hessian[:cols, :cols].contiguous()
+            q = None if token_weight is None else own.contiguous()
+            accumulate_hessian_(part, x, token_weight=q, origin=self.origin, scale=1.0)
+            if part is not hessian:  # columns that the pattern pads are never used
+                hessian[:cols, :cols] = part
         assert self.input_sum is not None
         moved = from_origin(x, self.origin, torch.float32)
-        self.input_sum[:cols] += (weight[None] @ moved)[0]
-        self.input_sum[-1] += weight.sum()
+        self.input_sum[:, :cols] += weight.mT @ moved
+        self.input_sum[:, -1] += weight.sum(0)
         if error is None:
             return
         if self.target_sum is None:
             shape = (self.padded[0], self.padded[1] + 1)
             self.target_sum = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
-        weighted = error * weight[:, None]
+        weighted = error * (weight if self.num_clusters == 1 else weight[:, self._clusters()[:rows]])
         add_product_(self.target_sum[:rows, :cols], halves_of(weighted, x), halves_of(moved, x))
         self.target_sum[:rows, -1] += weighted.sum(0)
 
@@ -154,30 +178,36 @@ class RowLayer(PrunedLayer):
         self._added += samples
 
     def row_scale(self) -> Tensor:
-        """[R] f32 of the padded height, ``h_r / sum(h)``; 1 for all where nothing differs."""
+        """[R] f32 of the padded height, ``h_r / sum(h)`` over the cluster's rows; 1 for all where nothing differs."""
         self.require_sum()
         assert self.row_sum is not None
         if not self.weighted:
             return torch.ones_like(self.row_sum, dtype=torch.float32)
-        return (self.row_sum / self.row_sum.sum().clamp_min(1e-300)).float()
+        scale = torch.empty_like(self.row_sum)
+        for cluster in range(self.num_clusters):
+            rows = self.rows_of(cluster)
+            scale[rows] = self.row_sum[rows] / self.row_sum[rows].sum().clamp_min(1e-300)
+        return scale.float()
 
     def mean_fisher(self) -> Tensor:
-        """[1, C, C] undamped mean of ``|dy|^2 x x^T``, a new tensor."""
-        return self._moved(self.require_sum()[0], self._origin()).float()[None] / self.num_grads
+        """[k, C, C] undamped mean of ``|dy|^2 x x^T``, a new tensor."""
+        sums, origin = self.require_sum(), self._origin()
+        moved = [self._moved(part, c, origin).float() for c, part in enumerate(sums)]
+        return torch.stack(moved) / self.num_grads
 
-    def moments(self, *, free_bias: bool) -> RowMoments:
-        """Means of what was collected; new tensors."""
-        sums, origin = self.require_sum()[0], self._origin()
+    def moments(self, cluster: int = 0, *, free_bias: bool) -> RowMoments:
+        """Means of what was collected for the rows of a cluster; new tensors."""
+        sums, origin = self.require_sum()[cluster], self._origin()
         assert self.input_sum is not None
-        total = float(self.input_sum[-1])
-        raw = self._moved(sums, origin)
+        first, total = self.input_sum[cluster, :-1], float(self.input_sum[cluster, -1])
+        raw = self._moved(sums, cluster, origin)
         diagonal = float(raw.diagonal()[: self.mask.shape[1]].mean()) / self.num_grads
-        target = None if self.target_sum is None else self.target_sum.double()
+        target = None if self.target_sum is None else self.target_sum[self.rows_of(cluster)].double()
         if not free_bias or total <= 0:
             pull = None if target is None else target[:, :-1] + torch.outer(target[:, -1], origin)
             return RowMoments(self._mean(raw), diagonal, None if pull is None else self._mean(pull), None, None)
-        shift = self.input_sum[:-1] / total
-        hessian = self._mean(self._moved(sums, -shift))
+        shift = first / total
+        hessian = self._mean(self._moved(sums, cluster, -shift))
         if target is None:
             return RowMoments(hessian, diagonal, None, origin + shift, None)
         pull = self._mean(target[:, :-1] - torch.outer(target[:, -1], shift))
@@ -188,16 +218,16 @@ class RowLayer(PrunedLayer):
         assert self._sum is not None and self.input_sum is not None
         wanted = F.pad(origin.double(), (0, self.padded[1] - origin.numel()))
         by = self._origin() - wanted
-        self._sum = self._moved(self._sum[0], by).float()[None]
+        self._sum = torch.stack([self._moved(part, c, by).float() for c, part in enumerate(self._sum)])
         if self.target_sum is not None:
             self.target_sum[:, :-1] += torch.outer(self.target_sum[:, -1].double(), by).float()
-        self.input_sum[:-1] += self.input_sum[-1] * by
+        self.input_sum[:, :-1] += torch.outer(self.input_sum[:, -1], by)
         self.origin = origin
 
-    def _moved(self, sums: Tensor, by: Tensor) -> Tensor:
-        """[C, C] f64: ``sum |dy|^2 u u^T`` as that of ``u + by``."""
+    def _moved(self, sums: Tensor, cluster: int, by: Tensor) -> Tensor:
+        """[C, C] f64: ``sum |dy|^2 u u^T`` of a cluster as that of ``u + by``."""
         assert self.input_sum is not None
-        first, total = self.input_sum[:-1], self.input_sum[-1]
+        first, total = self.input_sum[cluster, :-1], self.input_sum[cluster, -1]
         moved = sums.double()
         half = first + 0.5 * total * by
         return moved.addr_(half, by).addr_(by, half)
@@ -211,10 +241,17 @@ class RowLayer(PrunedLayer):
     def _mean(self, sums: Tensor) -> Tensor:
         return (sums / self.num_grads).float()
 
-    @staticmethod
-    def damp_of(moments: RowMoments, cfg: OBSConfig) -> float:
-        """Absolute damping: ``cfg.damp``, or the share of the mean diagonal of H (tiny if that is 0)."""
-        damp = cfg.dampening_frac * moments.mean_diagonal if cfg.damp is None else cfg.damp
+    def damp_of(self, moments: RowMoments, cfg: OBSConfig, cluster: int = 0) -> float:
+        """Absolute damping of a cluster's H: the share of its mean diagonal, or its share of ``cfg.damp``.
+
+        Tiny if that is 0. By the share a row is damped as much in a cluster as it is among all rows.
+        """
+        if cfg.damp is None:
+            damp = cfg.dampening_frac * moments.mean_diagonal
+        else:
+            assert self.row_sum is not None
+            own = self.row_sum[self.rows_of(cluster)].sum() / self.row_sum.sum().clamp_min(1e-300)
+            damp = cfg.damp * (1.0 if self.num_clusters == 1 else float(own))
         return damp if damp > 0 else 1e-12
 
 

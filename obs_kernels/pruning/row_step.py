@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of a layer under row or layer curvature: one sweep over its columns, then the kept weights of each row.
 
+Clusters of rows with a Hessian each are swept one after the other; nothing of one depends on another.
+
 A group that is settled late has fewer columns after it to make up for what it loses. Under ``sweep_order="diagonal"``
 the groups with the largest curvature (sum of H_jj) go first; groups stay whole, so masks and panels are the pattern's.
 
@@ -10,6 +12,8 @@ quadratic as without a target about the dense weights.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,18 +28,52 @@ from obs_kernels.reference.hessian import damp_hessian, row_loss
 from obs_kernels.reference.resolve import best_rows, resolve_rows
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What was found for the rows of a cluster, R of them."""
+
+    mask: Tensor
+    weight: Tensor
+    loss: float
+    damp: float
+    raised: bool
+    bias_change: Tensor | None
+    """[R], where the bias moves."""
+
+
 def prune_rows(layer: RowLayer, pattern: Pattern, cfg: OBSConfig) -> LayerStep:
-    """Choice, new weights and bias of ``layer``, which stays as it is.
+    """Choice, new weights and bias of ``layer``, which stays as it is; of several clusters the largest damping is told.
 
     Raises:
         SingularBlockError: H is not positive definite, also after raised damping if ``cfg`` asks for it.
     """
     weight = layer.pad(layer.matrix.masked_fill(~layer.mask, 0.0))
     alive = layer.pad(layer.mask)
-    exact = cfg.curvature == "row"
-    moments = layer.moments(free_bias=exact and cfg.refit_bias and layer.bias is not None)
     scale = layer.row_scale()
-    damp = layer.damp_of(moments, cfg)
+    mask, new = torch.empty_like(alive), torch.empty_like(weight)
+    moved = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+    parts = []
+    for cluster in range(layer.num_clusters):
+        rows = layer.rows_of(cluster)
+        part = _prune_cluster(layer, cluster, weight[rows], alive[rows], scale[rows], pattern, cfg)
+        mask[rows], new[rows] = part.mask, part.weight
+        if part.bias_change is not None:
+            moved[rows] = part.bias_change.double()
+        parts.append(part)
+    moves = any(part.bias_change is not None for part in parts)
+    bias = _moved_bias(layer, moved) if moves else None
+    finite = torch.isfinite(new).all() & (torch.isfinite(bias).all() if bias is not None else True)
+    loss, damp = sum(part.loss for part in parts), max(part.damp for part in parts)
+    return LayerStep(mask, new, loss, damp, sum(part.raised for part in parts), bool(finite), bias)
+
+
+def _prune_cluster(
+    layer: RowLayer, cluster: int, weight: Tensor, alive: Tensor, scale: Tensor, pattern: Pattern, cfg: OBSConfig
+) -> _Part:
+    """``prune_rows`` of the rows of one cluster."""
+    exact = cfg.curvature == "row"
+    moments = layer.moments(cluster, free_bias=exact and cfg.refit_bias and layer.bias is not None)
+    damp = layer.damp_of(moments, cfg, cluster)
     raises = MAX_RAISES if cfg.on_singular == "increase_damp" else 0
     for raised in range(raises + 1):
         try:
@@ -50,10 +88,7 @@ def prune_rows(layer: RowLayer, pattern: Pattern, cfg: OBSConfig) -> LayerStep:
     change = new.float() - weight.float()
     lost = new.float() - goal.float()
     loss = float(row_loss(lost, moments.hessian, row_scale=scale, damp=damp).double().sum())
-    moved = moments.bias_change(change)
-    bias = None if moved is None else _moved_bias(layer, moved)
-    finite = torch.isfinite(new).all() & (torch.isfinite(bias).all() if bias is not None else True)
-    return LayerStep(mask, new, loss, damp, int(raised > 0), bool(finite), bias)
+    return _Part(mask, new, loss, damp, raised > 0, moments.bias_change(change))
 
 
 def _goal(weight: Tensor, hessian: Tensor, pull: Tensor, damp: float, alive: Tensor) -> Tensor:

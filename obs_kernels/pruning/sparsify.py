@@ -22,6 +22,7 @@ from obs_kernels.pruning.execution import execution_groups
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.layerwise import DenseModel, Snapshot
 from obs_kernels.pruning.memory import readable
+from obs_kernels.pruning.norm_refit import refit_norms_
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
@@ -47,7 +48,8 @@ def sparsify_(
     on the grouping.
 
     Args:
-        model: pruned in place; unchanged if an error comes before the first stage is whole.
+        model: pruned in place; unchanged if an error comes before the first stage is whole. An error in the refit of
+            norms leaves the norms as they were.
         loader: batches, re-iterable where more than one pass is needed; None only where no gradient is
             (``cfg.needs_fisher``).
         loss_fn: ``loss_fn(model, batch)``, see ``OBSPruner.collect``.
@@ -97,12 +99,13 @@ def run_until(
     ``stage`` takes the place of ``pruner.stage_layers``, as where several processes share the work.
     """
     cfg = pruner.config
-    if cfg.needs_fisher and (loader is None or loss_fn is None):
+    if (cfg.needs_fisher or cfg.refit_norms) and (loader is None or loss_fn is None):
         raise ConfigError(
-            f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
+            f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r} and refit_norms="
+            f"{cfg.refit_norms}, got None"
         )
     groups = require_groups(pruner)
-    if (cfg.sequential or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
+    if (cfg.sequential or cfg.refit_norms or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
@@ -110,9 +113,11 @@ def run_until(
         groups = pruner.plan(execution_groups(pruner.model, pruner.layers, loader, loss_fn)).groups
     with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
         folder = None if held is None else _WorkDir(held, pruner, resume=resume)
+        whole_rows = cfg.sequential and cfg.curvature == "row"
+        snapshot = Snapshot([*pruner.layers, *pruner.norms]) if whole_rows or cfg.refit_norms else None
         dense: DenseModel | None = None
-        if cfg.sequential and cfg.curvature == "row" and loader is not None and loss_fn is not None:
-            dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, Snapshot(pruner.layers), timings)
+        if whole_rows and snapshot is not None and loader is not None and loss_fn is not None:
+            dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, snapshot, timings)
         while pruner.stage < until:
             staged: list[StagedLayer] = []
             if dense is not None:
@@ -135,6 +140,9 @@ def run_until(
                             item.write()
                     staged += done
             pruner.commit(staged)
+        dense = None  # what it keeps of tokens is not needed any more
+        if pruner.norms and snapshot is not None and loader is not None and loss_fn is not None:
+            pruner.note_norms(refit_norms_(pruner.model, pruner.norms, loader, loss_fn, cfg, snapshot, timings))
 
 
 @contextmanager

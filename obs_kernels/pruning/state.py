@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a pruner's saved state whole, and does it belong to this pruner? Asked before anything is changed."""
+"""A pruner's state: what it holds of each layer, and, before anything is changed, whether it is whole and its own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,45 @@ from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.patterns import Pattern, parse_pattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
-from obs_kernels.pruning.report import LayerReport
+from obs_kernels.pruning.report import LayerReport, NormReport
 from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.schedule import check_reachable
 
 NUMBERS = ("stage", "saliency", "seconds", "received")
 TABLES = ("config", "masks", "first_masks", "fisher_sums", "row_sums", "origins", "input_sums", "num_grads", "reports")
+
+
+def tables_of(layers: Sequence[PrunedLayer]) -> dict[str, dict[str, Any]]:
+    """Masks, Fisher sums and counts, each by the name of the layer; copies."""
+    rows = [layer for layer in layers if isinstance(layer, RowLayer)]
+    return {
+        "masks": {layer.name: layer.mask.clone() for layer in layers},
+        "first_masks": {layer.name: layer.first_mask.clone() for layer in layers},
+        "fisher_sums": {layer.name: fisher.clone() for layer in layers if (fisher := layer.fisher_sum) is not None},
+        "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
+        "origins": {layer.name: layer.origin.clone() for layer in rows if layer.origin is not None},
+        "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
+        "clusters": {layer.name: layer.clusters.clone() for layer in rows if layer.clusters is not None},
+        "num_grads": {layer.name: layer.num_grads for layer in layers},
+    }
+
+
+def take_tables(state: Mapping[str, Any], layers: Sequence[PrunedLayer]) -> None:
+    """Set ``layers`` to what ``tables_of`` found, in a state that ``check_state`` has passed; copies."""
+    for layer in layers:
+        device = layer.weight.device
+        layer.mask = state["masks"][layer.name].to(device, copy=True)
+        layer.first_mask = state["first_masks"][layer.name].to(device, copy=True)
+        fisher = state["fisher_sums"].get(layer.name)
+        fisher = None if fisher is None else fisher.to(device, copy=True)
+        layer.set_fisher(fisher, state["num_grads"][layer.name])
+        if isinstance(layer, RowLayer) and fisher is not None:
+            layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
+            origin = state["origins"].get(layer.name)
+            layer.origin = None if origin is None else origin.to(device, copy=True)
+            layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
+            if layer.num_clusters > 1:
+                layer.clusters = state["clusters"][layer.name].to(device, copy=True)
 
 
 def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer]) -> tuple[Pattern, ...]:
@@ -63,11 +96,18 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
                     width = (layer.mask.shape[1],)
                     _check_tensor(f"state['origins'][{layer.name!r}]", origin, width, torch.float32)
                 inputs = state["input_sums"].get(layer.name)
-                _check_tensor(f"state['input_sums'][{layer.name!r}]", inputs, (layer.padded[1] + 1,), torch.float64)
-    wanted = {field.name for field in fields(LayerReport)}
+                wanted = (layer.num_clusters, layer.padded[1] + 1)
+                _check_tensor(f"state['input_sums'][{layer.name!r}]", inputs, wanted, torch.float64)
+                if layer.num_clusters > 1:
+                    _check_clusters(layer, state.get("clusters", {}).get(layer.name))
+    keys = {field.name for field in fields(LayerReport)}
     for name, report in state["reports"].items():
-        if name not in names or not isinstance(report, Mapping) or set(report) != wanted:
+        if name not in names or not isinstance(report, Mapping) or set(report) != keys:
             raise ResumeMismatchError(f"state['reports'][{name!r}] is damaged; save the state again")
+    keys = {field.name for field in fields(NormReport)}
+    norms = state.get("norms", [])  # states of before there was refit_norms have none
+    if not isinstance(norms, Sequence) or not all(isinstance(n, Mapping) and set(n) == keys for n in norms):
+        raise ResumeMismatchError("state['norms'] is damaged; save the state again")
     return stages
 
 
@@ -109,9 +149,20 @@ def _check_config(theirs: Mapping[str, Any], mine: OBSConfig) -> None:
     except ConfigError as error:
         raise ResumeMismatchError(f"state['config'] is damaged: {error}") from None
     if other != mine:
-        differing = [key for key, value in mine.to_dict().items() if value != other.to_dict()[key]]
+        ours, others = mine.to_dict(), other.to_dict()
+        differing = [key for key in ours | others if ours.get(key) != others.get(key)]
         raise ResumeMismatchError(
             f"the state was made with another config (differs in {', '.join(differing)}); use the same"
+        )
+
+
+def _check_clusters(layer: RowLayer, clusters: Any) -> None:
+    name = f"state['clusters'][{layer.name!r}]"
+    _check_tensor(name, clusters, (layer.padded[0],), torch.int64)
+    if not bool(((clusters >= 0) & (clusters < layer.num_clusters)).all()):
+        raise ResumeMismatchError(
+            f"{name} must hold 0 to {layer.num_clusters - 1}, got {int(clusters.min())} to {int(clusters.max())}; save "
+            f"the state again"
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much every token of every sample counts for a layer, from one pass over the dense model.
 
-``|dy_t|^2`` of the output gradients takes four bytes a token and layer, so it is kept while the Hessians, which need
-the inputs of the model pruned so far, are made layer by layer without another backward pass.
+``|dy_t|^2`` of the output gradients takes four bytes a token, layer and cluster of rows, so it is kept while the
+Hessians, which need the inputs of the model pruned so far, are made layer by layer without another backward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TokenWeights:
         return sum(self.counts.values())
 
     def of(self, batch: int, layer: RowLayer) -> list[Tensor]:
-        """[n, T] f32 of each use of ``layer`` by a batch that counts."""
+        """[n, T, k] f32, k clusters of rows, of each use of ``layer`` by a batch that counts."""
         return self._weights.get((batch, layer), [])
 
     def push_samples(self, count: int, samples: Samples, batch: int) -> None:
@@ -48,7 +48,7 @@ class TokenWeights:
             for layer in self.layers:
                 for piece in samples.pieces[layer]:
                     squares = squared(piece.dy[:count], samples.scale)
-                    self._weights.setdefault((batch, layer), []).append(squares.sum(2))
+                    self._weights.setdefault((batch, layer), []).append(layer.token_weights(squares))
                     rows = squares.sum((0, 1), dtype=torch.float64)
                     self.row_sums[layer] = self.row_sums[layer] + rows if layer in self.row_sums else rows
         self.counts[batch] = count

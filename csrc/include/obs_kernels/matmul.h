@@ -62,4 +62,32 @@ const char* sparse_tile_name(int config);
 
 LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStream_t stream);
 
+// The same for a panel pattern v:2:m, v a multiple of 64, reading only the columns that a panel
+// keeps. `product` is of those: cols is C / m * 4, packed is prepack's of the values and codes as
+// 2:4 of so many columns; x is all of X, feature-major.
+struct GatherLinearParams {
+  SparseLinearParams product;
+  const uint8_t* columns;  // as in PrepackParams
+  int64_t x_stride;        // elements from one column of x to the next; a multiple of 8
+  int64_t v;
+  int64_t m;
+};
+
+int num_gather_tiles();
+const char* gather_tile_name(int config);
+
+LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStream_t stream);
+
+// x [tokens, cols] to out [cols, out_stride], 16-bit elements; the tokens rounded up to 8 make a
+// column, the last filled up with zeros. cols is a multiple of 8, both are aligned to 16 bytes.
+struct TransposeParams {
+  const void* x;
+  void* out;
+  int64_t tokens;
+  int64_t cols;
+  int64_t out_stride;
+};
+
+LaunchPlan transpose(const TransposeParams& params, int device, cudaStream_t stream);
+
 }  // namespace obs_kernels

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/check.h"
+#include "common/device_guard.h"
+#include "matmul/gather_kernel.cuh"
+#include "matmul/sparse_config.h"
+#include "matmul/sparse_launch.h"
+#include "obs_kernels/matmul.h"
+
+namespace obs_kernels {
+namespace {
+
+template <typename Element, typename Tile>
+LaunchPlan launch(const GatherLinearParams& params,
+                  const GatherTileShape& tile,
+                  int device,
+                  cudaStream_t stream) {
+  constexpr auto kernel = gather_linear_kernel<Element, Tile>;
+  const SparseLinearParams& product = params.product;
+  GatherArgs<Element> args{};
+  args.sparse =
+      sparse_args<Element>(product, tile.rows, tile.tokens * kGatherCluster, kGatherCluster);
+  args.x = static_cast<const Element*>(product.x);
+  args.columns = params.columns;
+  args.x_stride = params.x_stride;
+  args.v = static_cast<int>(params.v);
+  args.m = static_cast<int>(params.m);
+  args.groups = static_cast<int>(product.cols / 4);
+  const CUtensorMap y_map = args.sparse.boxes ? boxes_of_y(product) : CUtensorMap{};
+  const unsigned blocks = launch_clusters<kernel, Tile::kBytes, kSparseThreads>(
+      args.sparse, device, stream, y_map, args);
+  return {"sparse_linear", tile.name, blocks, kSparseThreads};
+}
+
+template <typename Element>
+LaunchPlan launch_tile(const GatherLinearParams& params,
+                       const GatherTileShape& tile,
+                       int device,
+                       cudaStream_t stream) {
+  switch (tile.rows * 1024 + tile.tokens) {
+    case 256 * 1024 + 192:
+      return launch<Element, SparseTile<2, 192>>(params, tile, device, stream);
+    case 256 * 1024 + 128:
+      return launch<Element, SparseTile<2, 128>>(params, tile, device, stream);
+    case 128 * 1024 + 256:
+      return launch<Element, SparseTile<1, 256>>(params, tile, device, stream);
+    case 128 * 1024 + 192:
+      return launch<Element, SparseTile<1, 192>>(params, tile, device, stream);
+    case 128 * 1024 + 128:
+      return launch<Element, SparseTile<1, 128>>(params, tile, device, stream);
+    default:
+      return launch<Element, SparseTile<1, 256, true>>(params, tile, device, stream);
+  }
+}
+
+}  // namespace
+
+int num_gather_tiles() {
+  return kNumGatherTiles;
+}
+
+const char* gather_tile_name(int config) {
+  OBS_CHECK(config >= 0 && config < kNumGatherTiles,
+            "config must be in 0 .. ",
+            kNumGatherTiles - 1,
+            ", got ",
+            config);
+  return kGatherTiles[config].name;
+}
+
+LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStream_t stream) {
+  const SparseLinearParams& product = params.product;
+  check_product(product, kNumGatherTiles);
+  OBS_CHECK(params.v > 0 && params.v % 64 == 0 && product.rows % params.v == 0,
+            "v must be a multiple of 64 that divides the rows, got v = ",
+            params.v,
+            ", rows = ",
+            product.rows);
+  OBS_CHECK(params.m >= 4 && params.m <= 256 && product.cols % 4 == 0,
+            "four of m = 4 .. 256 columns are kept, got m = ",
+            params.m,
+            ", kept columns = ",
+            product.cols);
+  if (product.rows == 0 || product.tokens == 0) return {"sparse_linear", "empty", 0, 0};
+  OBS_CHECK(product.cols > 0, "cols must be positive, got 0");
+  OBS_CHECK(product.feature_x && params.x_stride % 8 == 0 && params.x_stride >= product.tokens,
+            "x must be feature-major with columns of whole 16 bytes, got a stride of ",
+            params.x_stride,
+            " elements for ",
+            product.tokens,
+            " tokens");
+  check_capability(device);
+  const DeviceGuard guard(device);
+  const int chosen = product.config >= 0
+                         ? product.config
+                         : choose_gather_tile(product.rows,
+                                              product.tokens,
+                                              round_up(product.cols, kStepCols) / kStepCols,
+                                              params.v,
+                                              multiprocessors_of(device));
+  const GatherTileShape& tile = kGatherTiles[chosen];
+  OBS_CHECK(params.v % tile.rows == 0,
+            "the rows of a tile must divide v = ",
+            params.v,
+            ", those of ",
+            tile.name,
+            " do not");
+  check_tiles(product, tile.rows, tile.tokens);
+  return product.type == MatmulType::kHalf
+             ? launch_tile<__half>(params, tile, device, stream)
+             : launch_tile<__nv_bfloat16>(params, tile, device, stream);
+}
+
+}  // namespace obs_kernels

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The half of the sparse product that multiplies: two warpgroups whose tensor cores read X and W
+// from the stages of shared memory that others fill. (W from registers would spare them 2 KB of the
+// 18 KB that an instruction reads, but brought to registers through the same shared memory it costs
+// more than it spares: bench/micro.)
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/hopper.cuh"
+#include "matmul/sparse_epilogue.cuh"
+#include "matmul/sparse_layout.cuh"
+#include "matmul/wgmma_sp.cuh"
+
+namespace obs_kernels {
+
+// Shared memory of a CTA: stages, each X and then W; buffers of Y; barriers. All found from one
+// address, as the registers of the consumers are full.
+template <typename Tile>
+struct CtaMemory {
+  uint32_t stages;
+
+  __device__ __forceinline__ uint32_t epilogue() const {
+    return stages + Tile::kStages * Tile::kStageBytes;
+  }
+  // Barrier: a stage has arrived.
+  __device__ __forceinline__ uint32_t full(uint32_t stage) const {
+    return epilogue() + kEpilogueBytes + 8 * stage;
+  }
+  // Barrier: all CTAs of the cluster are done with a stage.
+  __device__ __forceinline__ uint32_t empty(uint32_t stage) const {
+    return full(Tile::kStages + stage);
+  }
+};
+
+// The stage at hand, and the parity of the phase in which its barriers are waited for.
+template <int kStages>
+struct StageRing {
+  uint32_t stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ uint32_t before() const {
+    return stage == 0 ? kStages - 1 : stage - 1;
+  }
+};
+
+// A warpgroup: its sums of a tile, tile after tile. kFeatureX: X lies token after token within a
+// column. kGathered: threads copied it, so that the tensor cores must be fenced from their writes,
+// and the CTAs of a cluster share rows.
+template <typename Element, typename Tile, bool kFeatureX, bool kGathered>
+__device__ __forceinline__ void consume(const CUtensorMap& y_map,
+                                        const SparseArgs<Element>& args,
+                                        CtaMemory<Tile> cta,
+                                        int warpgroup,
+                                        int thread) {
+  using namespace hopper;
+  constexpr int kParts = Tile::kParts;
+  constexpr int kTokens = Tile::kSumTokens;
+  const int row_part = Tile::kShareRows ? 0 : warpgroup * kParts;  // of the 64 rows of a product
+  const int token_part = Tile::kShareRows ? warpgroup * kTokens : 0;
+  constexpr uint32_t kLeading = kFeatureX ? kSlabBytes : 16;
+  constexpr uint32_t kSecond = kFeatureX ? 32 * 128 : 64;  // bytes from columns 0 to 32 of a step
+  StageRing<Tile::kStages> ring;
+  float sum[kParts][kTokens / 2];
+  uint32_t meta[2][kParts];
+
+  const auto weight_at = [&](int part) {
+    return cta.stages + ring.stage * Tile::kStageBytes + Tile::kTokenBytes +
+           (row_part + part) * kWeightBytes;
+  };
+  const auto load_meta = [&](uint32_t (&to)[kParts]) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      load_shared(to[part], weight_at(part) + kValueBytes + thread * 4);
+    }
+  };
+  const auto arrived = [&] {
+    barrier_wait(cta.full(ring.stage), ring.parity);
+    if constexpr (kGathered) fence_async_shared();
+  };
+  const auto release = [&](uint32_t stage) {
+    if (thread < args.cluster) barrier_arrive(cta.empty(stage), static_cast<uint32_t>(thread));
+  };
+  // Multiplies the stage at hand, whose metadata is in `now`; meanwhile that of the next one comes
+  // to `then`. The stage before goes back as soon as its products are done, which is when the first
+  // product of this one may begin: a thread that has issued all of them would be late for it.
+  const auto multiply = [&](const uint32_t (&now)[kParts], uint32_t (&then)[kParts], int step) {
+    const uint32_t x = cta.stages + ring.stage * Tile::kStageBytes + token_part * 128;
+    const uint64_t first = swizzled_operand<128>(x, kLeading, 1024);
+    const uint64_t second = swizzled_operand<128>(x + kSecond, kLeading, 1024);
+    product_fence();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const uint32_t w = weight_at(part);
+      sparse_product<Element, kTokens, 0, kFeatureX>(
+          sum[part], swizzled_operand<64>(w, 16, 512), first, now[part], step);
+      if (part == 0) {
+        product_commit();
+        product_wait<1>();
+        if (step > 0) release(ring.before());
+      }
+      sparse_product<Element, kTokens, 1, kFeatureX>(
+          sum[part], swizzled_operand<64>(w + 32, 16, 512), second, now[part], 1);
+    }
+    product_commit();
+    ring.next();
+    if (step + 1 < args.steps) {
+      arrived();
+      load_meta(then);
+    }
+  };
+
+  for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
+    const auto rank = static_cast<int>(cluster_rank());
+    const TilePlace at = place_of<kGathered>(tile, args, rank);
+    arrived();
+    load_meta(meta[0]);
+    int step = 0;
+    for (; step + 1 < args.steps; step += 2) {
+      multiply(meta[0], meta[1], step);
+      multiply(meta[1], meta[0], step + 1);
+    }
+    if (step < args.steps) multiply(meta[0], meta[1], step);
+
+    SumPlace place{};
+    place.first_row = at.row_tile * Tile::kRows + row_part * kPartRows;
+    place.first_token = at.token_tile * Tile::kTokens + token_part;
+    place.row = place.first_row + thread / 32 * 16 + thread % 32 / 4;
+    place.warpgroup = warpgroup;
+    place.thread = thread;
+    float bias[kParts][2];  // while the last product is on its way
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      load_bias(bias[part], args, place.row + part * kPartRows);
+    }
+    product_wait<0>();
+    release(ring.before());
+
+    const uint32_t buffers = cta.epilogue() + warpgroup * kBuffers * kSlabBytes;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      // The wait does not name the sums: this keeps the compiler from reading them before it.
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sum[part][i])::"memory");
+      finish_sums(sum[part], bias[part], args.activation);
+      if (args.boxes) {
+        write_boxes<Element, kTokens>(sum[part], y_map, args, place, buffers);
+      } else {
+        write_elements<Element, kTokens>(sum[part], args, place);
+      }
+      place.first_row += kPartRows;
+      place.row += kPartRows;
+    }
+  }
+  if (thread == 0) store_wait_read<0>();
+}
+
+}  // namespace obs_kernels

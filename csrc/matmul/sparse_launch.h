@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// The host side that all kernels of the sparse product share: tensor maps, how many CTAs run at a
+// time, checks, and the launch.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "common/check.h"
+#include "common/launch.h"
+#include "matmul/sparse_config.h"
+#include "matmul/sparse_layout.cuh"
+#include "obs_kernels/matmul.h"
+
+namespace obs_kernels {
+
+// From the driver that the runtime loaded: no library to link, none to miss on a machine without.
+inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    OBS_CUDA_CHECK(cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
+    OBS_CHECK(function != nullptr, "the driver must know cuTensorMapEncodeTiled; update it");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return found;
+}
+
+// A row-major matrix of 16-bit elements in boxes of 64 x 64, swizzled; outside it reads zeros.
+inline CUtensorMap boxes_of(const void* matrix, int64_t rows, int64_t cols, MatmulType type) {
+  CUtensorMap map{};
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(cols) * 2};
+  const cuuint32_t box[2] = {64, 64};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status =
+      encode_function()(&map,
+                        type == MatmulType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                        2,
+                        const_cast<void*>(matrix),
+                        sizes,
+                        strides,
+                        box,
+                        steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  OBS_CHECK(status == CUDA_SUCCESS,
+            "a matrix of ",
+            rows,
+            " x ",
+            cols,
+            " must fit a tensor map, got CUresult ",
+            static_cast<int>(status));
+  return map;
+}
+
+// Once a launch, as the attributes come from memory.
+inline void check_capability(int device) {
+  int major = 0;
+  int minor = 0;
+  OBS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  OBS_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  OBS_CHECK(major == 9 && minor == 0,
+            "wgmma needs compute capability 9.0, device ",
+            device,
+            " has ",
+            major,
+            ".",
+            minor);
+}
+
+inline constexpr int kKnownDevices = 64;  // of which answers of the runtime are kept
+
+inline int multiprocessors_of(int device) {
+  static std::array<std::atomic<int>, kKnownDevices> known{};
+  const bool keeps = device >= 0 && device < kKnownDevices;
+  int count = keeps ? known[static_cast<size_t>(device)].load(std::memory_order_relaxed) : 0;
+  if (count != 0) return count;
+  OBS_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  if (keeps) known[static_cast<size_t>(device)].store(count, std::memory_order_relaxed);
+  return count;
+}
+
+// Clusters of `kernel` that a device runs at a time, after letting it take that much shared memory.
+// Asked once for each kernel, device and cluster: the two calls cost more than a launch.
+template <auto kKernel, int kBytes, int kThreads>
+int clusters_at_once(int device, int cluster) {
+  static std::array<std::array<std::atomic<int>, 2>, kKnownDevices> known{};
+  const bool keeps = device >= 0 && device < kKnownDevices;
+  std::atomic<int>* kept =
+      keeps ? &known[static_cast<size_t>(device)][static_cast<size_t>(cluster - 1)] : nullptr;
+  int count = keeps ? kept->load(std::memory_order_acquire) : 0;
+  if (count != 0) return count;
+  OBS_CUDA_CHECK(
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  OBS_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kKernel, &config));
+  OBS_CHECK(
+      count > 0, "a cluster of ", cluster, " CTAs with ", kBytes, " bytes each must fit the GPU");
+  if (keeps) kept->store(count, std::memory_order_release);
+  return count;
+}
+
+// What all kernels of the product are told alike, of clusters that compute so many
+// rows and tokens.
+template <typename Element>
+SparseArgs<Element> sparse_args(const SparseLinearParams& params,
+                                int group_rows,
+                                int group_tokens,
+                                int cluster) {
+  SparseArgs<Element> args{};
+  args.packed = static_cast<const uint8_t*>(params.packed);
+  args.bias = static_cast<const Element*>(params.bias);
+  args.y = static_cast<Element*>(params.y);
+  args.rows = params.rows;
+  args.tokens = params.tokens;
+  args.steps = static_cast<int>(round_up(params.cols, kStepCols) / kStepCols);
+  args.weight_tiles = static_cast<int>(round_up(params.rows, kPackedRows) / kPackedRows);
+  args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
+  args.token_tiles = static_cast<int>(round_up(params.tokens, group_tokens) / group_tokens);
+  args.cluster = cluster;
+  args.activation = params.activation;
+  args.feature_y = params.feature_y;
+  args.boxes = (params.feature_y ? params.tokens : params.rows) % 8 == 0 && aligned(params.y, 16);
+  return args;
+}
+
+inline CUtensorMap boxes_of_y(const SparseLinearParams& params) {
+  return params.feature_y ? boxes_of(params.y, params.rows, params.tokens, params.type)
+                          : boxes_of(params.y, params.tokens, params.rows, params.type);
+}
+
+// As many clusters as run at a time, or as there are tiles. Returns the CTAs.
+template <auto kKernel, int kBytes, int kThreads, typename Element, typename... Arguments>
+unsigned launch_clusters(const SparseArgs<Element>& args,
+                         int device,
+                         cudaStream_t stream,
+                         const Arguments&... arguments) {
+  const int64_t clusters =
+      std::min<int64_t>(static_cast<int64_t>(args.row_groups) * args.token_tiles,
+                        clusters_at_once<kKernel, kBytes, kThreads>(device, args.cluster));
+  const auto blocks = static_cast<unsigned>(clusters * args.cluster);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(args.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  OBS_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, arguments...));
+  count_launch();
+  return blocks;
+}
+
+// Sizes and addresses that every product wants. `config` is of `configs`.
+inline void check_product(const SparseLinearParams& params, int configs) {
+  OBS_CHECK(params.rows >= 0 && params.cols >= 0 && params.tokens >= 0,
+            "sizes must not be negative, got rows = ",
+            params.rows,
+            ", cols = ",
+            params.cols,
+            ", tokens = ",
+            params.tokens);
+  OBS_CHECK(params.config >= -1 && params.config < configs,
+            "config must be in -1 .. ",
+            configs - 1,
+            ", got ",
+            params.config);
+  constexpr int64_t kLimit = int64_t{1} << 30;  // coordinates of the copy engine are 32-bit
+  OBS_CHECK(params.rows < kLimit && params.cols < kLimit && params.tokens < kLimit,
+            "sizes must be below 2^30, got rows = ",
+            params.rows,
+            ", cols = ",
+            params.cols,
+            ", tokens = ",
+            params.tokens);
+  OBS_CHECK(aligned(params.x, 16) && aligned(params.packed, 16),
+            "x and packed must be aligned to 16 bytes");
+}
+
+inline void check_tiles(const SparseLinearParams& params, int rows, int tokens) {
+  constexpr int64_t kLimit = int64_t{1} << 30;  // numbers of tiles are 32-bit, as is a stride more
+  const int64_t tiles = (params.rows / rows + 1) * (params.tokens / tokens + 1);
+  OBS_CHECK(tiles < kLimit, "a product of at most 2^30 tiles is taken, got ", tiles);
+}
+
+}  // namespace obs_kernels
