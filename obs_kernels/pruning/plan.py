@@ -44,7 +44,7 @@ class PruningPlan:
     buffer_bytes: tuple[int, ...] = ()
     """Bytes of these rows, of each group; as if gradients came in the dtype of the weights, autocast takes less."""
     norms: tuple[str, ...] = ()
-    """Normalisation layers that are refit at the end."""
+    """Normalisation layers that are refit."""
     held_bytes: int = 0
     """Of the dense weights that are held for it until then."""
 
@@ -110,7 +110,7 @@ class PruningPlan:
             )
         if self.norms:
             lines.append(
-                f"{len(self.norms)} norms refit at the end, with a pass of the dense and one of the pruned model for "
+                f"{len(self.norms)} norms refit, with a pass of the dense and one of the pruned model for "
                 f"each (of their block alone where blocks follow each other); {self.held_bytes / 1e6:,.0f} MB of dense "
                 f"weights held until then"
             )
@@ -131,7 +131,7 @@ def make_plan(
 ) -> PruningPlan:
     """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory).
 
-    ``num_grads``: gradients that will come; more rows than these are never buffered. ``norms``: refit at the end.
+    ``num_grads``: gradients that will come; more rows than these are never buffered. ``norms``: that are refit.
     """
     plan = _make_plan(layers, skipped, pattern, needs_fisher=needs_fisher, budget=budget, num_grads=num_grads)
     if not norms:
