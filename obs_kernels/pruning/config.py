@@ -83,8 +83,9 @@ class OBSConfig:
             leave them alone.
         row_clusters: Hessians a layer, each for a cluster of rows (whole panels for v:n:m) whose weights of tokens are
             alike, found by one more pass with gradients; a layer with fewer rows or panels has one for each. For "row".
-        refit_norms: at the end fit weight and bias of every normalisation layer (``find_norms``) to the outputs of the
-            dense model, channel by channel, in the order they run. Takes the data anew for each of them.
+        refit_norms: fit weight and bias of every normalisation layer (``find_norms``) to the dense model's outputs,
+            channel by channel, in the order they run: with ``sequential`` before the layers after it are pruned, else
+            at the end. Takes the data anew for each of them.
         sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
             first. For "row" and "layer".
     """

@@ -49,7 +49,7 @@ class PruningPlan:
     way: str = ""
     """In words: which passes over the calibration data there are."""
     norms: tuple[str, ...] = ()
-    """Normalisation layers that are refit at the end."""
+    """Normalisation layers that are refit."""
     held_bytes: int = 0
     """Of the dense weights that are held for it until then."""
 
@@ -131,7 +131,7 @@ class PruningPlan:
             )
         if self.norms:
             lines.append(
-                f"{len(self.norms)} norms refit at the end, with a pass of the dense and one of the pruned model for "
+                f"{len(self.norms)} norms refit, with a pass of the dense and one of the pruned model for "
                 f"each (of their block alone where blocks follow each other); {self.held_bytes / 1e6:,.0f} MB of dense "
                 f"weights held until then"
             )
@@ -159,7 +159,7 @@ def make_plan(
         sequential: groups follow each other as they run, each on the model pruned so far.
         order: of ``execution_groups``, for ``sequential``; None takes the layers one by one in the order of their
             names in the model.
-        norms: refit at the end.
+        norms: that are refit.
     """
     plan = _plan_groups(
         layers,

@@ -49,7 +49,7 @@ class OBSPruner:
         self.config = config
         self.layers, self.skipped = find_layers(model, config)
         self.norms = find_norms(model, config)
-        """What ``sparsify_`` and ``gradual_step`` refit at the end."""
+        """What ``sparsify_`` and ``gradual_step`` refit."""
         self.stages = recomputation_stages(config.parsed_pattern, config.recomputations)
         """Patterns on the way, the last one that of the config; ``prune(pattern)`` puts another in."""
         self.stage = 0
@@ -194,7 +194,7 @@ class OBSPruner:
         """
         if self.config.refit_norms:
             raise ConfigError(
-                "refit_norms needs the data again after pruning, got prune(), which has none; use sparsify_ or "
+                "refit_norms needs the data again for every norm, got prune(), which has none; use sparsify_ or "
                 "gradual_step"
             )
         before = self.stages
@@ -269,7 +269,7 @@ class OBSPruner:
         return self.report()
 
     def note_norms(self, norms: Sequence[NormReport]) -> None:
-        """Take what the last ``refit_norms_`` did into the report."""
+        """Take what was refit last into the report."""
         self._norms = tuple(norms)
         self._seconds += sum(norm.seconds for norm in norms)
 
