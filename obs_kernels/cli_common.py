@@ -13,6 +13,12 @@ from obs_kernels.cli_words import in_option_words
 from obs_kernels.errors import ObsKernelsError
 from obs_kernels.report.values import json_text
 
+Model = Annotated[str, typer.Option(help="Folder or hub name of a question answering model.")]
+Data = Annotated[str, typer.Option(help="Questions to evaluate on: SQuAD v1.1 .json[.gz], or a hub name.")]
+Train = Annotated[str | None, typer.Option(help="Questions for the gradients: a file, or a hub name.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")]
+BatchSize = Annotated[int, typer.Option(help="Windows a batch.")]
+MaxEval = Annotated[int | None, typer.Option(help="Evaluate on that many questions, chosen by the seed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder of an earlier run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

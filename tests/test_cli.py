@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -391,6 +393,54 @@ def test_plan_and_dry_run_say_the_same(command: Callable[..., list[object]], wor
     assert plan["layers"] == dry["layers"] and plan["num_weights"] == 4 * 32 * 32 + 2 * 32 * 64
     text = run("plan", "--model", work / "model", "--pattern", PATTERN, "--device", "cpu").stdout
     assert "bert.encoder.layer.0.attention.self.query" in text and "left out: ignored" in text and "peak" in text
+
+
+def test_plan_takes_the_options_of_prune():
+    from obs_kernels.cli_prune import plan, prune
+
+    of_plan, of_prune = (
+        {
+            name: (p.annotation.__origin__, p.default)
+            for name, p in inspect.signature(c, eval_str=True).parameters.items()
+        }
+        for c in (plan, prune)
+    )
+    assert of_plan == {name: value for name, value in of_prune.items() if name != "dry_run"}
+    studies = {"refit_bias", "row_clusters", "refit_norms", "sweep_order"}  # by --config only
+    assert {field.name for field in dataclasses.fields(OBSConfig)} - studies <= set(of_plan)
+
+
+@pytest.mark.parametrize("curvature", ["row", "layer"])
+def test_the_plan_of_layer_by_layer_is_what_happens(
+    curvature: str, command: Callable[..., list[object]], tmp_path: Path
+):
+    words = command(pattern="2:8", curvature=curvature, num_grads=8, loss="labels", out=tmp_path / "out")
+    options = [*words, "--sequential"]
+    found = run_json("plan", *options[1:])
+    planned, report = found["plan"], run_json(*options)
+    # query, key and value read one input; of the two layers the others follow each other
+    sizes = [sum(row["group"] == group for row in planned["layers"]) for group in range(planned["num_groups"])]
+    assert sizes[:4] == [3, 1, 1, 1] and planned["num_groups"] == len(sizes)
+    assert report["plan"] == {key: planned[key] for key in report["plan"] if key != "budget"} | {
+        "budget": report["plan"]["budget"]
+    }
+    sums = [row["fisher_bytes"] for row in planned["layers"]]
+    assert max(sums) <= planned["peak_bytes"] == planned["fisher_peak_bytes"] < sum(sums) == planned["fisher_bytes"]
+    assert found["loss"] == "labels" and found["stages"] == ["2:8"] and found["notes"] == []
+    text = " ".join(run("plan", *options[1:]).stdout.split())
+    assert f"layer by layer: {'one pass with gradients' if curvature == 'row' else '4 groups as they run'}" in text
+    assert "8 gradients (sample) of the labels" in text and "pass 1 of" not in text
+
+
+def test_a_plan_says_what_prune_would_refuse(command: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch):
+    from obs_kernels.pruning import plan
+
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 1000)
+    words = command(pattern="2:8", curvature="block")
+    (note,) = run_json("plan", *words[1:])["notes"]
+    assert note.startswith("prune would stop at this: the Fisher of ") and "lower --fisher-block-size" in note
+    done = run(*words)
+    assert done.exit_code == 1 and note.removeprefix("prune would stop at this: ") in done.stderr
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("typer")
 
-from obs_kernels.cli import prune
 from obs_kernels.cli_files import compress
+from obs_kernels.cli_prune import prune
 from obs_kernels.cli_words import in_option_words
 
 

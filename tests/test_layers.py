@@ -40,6 +40,7 @@ LEVELS = {
     "recipes": 5,
     "training": 6,
     **dict.fromkeys(("cli", "cli_common", "cli_words", "cli_files", "cli_speed", "cli_recipes", "cli_train"), 7),
+    **dict.fromkeys(("cli_prune", "cli_damping"), 7),
     **dict.fromkeys(("inference", "run_report", "__main__"), 7),
     "": 8,  # obs_kernels/__init__.py
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last fit of norms: what it restores, what it fits to by brute force in f64, and what stays as it was."""
+"""The fit of norms: what it restores, what it fits to by brute force in f64, and what stays as it was."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_layerwise import Problem
 from torch import Tensor, nn
 
 import obs_kernels as obs
@@ -17,7 +18,7 @@ from obs_kernels.pruning.find_layers import find_layers, find_norms
 from obs_kernels.pruning.gradual import gradual_step
 from obs_kernels.pruning.layer import Norm
 from obs_kernels.pruning.layerwise import Snapshot
-from obs_kernels.pruning.norm_refit import _Refit, refit_norms_
+from obs_kernels.pruning.norm_refit import NormRefit
 from obs_kernels.pruning.report import NormReport
 
 Batch = dict[str, Tensor]
@@ -79,8 +80,11 @@ def make(kind: str = "layer", *, listed: bool = True) -> Net:
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    live = batch["attention_mask"][..., None]
-    return ((model(batch["x"]).float() - batch["y"]).square() * live).sum((1, 2))
+    return squares_of(model(batch["x"]).float(), batch)
+
+
+def squares_of(output: Tensor, batch: Batch) -> Tensor:
+    return ((output - batch["y"]).square() * batch["attention_mask"][..., None]).sum((1, 2))
 
 
 @pytest.fixture
@@ -105,14 +109,16 @@ def state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def refit(net: nn.Module, dense: nn.Module, batches: list[Batch], **changes: Any) -> list[NormReport]:
-    """Norms of ``net`` fitted to ``dense``; what the pruner does at the end."""
+    """Norms of ``net`` fitted to ``dense``; what the pruner does at the end without ``sequential``."""
     cfg = config(**changes)
     layers, norms = find_layers(net, cfg)[0], find_norms(net, cfg)
     now = state(net)
     net.load_state_dict(dense.state_dict())
     snapshot = Snapshot([*layers, *norms])
     net.load_state_dict(now)
-    return refit_norms_(net, norms, batches, loss_fn, cfg, snapshot)
+    work = NormRefit(net, layers, norms, batches, loss_fn, cfg, snapshot)
+    work.refit_before()
+    return work.reports
 
 
 def live(values: Tensor, batch: Batch, count: int) -> Tensor:
@@ -282,21 +288,55 @@ def test_another_function_is_refused(batches: list[Batch]) -> None:
         obs.sparsify_(net, config(), batches, loss_fn)
 
 
-def test_an_error_leaves_the_norms(batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs that are NaN in the pass of the last norm alone; the step in a training leaves all as it was."""
+class NormedProblem(Problem):
+    """What ``blocks.1.up`` is fitted to: on the outputs of the norm before it, as it is in the end."""
+
+    def __init__(self, dense: Net, pruned: Net, batches: list[Batch]) -> None:
+        dense, pruned = copy.deepcopy(dense).double(), copy.deepcopy(pruned).double()
+        (first, second), (start, _) = dense.blocks.children(), pruned.blocks.children()
+        self.dense = second.up
+        inputs, wanted, squares, left = [], [], [], SAMPLES
+        for batch in batches:
+            count = min(left, 8)
+            left -= count
+            x = batch["x"].double()
+            y = self.dense(first(dense.first(x)))
+            stream = first(dense.first(x)) + second.down(y.tanh())
+            (dy,) = torch.autograd.grad(squares_of(second.norm(stream), batch).sum(), y)
+            inputs.append(live(start(pruned.first(x)), batch, count).detach())
+            wanted.append(live(y, batch, count).detach())
+            squares.append(live(dy, batch, count).square())
+        self.x, self.target, self.weight = torch.cat(inputs), torch.cat(wanted), torch.cat(squares).sum(1)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["blocks", "whole"])
+def test_layers_after_a_norm_are_fitted_to_what_it_gives(listed: bool, batches: list[Batch]) -> None:
+    dense = make(listed=listed)
+    net = copy.deepcopy(dense)
+    obs.sparsify_(net, config("2:8"), batches, loss_fn)
+    problem, layer = NormedProblem(dense, net, batches), list(net.blocks.children())[1].up
+    weight, bias = problem.solve(layer.weight != 0, problem.damp(0.01), free_bias=True)
+    assert bias is not None
+    torch.testing.assert_close(layer.weight.detach().double(), weight, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(layer.bias.detach().double(), bias, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_an_error_leaves_the_norms(sequential: bool, batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in the pass of the last norm alone; the step in a training leaves all as it was."""
     net = make(listed=False)
     before = state(net)
     calls: list[str] = []
-    added = _Refit._add
+    added = NormRefit._add
 
-    def fails(self: _Refit, sums: Any, norm: Norm, *rest: Any) -> None:
+    def fails(self: NormRefit, sums: Any, norm: Norm, *rest: Any) -> None:
         calls.append(norm.name)
         if norm.name == "blocks.1.norm":
             raise NonFiniteError("blocks.1.norm: came NaN")
         added(self, sums, norm, *rest)
 
-    monkeypatch.setattr(_Refit, "_add", fails)
-    pruner = obs.OBSPruner(net, config())
+    monkeypatch.setattr(NormRefit, "_add", fails)
+    pruner = obs.OBSPruner(net, config(sequential=sequential))
     with pytest.raises(NonFiniteError, match="came NaN"):
         gradual_step(pruner, "2:4", batches, loss_fn)
     assert calls.count("blocks.0.norm") == len(batches)
@@ -328,7 +368,8 @@ def test_plan_report_and_state_say_it(batches: list[Batch]) -> None:
     assert plan.norms == ("first", "blocks.0.norm", "blocks.1.norm")
     held = sum(p.nbytes for p in net.parameters())  # all of this net is pruned or refit
     assert plan.held_bytes == held == plan.to_dict()["held_bytes"]
-    assert "3 norms refit at the end" in plan.to_markdown()
+    assert plan.layer_by_layer and "layer by layer" in plan.to_markdown()
+    assert "3 norms refit, with" in plan.to_markdown()
     assert "refit" not in obs.OBSPruner(net, config(refit_norms=False)).plan().to_markdown()
 
     report = gradual_step(pruner, "2:4", batches, loss_fn)

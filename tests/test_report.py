@@ -285,9 +285,13 @@ def test_common_prefix(names: list[str], prefix: str):
 
 def test_memory_of_each_pass():
     rows = [{"group": g, "fisher_bytes": b} for g, b in ((0, 1_000_000), (0, 2_000_000), (1, 5_000_000), (-1, 0))]
-    lines = tables.memory_lines({"layers": rows, "budget": 6_000_000, "num_weights": 1234})
+    plan = {"layers": rows, "budget": 6_000_000, "num_weights": 1234, "layer_by_layer": False, "way": "in words"}
+    lines = tables.memory_lines(plan)
     assert lines[:2] == ["pass 1 of 2: 2 layers, Fisher 3.0 MB", "pass 2 of 2: 1 layers, Fisher 5.0 MB"]
     assert lines[2] == "1,234 weights; peak of the Fisher 5.0 MB, budget 6.0 MB"
+    assert tables.memory_lines(plan | {"layer_by_layer": True}) == ["in words", lines[2]]
+    free = [row | {"fisher_bytes": 0} for row in rows]
+    assert tables.memory_lines(plan | {"layers": free})[0] == "in words"
 
 
 @pytest.mark.parametrize("name", ["jinja2", "matplotlib"])

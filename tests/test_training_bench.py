@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import squad_gradual
+from bench import gradual_rows, squad_gradual
 from bench.gradual_run import Trainee
 from bench.gradual_table import MUST, to_markdown
 from obs_kernels.errors import ConfigError
@@ -26,25 +26,25 @@ pytest.importorskip("pydantic")
 
 
 def test_every_row_has_settings_and_a_schedule_that_ends_at_its_pattern() -> None:
-    rows = squad_gradual.all_rows()
+    rows = gradual_rows.all_rows()
     assert len({row.key for row in rows}) == len(rows)
     must = [row for row in rows if row.must]
     assert must == rows[: len(must)] and len(must) == 7
     for row in rows:
-        config = squad_gradual.config_of(row, num_grads=8, dampening_frac=0.01, block_size=64)
-        schedule = squad_gradual.schedule_of(row, prune_every=0.5)
-        if row.way == squad_gradual.DENSE:
+        config = gradual_rows.config_of(row, num_grads=8, dampening_frac=0.01, block_size=64)
+        schedule = gradual_rows.schedule_of(row, prune_every=0.5)
+        if row.way == gradual_rows.DENSE:
             assert config is None and schedule is None
             continue
         assert config is not None and schedule is not None and config.curvature == row.curvature
         prunings = schedule.prunings(config.parsed_pattern, 100)
         assert prunings[-1].pattern == config.parsed_pattern and prunings[-1].step <= 250
-        assert len(prunings) == (1 if row.way == squad_gradual.ONESHOT else len(prunings)) and prunings[0].step == 0
-        assert len(prunings) > 1 or row.way == squad_gradual.ONESHOT
-    patterns = {row.pattern for row in rows if row.way == squad_gradual.GRADUAL and row.curvature == "row"}
+        assert len(prunings) == (1 if row.way == gradual_rows.ONESHOT else len(prunings)) and prunings[0].step == 0
+        assert len(prunings) > 1 or row.way == gradual_rows.ONESHOT
+    patterns = {row.pattern for row in rows if row.way == gradual_rows.GRADUAL and row.curvature == "row"}
     recipe = load_recipe("gradual_row_28v64")
-    row = squad_gradual.Row(squad_gradual.GRADUAL, "64:2:8", "row", "combinatorial")
-    assert squad_gradual.schedule_of(row, prune_every=0.5) == recipe.schedule and recipe.schedule is not None
+    row = gradual_rows.Row(gradual_rows.GRADUAL, "64:2:8", "row", "combinatorial")
+    assert gradual_rows.schedule_of(row, prune_every=0.5) == recipe.schedule and recipe.schedule is not None
     assert set(MUST) <= patterns
 
 
@@ -158,7 +158,7 @@ def test_no_checkpoint_is_written_within_the_least_time(
 
 
 def test_shares_take_every_row_once_whatever_is_left_out() -> None:
-    rows = squad_gradual.all_rows()
+    rows = gradual_rows.all_rows()
     for number in (1, 2, 3):
         shares = [squad_gradual.rows_of_share(3, (first, number)) for first in range(1, number + 1)]
         assert sorted(row.key for share in shares for row in share) == sorted(row.key for row in rows)
@@ -176,10 +176,16 @@ def test_a_share_must_be_one_of_its_number(text: str, capsys: pytest.CaptureFixt
     assert "must be I/N with 1 <= I <= N" in capsys.readouterr().err
 
 
+def test_processes_that_share_do_not_write_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        squad_gradual.main(["--model", "m", "--data", "d", "--train", "t", "--share", "1/2"])
+    assert "--share needs a --json of its own" in capsys.readouterr().err
+
+
 def test_two_processes_share_the_rows_and_merge_their_results(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = squad_gradual.all_rows()[:3]
+    wanted = gradual_rows.all_rows()[:3]
     monkeypatch.setattr(squad_gradual, "all_rows", lambda _=3: wanted)
     files = [tmp_path / str(i) / "r.json" for i in (1, 2)]
     for i, path in enumerate(files, 1):
@@ -216,7 +222,7 @@ def test_two_processes_share_the_rows_and_merge_their_results(
 
 
 def test_a_run_takes_the_rows_of_another(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = squad_gradual.all_rows()[:2]
+    wanted = gradual_rows.all_rows()[:2]
     monkeypatch.setattr(squad_gradual, "all_rows", lambda _=3: wanted)
     squad_gradual.main(arguments(work, tmp_path / "a", "--share", "2/2", "--epochs", "1"))
     other = json.loads((tmp_path / "a" / "r.json").read_text())
@@ -250,9 +256,9 @@ class Block:
         if name.split(".")[0] in ("pydantic", "datasets", "yaml", "typer"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-from bench import squad_gradual
-for row in squad_gradual.all_rows():
-    squad_gradual.config_of(row, num_grads=8, dampening_frac=0.01, block_size=64)
+from bench import gradual_rows, squad_gradual
+for row in gradual_rows.all_rows():
+    gradual_rows.config_of(row, num_grads=8, dampening_frac=0.01, block_size=64)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

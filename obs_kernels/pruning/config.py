@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -34,7 +35,7 @@ FOREIGN_KEYS = {
     "mask_structure": "pattern (note: mask_structure 'n:m' prunes n of m, pattern keeps n of m)",
     "mask_type": "pattern",
     "sparsity": "pattern, for example 'unstructured:0.9' or 'block4:0.8'",
-    "final_sparsity": "pattern, for example 'unstructured:0.9' or 'block4:0.8'",
+    "final_sparsity": "pattern, for example 'unstructured:0.9' or 'block4:0.8'; of single layers layer_sparsity",
     "num_recomputations": "recomputations",
     "block_size": "fisher_block_size",
     "params": "targets",
@@ -65,6 +66,9 @@ class OBSConfig:
         passes: at most so many passes over the groups of a Fisher block after the first choice, each group choosing
             anew with the others fixed; for ``method="combinatorial"``, and an effect only where D > m.
         global_sparsity: one threshold over all layers; for unstructured and blocks only.
+        layer_sparsity: {class name, module name or "re:...": sparsity} of layers that get another one than the pattern
+            says, with a threshold of their own; for unstructured and blocks, not together with ``global_sparsity``. On
+            the way there it is the same share of theirs as of the pattern's. Kept as pairs.
         targets: class names, module names or "re:..." patterns of what is pruned.
         ignore: the same, for what is left out.
         seed: seed of everything random in a run.
@@ -79,8 +83,9 @@ class OBSConfig:
             leave them alone.
         row_clusters: Hessians a layer, each for a cluster of rows (whole panels for v:n:m) whose weights of tokens are
             alike, found by one more pass with gradients; a layer with fewer rows or panels has one for each. For "row".
-        refit_norms: at the end fit weight and bias of every normalisation layer (``find_norms``) to the outputs of the
-            dense model, channel by channel, in the order they run. Takes the data anew for each of them.
+        refit_norms: fit weight and bias of every normalisation layer (``find_norms``) to the dense model's outputs,
+            channel by channel, in the order they run: with ``sequential`` before the layers after it are pruned, else
+            at the end. Takes the data anew for each of them.
         sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
             first. For "row" and "layer".
     """
@@ -97,6 +102,7 @@ class OBSConfig:
     recomputations: int = 1
     passes: int = 0
     global_sparsity: bool = False
+    layer_sparsity: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("re:.*qa_outputs",)
     seed: int = 0
@@ -115,6 +121,7 @@ class OBSConfig:
         self._set("pattern", str(parsed))
         self._set("targets", _names("targets", self.targets))
         self._set("ignore", _names("ignore", self.ignore))
+        self._set("layer_sparsity", _shares(self.layer_sparsity))
         for name in ("num_grads", "recomputations", "passes", "row_clusters", "seed"):
             self._set(name, _integer(name, getattr(self, name), least=0 if name in ("passes", "seed") else 1))
         if self.fisher_block_size is not None:
@@ -154,6 +161,15 @@ class OBSConfig:
         return "row" if free and takes_row_curvature(pattern) else "block"
 
     def _check_together(self, pattern: Pattern) -> None:
+        if self.layer_sparsity and (pattern.fixed_count or self.global_sparsity or self.curvature != "block"):
+            raise ConfigError(
+                f"layer_sparsity needs an unstructured or block pattern, curvature='block' and global_sparsity=False, "
+                f"got {pattern}, {self.curvature!r} and {self.global_sparsity}; leave it out, or change these"
+            )
+        if self.layer_sparsity and not pattern.sparsity:
+            raise ConfigError(
+                f"layer_sparsity needs a pattern of more than 0, got {pattern}; name the layers to prune by targets"
+            )
         if self.curvature == "block":
             self._check_block(pattern)
         else:
@@ -231,8 +247,10 @@ class OBSConfig:
         return not (self.method == "magnitude" and self.update == "none")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Plain values for JSON; without ``layer_sparsity`` where there is none, as in what older versions wrote."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        shares = dict(values.pop("layer_sparsity"))
+        return values | ({"layer_sparsity": shares} if shares else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OBSConfig:
@@ -267,6 +285,23 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise ConfigError(f"{name} must be a list of names or 're:...' patterns, got {value!r}")
     return tuple(value)
+
+
+def _shares(value: Any) -> tuple[tuple[str, float], ...]:
+    try:
+        pairs = tuple(dict(value).items())
+    except (TypeError, ValueError):
+        raise ConfigError(f"layer_sparsity must map names or 're:...' patterns to sparsities, got {value!r}") from None
+    found = []
+    for rule, share in pairs:
+        number = checks.check_number(f"layer_sparsity[{rule!r}]", share)
+        if not isinstance(rule, str) or not 0 < number < 1:
+            raise ConfigError(
+                f"layer_sparsity must map names to sparsities above 0 and below 1, got {rule!r}: {share!r}; 0.8 prunes "
+                f"80 %, ignore leaves a layer out"
+            )
+        found.append((rule, number))
+    return tuple(found)
 
 
 def _integer(name: str, value: Any, *, least: int) -> int:

@@ -59,7 +59,27 @@ def find_layers(model: nn.Module, cfg: OBSConfig) -> tuple[list[PrunedLayer], li
     if not layers:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3])
         raise ConfigError(f"no layer is left to prune in {type(model).__name__} ({reasons}); change targets or ignore")
+    _set_shares(layers, cfg)
     return layers, skipped
+
+
+def _set_shares(layers: list[PrunedLayer], cfg: OBSConfig) -> None:
+    """Give the layers of ``cfg.layer_sparsity`` their own; each entry must match, and no layer two of them."""
+    shares, taken = dict(cfg.layer_sparsity), dict[str, str]()
+    for rule, sparsity in shares.items():
+        hits = [layer for layer in layers if _matches(rule, layer.name, layer.module)]
+        if not hits:
+            raise ConfigError(
+                f"layer_sparsity[{rule!r}] matches no layer that is pruned; names are such as {layers[0].name!r}"
+            )
+        for layer in hits:
+            if layer.name in taken:
+                raise ConfigError(
+                    f"layer_sparsity must say one sparsity for {layer.name!r}, got {taken[layer.name]!r} and {rule!r}; "
+                    f"make one of them narrower"
+                )
+            taken[layer.name] = rule
+            layer.share = sparsity / cfg.parsed_pattern.sparsity
 
 
 def find_norms(model: nn.Module, cfg: OBSConfig) -> list[Norm]:

@@ -68,7 +68,7 @@ def _unchanged_on_error(pruner: OBSPruner, *, parts: int) -> Iterator[None]:
     }
     reports, masks = dict(pruner._reports), [layer.mask for layer in pruner.layers]
     # a part that is whole is written before the next one, and the norms, begin; within one, nothing is written before
-    weights = Snapshot(pruner.layers) if parts > 1 or pruner.norms else None
+    weights = Snapshot([*pruner.layers, *pruner.norms]) if parts > 1 or pruner.norms else None
     try:
         yield
     except BaseException:

@@ -36,9 +36,11 @@ def require_at(pattern: Pattern, layers: Sequence[PrunedLayer]) -> None:
     block = pattern.block if isinstance(pattern, UnstructuredPattern) else 1
     pruned = sum(int((~mask.reshape(-1, block).any(1)).sum()) for mask in masks)
     units = sum(mask.numel() for mask in masks) // block
-    if pruned + len(layers) < (pattern.sparsity - SHORT) * units:
+    shares = zip(layers, masks, strict=True)
+    wanted = sum(layer.pattern_at(pattern).sparsity * mask.numel() for layer, mask in shares) / (units * block)
+    if pruned + len(layers) < (wanted - SHORT) * units:
         raise ConfigError(
-            f"the model must come with {pattern.sparsity:.4g} of its weights pruned to be held at pattern {pattern}, "
+            f"the model must come with {wanted:.4g} of its weights pruned to be held at pattern {pattern}, "
             f"got {pruned / units:.4f} over {len(layers)} layers; load the pruned model, or lower the sparsity"
         )
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
 from obs_kernels.ops import accumulate_fisher_
+from obs_kernels.patterns import Pattern, UnstructuredPattern
 from obs_kernels.pruning.config import OBSConfig
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class PrunedLayer:
     """[R, C] bool: the mask before any pruning."""
     transposed: bool = False
     """Whether the module stores [C, R], inputs first: GPT-2's Conv1D."""
+    share: float = 1.0
+    """Its sparsity as a share of the pattern's, see ``OBSConfig.layer_sparsity``."""
     _sum: Tensor | None = field(default=None, init=False, repr=False)
     _added: int = field(default=0, init=False, repr=False)
     """Gradients in ``_sum``."""
@@ -79,6 +82,12 @@ class PrunedLayer:
     def as_matrix(self, values: Tensor) -> Tensor:
         """A tensor of the weight's shape, its gradient say, as [R, C]."""
         return values.mT if self.transposed else values
+
+    def pattern_at(self, stage: Pattern) -> Pattern:
+        """``stage``, or what stands for it in a layer with a sparsity of its own."""
+        if self.share == 1.0 or not isinstance(stage, UnstructuredPattern):
+            return stage
+        return replace(stage, target=round(stage.target * self.share, 12))
 
     @property
     def parameter_name(self) -> str:

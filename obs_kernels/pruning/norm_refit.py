@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A last fit of normalisation layers, after pruning: outputs as those of the dense model, channel by channel.
+"""A fit of normalisation layers: outputs as those of the dense model, channel by channel.
 
 A norm gives ``y = w n + b``, n the normalised input: two numbers a channel, found by least squares over all tokens from
-a handful of sums. Norms are taken in the order they run, each on the inputs of the model as it is by then, so what one
-makes up for is not made up for again by the next. Dense and pruned model see a batch one after the other, in the same
-memory: beside the sums, only the dense weights are held.
+a handful of sums. Norms are taken in the order they run, each on the inputs of the model as it is by then. Layer by
+layer a norm is fitted before the layers after it are pruned, so that these are fitted to what it gives: at the end they
+would be used to what it gave before. Dense and pruned model see a batch one after the other, in the same memory: beside
+the sums, only the dense weights are held.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.pruning.block_chain import Batches, KeptActivations, find_chains
 from obs_kernels.pruning.calibration import LossFn, device_batches, move, seeded
 from obs_kernels.pruning.config import OBSConfig
-from obs_kernels.pruning.layer import Norm
+from obs_kernels.pruning.layer import Norm, PrunedLayer
 from obs_kernels.pruning.layerwise import Snapshot, WholeRun
 from obs_kernels.pruning.modes import eval_mode
 from obs_kernels.pruning.output_watch import Expected, Seen, expected_of, watch
@@ -36,41 +37,6 @@ RIDGE = 1e-6
 """Pull towards the present weight, as a share of the mean square of n: what decides where a channel says nothing."""
 SAME_FUNCTION = 0.02
 """Share by which a norm may miss ``w n + b``; half precision needs most of it."""
-
-
-@torch.no_grad()
-def refit_norms_(
-    model: nn.Module,
-    norms: Sequence[Norm],
-    loader: Iterable[Any],
-    loss_fn: LossFn,
-    cfg: OBSConfig,
-    dense: Snapshot,
-    timings: PhaseTimes | None = None,
-) -> list[NormReport]:
-    """Fit weight and bias of ``norms`` in place, in the order they run; the first ``cfg.num_grads`` samples count.
-
-    A norm that is never called, or whose outputs are those of the dense model already, stays as it is to the bit.
-
-    Args:
-        model: pruned.
-        norms: of ``find_norms``.
-        loader: re-iterable batches.
-        loss_fn: see ``OBSPruner.collect``; only its forward pass matters.
-        dense: of the pruned layers and of ``norms``, from before the pruning.
-
-    Raises:
-        ConfigError: other tokens at a norm than in the dense model, or a norm that is not ``w n + b``.
-        NonFiniteError: names the norm; norms are then as before the call.
-    """
-    before = Snapshot(norms)
-    try:
-        work = _Refit(model, norms, loader, loss_fn, cfg, dense, timings)
-        with eval_mode(model), seeded(work.device, cfg.seed):
-            return [work.refit(norm) for norm in work.order()]
-    except BaseException:
-        before.restore()
-        raise
 
 
 @dataclass(eq=False)
@@ -116,38 +82,74 @@ class _Sums:
         return float(missed.sum().clamp_min(0.0) / (yy - y * y).sum().clamp_min(1e-300))
 
 
-@dataclass(eq=False)
-class _Refit:
-    model: nn.Module
-    norms: Sequence[Norm]
-    loader: Iterable[Any]
-    loss_fn: LossFn
-    cfg: OBSConfig
-    dense: Snapshot
-    timings: PhaseTimes | None
-    _counts: dict[int, int] = field(default_factory=dict)
-    """Samples that count of each batch."""
+class NormRefit:
+    """Fits weight and bias of norms in place; the first ``cfg.num_grads`` samples of each pass count.
 
-    def __post_init__(self) -> None:
-        self.device = self.norms[0].weight.device
+    A norm that is never called, or whose outputs are those of the dense model already, stays as it is to the bit. After
+    an error the caller puts the norms back.
+
+    Args:
+        model: dense, or pruned already.
+        layers: that are pruned, for their place among the norms.
+        norms: of ``find_norms``.
+        loader: re-iterable batches.
+        loss_fn: see ``OBSPruner.collect``; only its forward pass matters.
+        dense: of ``layers`` and ``norms``, from before the pruning.
+
+    Raises:
+        ConfigError: ``loader`` gave no batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[PrunedLayer],
+        norms: Sequence[Norm],
+        loader: Iterable[Any],
+        loss_fn: LossFn,
+        cfg: OBSConfig,
+        dense: Snapshot,
+        timings: PhaseTimes | None = None,
+    ) -> None:
+        self.model, self.loader, self.loss_fn, self.cfg = model, loader, loss_fn, cfg
+        self.dense, self.timings = dense, timings
+        self.device = norms[0].weight.device
+        self._counts: dict[int, int] = {}
         for index, batch, _ in self._batches():
-            left = self.cfg.num_grads - sum(self._counts.values())
-            self._counts[index] = min((batch_size(batch) or 1), left)
+            left = cfg.num_grads - sum(self._counts.values())
+            self._counts[index] = min(batch_size(batch) or 1, left)
         if not self._counts:
             raise ConfigError("loader gave no batch for refit_norms; it must yield at least one at every pass")
-        self._expected: Expected = {}
-
-    def order(self) -> list[Norm]:
-        """Norms that run, by their first call; the calls of each are counted."""
         run = self._first_run()
-        seen = watch(self.norms, run)
-        called = [norm for norm in dict.fromkeys(found.layer for found in seen) if isinstance(norm, Norm)]
-        self._expected = {norm: (False,) * len(calls) for norm, calls in expected_of(called, seen).items()}
-        chains = find_chains(self.model, called, run)
-        self._kept = KeptActivations(chains, self._whole, len(self._counts), self.dense.in_place, self.device)
-        return called
+        with eval_mode(model), seeded(self.device, cfg.seed):
+            seen = watch([*layers, *norms], run)
+            self._order = list(dict.fromkeys(found.layer for found in seen))
+            called = [item for item in self._order if isinstance(item, Norm)]
+            chains = find_chains(model, called, run)
+        self._expected: Expected = {norm: (False,) * len(calls) for norm, calls in expected_of(called, seen).items()}
+        self._kept = KeptActivations(chains, self._whole, len(self._counts), dense.in_place, self.device)
+        self.begin_stage()
 
-    def refit(self, norm: Norm) -> NormReport:
+    def begin_stage(self) -> None:
+        """Have all norms to do; what was pruned before is written."""
+        self._kept.drop()
+        self._left = [item for item in self._order if isinstance(item, Norm)]
+        self.reports: list[NormReport] = []
+
+    def refit_before(self, layers: Sequence[PrunedLayer] = ()) -> None:
+        """Fit the norms left that run before all of ``layers``, which are not pruned yet; without any, all the rest.
+
+        Raises:
+            ConfigError: other tokens at a norm than in the dense model, or a norm that is not ``w n + b``.
+            NonFiniteError: names the norm.
+        """
+        places = [self._order.index(layer) for layer in layers if layer in self._order]
+        end = min(places, default=len(self._order))
+        with eval_mode(self.model), seeded(self.device, self.cfg.seed), torch.no_grad():
+            while self._left and self._order.index(self._left[0]) < end:
+                self.reports.append(self._refit(self._left.pop(0)))
+
+    def _refit(self, norm: Norm) -> NormReport:
         """Fit one norm and write it."""
         start = time.perf_counter()
         expected: Expected = {norm: self._expected[norm]}

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from obs_kernels.errors import MemoryBudgetError
+from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning.gradient_buffer import MAX_ROWS, buffer_room, choose_rows, most_rows, row_bytes
 from obs_kernels.pruning.layer import Norm, PrunedLayer, SkippedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
@@ -43,8 +44,12 @@ class PruningPlan:
     """Gradients that are buffered between two passes over the Fisher, S of each group."""
     buffer_bytes: tuple[int, ...] = ()
     """Bytes of these rows, of each group; as if gradients came in the dtype of the weights, autocast takes less."""
+    layer_by_layer: bool = False
+    """Whether each group sees the model that the groups before it have pruned; rows are then in their order."""
+    way: str = ""
+    """In words: which passes over the calibration data there are."""
     norms: tuple[str, ...] = ()
-    """Normalisation layers that are refit at the end."""
+    """Normalisation layers that are refit."""
     held_bytes: int = 0
     """Of the dense weights that are held for it until then."""
 
@@ -58,13 +63,27 @@ class PruningPlan:
 
     @property
     def num_groups(self) -> int:
-        """Passes over the calibration data."""
+        """Groups of layers whose sums are held together; each is collected by itself."""
         return max((layer.group for layer in self.layers), default=-1) + 1
 
     @property
+    def groups(self) -> list[list[str]]:
+        """Names of the layers of each group."""
+        return [[row.name for row in self.layers if row.group == g] for g in range(self.num_groups)]
+
+    @property
     def fisher_bytes(self) -> int:
-        """Bytes of all Fisher sums together."""
+        """Bytes of all Fisher sums together, those of groups that are never there at once too."""
         return sum(layer.fisher_bytes for layer in self.layers)
+
+    @property
+    def fisher_peak_bytes(self) -> int:
+        """Most bytes of Fisher sums at once: those of the largest group."""
+        sizes = [0] * self.num_groups
+        for row in self.layers:
+            if row.group >= 0:
+                sizes[row.group] += row.fisher_bytes
+        return max(sizes, default=0)
 
     @property
     def num_weights(self) -> int:
@@ -77,11 +96,14 @@ class PruningPlan:
             "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
             "budget": self.budget,
             "fisher_bytes": self.fisher_bytes,
+            "fisher_peak_bytes": self.fisher_peak_bytes,
             "buffer_rows": list(self.buffer_rows),
             "buffer_bytes": list(self.buffer_bytes),
             "peak_bytes": self.peak_bytes,
             "num_groups": self.num_groups,
             "num_weights": self.num_weights,
+            "layer_by_layer": self.layer_by_layer,
+            "way": self.way,
             "norms": list(self.norms),
             "held_bytes": self.held_bytes,
         }
@@ -99,9 +121,8 @@ class PruningPlan:
             )
         lines.append("")
         lines.append(
-            f"{self.num_weights:,} weights; Fisher {self.fisher_bytes / 1e6:,.0f} MB of a budget of "
-            f"{self.budget / 1e6:,.0f} MB; "
-            f"{self.num_groups} pass{'es' if self.num_groups != 1 else ''} over the calibration data"
+            f"{self.num_weights:,} weights; Fisher {self.fisher_peak_bytes / 1e6:,.0f} MB at once of a budget of "
+            f"{self.budget / 1e6:,.0f} MB; {self.way}"
         )
         if any(self.buffer_rows):
             lines.append(
@@ -110,7 +131,7 @@ class PruningPlan:
             )
         if self.norms:
             lines.append(
-                f"{len(self.norms)} norms refit at the end, with a pass of the dense and one of the pruned model for "
+                f"{len(self.norms)} norms refit, with a pass of the dense and one of the pruned model for "
                 f"each (of their block alone where blocks follow each other); {self.held_bytes / 1e6:,.0f} MB of dense "
                 f"weights held until then"
             )
@@ -127,13 +148,29 @@ def make_plan(
     needs_fisher: bool,
     budget: int | None,
     num_grads: int = MAX_ROWS,
+    sequential: bool = False,
+    order: Sequence[Sequence[str]] | None = None,
     norms: Sequence[Norm] = (),
 ) -> PruningPlan:
     """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory).
 
-    ``num_grads``: gradients that will come; more rows than these are never buffered. ``norms``: refit at the end.
+    Args:
+        num_grads: gradients that will come; more rows than these are never buffered.
+        sequential: groups follow each other as they run, each on the model pruned so far.
+        order: of ``execution_groups``, for ``sequential``; None takes the layers one by one in the order of their
+            names in the model.
+        norms: that are refit.
     """
-    plan = _make_plan(layers, skipped, pattern, needs_fisher=needs_fisher, budget=budget, num_grads=num_grads)
+    plan = _plan_groups(
+        layers,
+        skipped,
+        pattern,
+        needs_fisher=needs_fisher,
+        budget=budget,
+        num_grads=num_grads,
+        sequential=sequential,
+        order=order,
+    )
     if not norms:
         return plan
     changed: list[PrunedLayer | Norm] = [*layers, *norms]
@@ -141,7 +178,7 @@ def make_plan(
     return replace(plan, norms=tuple(norm.name for norm in norms), held_bytes=sum(held.values()))
 
 
-def _make_plan(
+def _plan_groups(
     layers: Sequence[PrunedLayer],
     skipped: Sequence[SkippedLayer],
     pattern: str,
@@ -149,33 +186,75 @@ def _make_plan(
     needs_fisher: bool,
     budget: int | None,
     num_grads: int,
+    sequential: bool,
+    order: Sequence[Sequence[str]] | None,
 ) -> PruningPlan:
     device = layers[0].weight.device
     free = free_bytes(device)
     limit = budget if budget is not None else int(free * FREE_SHARE)
-    rows, group, used = [], 0, 0
-    for layer in layers:
-        size = layer.fisher_bytes if needs_fisher else 0
-        if used and used + size > limit:
-            group, used = group + 1, 0
-        used += size
-        shape = tuple(layer.mask.shape)
-        note = "" if layer.padded == shape else f"padded to {list(layer.padded)}"
-        rows.append(PlannedLayer(layer.name, shape, pattern, layer.block_size, size, group, note))
+    sizes = {layer.name: layer.fisher_bytes if needs_fisher else 0 for layer in layers}
+    if sequential:
+        groups = _groups_as_they_run(order or [[layer.name] for layer in layers], sizes, limit)
+    else:
+        groups = _groups_that_fit(sizes, limit)
+    by_name = {layer.name: layer for layer in layers}
+    rows = []
+    for number, names in enumerate(groups):
+        for layer in (by_name[name] for name in names):
+            shape = tuple(layer.mask.shape)
+            own = str(layer.pattern_at(parse_pattern(pattern)))
+            note = "" if layer.padded == shape else f"padded to {list(layer.padded)}"
+            rows.append(PlannedLayer(layer.name, shape, own, layer.block_size, sizes[layer.name], number, note))
     rows += [PlannedLayer(s.name, s.shape, pattern, 0, 0, -1, s.reason) for s in skipped]
+    none = (0,) * len(groups)
     if not needs_fisher:
-        return PruningPlan(tuple(rows), limit)
+        return PruningPlan(tuple(rows), limit, way="no pass over data: magnitudes alone decide")
+    if sequential:
+        way = _way_by_layer(len(groups), weighted=isinstance(layers[0], RowLayer) and layers[0].weighted)
+        way += "" if order else ", counted as if no two layers read the same input"
+        return PruningPlan(tuple(rows), limit, none, none, layer_by_layer=True, way=way)
+    way = f"{len(groups)} pass{'es' if len(groups) != 1 else ''} over the calibration data"
     if isinstance(layers[0], RowLayer):  # tokens are added as they come
-        return PruningPlan(tuple(rows), limit, (0,) * (group + 1), (0,) * (group + 1))
-    members = [[layer for layer, row in zip(layers, rows, strict=False) if row.group == g] for g in range(group + 1)]
+        return PruningPlan(tuple(rows), limit, none, none, way=way)
+    members = [[by_name[name] for name in names] for names in groups]
     buffered = []
     for part in members:
         # sums that are there already are not free any more, so only the others come off
         room = buffer_room(device, sum(layer.fisher_bytes for layer in part if not layer.has_fisher), free)
         sized_for = layers if device.type == "cpu" else part
         buffered.append(choose_rows(row_bytes(sized_for), room, most_rows(num_grads, device)))
-    sizes = [count * row_bytes(part) for count, part in zip(buffered, members, strict=True)]
-    return PruningPlan(tuple(rows), limit, tuple(buffered), tuple(sizes))
+    buffers = [count * row_bytes(part) for count, part in zip(buffered, members, strict=True)]
+    return PruningPlan(tuple(rows), limit, tuple(buffered), tuple(buffers), way=way)
+
+
+def _groups_that_fit(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Layers in their order, a new group where the sums would no longer fit."""
+    groups, used = list[list[str]]([[]]), 0
+    for name, size in sizes.items():
+        if used and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+def _groups_as_they_run(order: Iterable[Sequence[str]], sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Groups of ``order``; one that does not fit is cut into single layers."""
+    groups = list[list[str]]()
+    for names in order:
+        fits = sum(sizes[name] for name in names) <= limit
+        groups += [list(names)] if fits else [[name] for name in names]
+    return groups
+
+
+def _way_by_layer(groups: int, *, weighted: bool) -> str:
+    if not weighted:
+        return f"layer by layer: {groups} groups as they run, a pass each over the model pruned so far"
+    return (
+        f"layer by layer: one pass with gradients over the dense model, which keeps a number for each token and layer, "
+        f"then {groups} groups as they run, each with a pass over the dense and the pruned model as far as the group"
+    )
 
 
 def check_fits(layers: Sequence[PrunedLayer], budget: int, *, held: int = 0, advice: str) -> None:

@@ -21,9 +21,8 @@ from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
 from obs_kernels.pruning.report import LayerReport, NormReport, PruningReport, merge_saliency
-from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.schedule import EPSILON, check_reachable, recomputation_stages
-from obs_kernels.pruning.state import check_state
+from obs_kernels.pruning.state import check_state, tables_of, take_tables
 from obs_kernels.pruning.step import StagedLayer, stage_step
 from obs_kernels.sparse.linear import PRUNED_ATTRIBUTE
 
@@ -42,8 +41,7 @@ class OBSPruner:
 
     Raises:
         ConfigError: targets that match nothing, or nothing left to prune. ShapeNotSupportedError: a layer that does not
-        fit the
-            pattern (``on_unsupported="raise"``). NonFiniteError: NaN weights.
+            fit the pattern (``on_unsupported="raise"``). NonFiniteError: NaN weights.
     """
 
     def __init__(self, model: nn.Module, config: OBSConfig, *, memory_budget: int | None = None) -> None:
@@ -51,7 +49,7 @@ class OBSPruner:
         self.config = config
         self.layers, self.skipped = find_layers(model, config)
         self.norms = find_norms(model, config)
-        """What ``sparsify_`` and ``gradual_step`` refit at the end."""
+        """What ``sparsify_`` and ``gradual_step`` refit."""
         self.stages = recomputation_stages(config.parsed_pattern, config.recomputations)
         """Patterns on the way, the last one that of the config; ``prune(pattern)`` puts another in."""
         self.stage = 0
@@ -65,8 +63,12 @@ class OBSPruner:
         self._buffer: GradientBuffer | None = None
         """Of ``accumulate``; ``collect`` has its own."""
 
-    def plan(self) -> PruningPlan:
-        """Layers, shapes, memory, and what is skipped and why; nothing is computed."""
+    def plan(self, order: Sequence[Sequence[str]] | None = None) -> PruningPlan:
+        """Layers, shapes, memory, and what is skipped and why; nothing is computed.
+
+        Args:
+            order: layers as they run, of ``execution_groups``; ``sequential`` follows it.
+        """
         return make_plan(
             self.layers,
             self.skipped,
@@ -74,6 +76,8 @@ class OBSPruner:
             needs_fisher=self.config.needs_fisher,
             budget=self._budget,
             num_grads=self.config.num_grads,
+            sequential=self.config.sequential,
+            order=order,
             norms=self.norms,
         )
 
@@ -190,7 +194,7 @@ class OBSPruner:
         """
         if self.config.refit_norms:
             raise ConfigError(
-                "refit_norms needs the data again after pruning, got prune(), which has none; use sparsify_ or "
+                "refit_norms needs the data again for every norm, got prune(), which has none; use sparsify_ or "
                 "gradual_step"
             )
         before = self.stages
@@ -253,7 +257,7 @@ class OBSPruner:
         for item in staged:
             item.layer.mask = item.mask
             item.write()
-        reports = [self._layer_report(item, str(pattern)) for item in staged]
+        reports = [self._layer_report(item, str(item.layer.pattern_at(pattern))) for item in staged]
         self._num_grads = max((item.num_grads for item in staged), default=0)
         if not keep_fisher:
             for layer in self.layers:
@@ -265,7 +269,7 @@ class OBSPruner:
         return self.report()
 
     def note_norms(self, norms: Sequence[NormReport]) -> None:
-        """Take what the last ``refit_norms_`` did into the report."""
+        """Take what was refit last into the report."""
         self._norms = tuple(norms)
         self._seconds += sum(norm.seconds for norm in norms)
 
@@ -337,7 +341,6 @@ class OBSPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, position in the stages, Fisher sums and counts: tensors and plain values only."""
-        rows = [layer for layer in self.layers if isinstance(layer, RowLayer)]
         return {
             "config": self.config.to_dict(),
             "stage": self.stage,
@@ -345,16 +348,7 @@ class OBSPruner:
             "saliency": self._saliency,
             "seconds": self._seconds,
             "received": self._num_grads,
-            "masks": {layer.name: layer.mask.clone() for layer in self.layers},
-            "first_masks": {layer.name: layer.first_mask.clone() for layer in self.layers},
-            "fisher_sums": {
-                layer.name: fisher.clone() for layer in self.layers if (fisher := layer.fisher_sum) is not None
-            },
-            "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
-            "origins": {layer.name: layer.origin.clone() for layer in rows if layer.origin is not None},
-            "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
-            "clusters": {layer.name: layer.clusters.clone() for layer in rows if layer.clusters is not None},
-            "num_grads": {layer.name: layer.num_grads for layer in self.layers},
+            **tables_of(self.layers),
             "reports": {
                 name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
             },
@@ -368,20 +362,7 @@ class OBSPruner:
             ResumeMismatchError: another configuration or other layers.
         """
         stages = check_state(state, self.config, self.layers)
-        for layer in self.layers:
-            device = layer.weight.device
-            layer.mask = state["masks"][layer.name].to(device, copy=True)
-            layer.first_mask = state["first_masks"][layer.name].to(device, copy=True)
-            fisher = state["fisher_sums"].get(layer.name)
-            fisher = None if fisher is None else fisher.to(device, copy=True)
-            layer.set_fisher(fisher, state["num_grads"][layer.name])
-            if isinstance(layer, RowLayer) and fisher is not None:
-                layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
-                origin = state["origins"].get(layer.name)
-                layer.origin = None if origin is None else origin.to(device, copy=True)
-                layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
-                if layer.num_clusters > 1:
-                    layer.clusters = state["clusters"][layer.name].to(device, copy=True)
+        take_tables(state, self.layers)
         self.stages, self.stage, self._saliency = stages, state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}

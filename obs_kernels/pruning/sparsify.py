@@ -22,7 +22,8 @@ from obs_kernels.pruning.execution import execution_groups
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.layerwise import DenseModel, Snapshot
 from obs_kernels.pruning.memory import readable
-from obs_kernels.pruning.norm_refit import refit_norms_
+from obs_kernels.pruning.norm_refit import NormRefit
+from obs_kernels.pruning.output_watch import Watched
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
@@ -48,8 +49,9 @@ def sparsify_(
     on the grouping.
 
     Args:
-        model: pruned in place; unchanged if an error comes before the first stage is whole. An error in the refit of
-            norms leaves the norms as they were.
+        model: pruned in place; unchanged if an error comes before the first stage is whole. Without
+            ``sequential``, norms are refit when the layers are whole, and an error there leaves the norms alone as they
+            were.
         loader: batches, re-iterable where more than one pass is needed; None only where no gradient is
             (``cfg.needs_fisher``).
         loss_fn: ``loss_fn(model, batch)``, see ``OBSPruner.collect``.
@@ -104,13 +106,13 @@ def run_until(
             f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r} and refit_norms="
             f"{cfg.refit_norms}, got None"
         )
-    groups = _groups(pruner)
+    groups = require_groups(pruner)
     if (cfg.sequential or cfg.refit_norms or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
     if cfg.sequential and loader is not None and loss_fn is not None:
-        groups = _in_order(pruner, loader, loss_fn)
+        groups = pruner.plan(execution_groups(pruner.model, pruner.layers, loader, loss_fn)).groups
     with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
         folder = None if held is None else _WorkDir(held, pruner, resume=resume)
         whole_rows = cfg.sequential and cfg.curvature == "row"
@@ -118,12 +120,20 @@ def run_until(
         dense: DenseModel | None = None
         if whole_rows and snapshot is not None and loader is not None and loss_fn is not None:
             dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, snapshot, timings)
+        refit: NormRefit | None = None
+        if pruner.norms and snapshot is not None and loader is not None and loss_fn is not None:
+            given = pruner.model, pruner.layers, pruner.norms, loader, loss_fn, cfg, snapshot, timings
+            refit = NormRefit(*given)
         while pruner.stage < until:
             staged: list[StagedLayer] = []
             if dense is not None:
                 dense.begin_stage()
-            with _restored_on_error(pruner) if cfg.sequential else nullcontext():
+            if refit is not None:
+                refit.begin_stage()
+            with _restored_on_error([*pruner.layers, *pruner.norms]) if cfg.sequential else nullcontext():
                 for names in groups:
+                    if refit is not None and cfg.sequential:
+                        refit.refit_before(pruner._named(names))
                     done = None if folder is None else folder.load(pruner, names)
                     if done is None:
                         if dense is not None:
@@ -139,25 +149,19 @@ def run_until(
                         for item in done:
                             item.write()
                     staged += done
+                if refit is not None and cfg.sequential:
+                    refit.refit_before()
             pruner.commit(staged)
-        dense = None  # what it keeps of tokens is not needed any more
-        if pruner.norms and snapshot is not None and loader is not None and loss_fn is not None:
-            pruner.note_norms(refit_norms_(pruner.model, pruner.norms, loader, loss_fn, cfg, snapshot, timings))
-
-
-def _in_order(pruner: OBSPruner, loader: Iterable[Any], loss_fn: LossFn) -> list[list[str]]:
-    """Groups in the order the layers run; one that does not fit the memory is cut into single layers."""
-    sizes = {row.name: row.fisher_bytes for row in pruner.plan().layers}
-    groups = []
-    for names in execution_groups(pruner.model, pruner.layers, loader, loss_fn):
-        fits = sum(sizes[name] for name in names) <= pruner.plan().budget
-        groups += [names] if fits else [[name] for name in names]
-    return groups
+        if refit is not None:
+            if not cfg.sequential:  # all layers are written now
+                with _restored_on_error(pruner.norms):
+                    refit.refit_before()
+            pruner.note_norms(refit.reports)
 
 
 @contextmanager
-def _restored_on_error(pruner: OBSPruner) -> Iterator[None]:
-    before = Snapshot(pruner.layers)
+def _restored_on_error(changed: Sequence[Watched]) -> Iterator[None]:
+    before = Snapshot(changed)
     try:
         yield
     except BaseException:
@@ -165,7 +169,12 @@ def _restored_on_error(pruner: OBSPruner) -> Iterator[None]:
         raise
 
 
-def _groups(pruner: OBSPruner) -> list[list[str]]:
+def require_groups(pruner: OBSPruner) -> list[list[str]]:
+    """Names of the layers that are collected together.
+
+    Raises:
+        MemoryBudgetError: one layer alone does not fit, or a global threshold would need groups.
+    """
     plan = pruner.plan()
     for row in plan.layers:
         if row.fisher_bytes > plan.budget:
@@ -181,7 +190,7 @@ def _groups(pruner: OBSPruner) -> list[list[str]]:
             f"budget is "
             f"{readable(plan.budget)}; lower fisher_block_size or set global_sparsity=False"
         )
-    return [[row.name for row in plan.layers if row.group == g] for g in range(plan.num_groups)]
+    return plan.groups
 
 
 class _WorkDir:

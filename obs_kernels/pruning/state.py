@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a pruner's saved state whole, and does it belong to this pruner? Asked before anything is changed."""
+"""A pruner's state: what it holds of each layer, and, before anything is changed, whether it is whole and its own."""
 
 from __future__ import annotations
 
@@ -21,6 +21,39 @@ from obs_kernels.pruning.schedule import check_reachable
 
 NUMBERS = ("stage", "saliency", "seconds", "received")
 TABLES = ("config", "masks", "first_masks", "fisher_sums", "row_sums", "origins", "input_sums", "num_grads", "reports")
+
+
+def tables_of(layers: Sequence[PrunedLayer]) -> dict[str, dict[str, Any]]:
+    """Masks, Fisher sums and counts, each by the name of the layer; copies."""
+    rows = [layer for layer in layers if isinstance(layer, RowLayer)]
+    return {
+        "masks": {layer.name: layer.mask.clone() for layer in layers},
+        "first_masks": {layer.name: layer.first_mask.clone() for layer in layers},
+        "fisher_sums": {layer.name: fisher.clone() for layer in layers if (fisher := layer.fisher_sum) is not None},
+        "row_sums": {layer.name: layer.row_sum.clone() for layer in rows if layer.row_sum is not None},
+        "origins": {layer.name: layer.origin.clone() for layer in rows if layer.origin is not None},
+        "input_sums": {layer.name: layer.input_sum.clone() for layer in rows if layer.input_sum is not None},
+        "clusters": {layer.name: layer.clusters.clone() for layer in rows if layer.clusters is not None},
+        "num_grads": {layer.name: layer.num_grads for layer in layers},
+    }
+
+
+def take_tables(state: Mapping[str, Any], layers: Sequence[PrunedLayer]) -> None:
+    """Set ``layers`` to what ``tables_of`` found, in a state that ``check_state`` has passed; copies."""
+    for layer in layers:
+        device = layer.weight.device
+        layer.mask = state["masks"][layer.name].to(device, copy=True)
+        layer.first_mask = state["first_masks"][layer.name].to(device, copy=True)
+        fisher = state["fisher_sums"].get(layer.name)
+        fisher = None if fisher is None else fisher.to(device, copy=True)
+        layer.set_fisher(fisher, state["num_grads"][layer.name])
+        if isinstance(layer, RowLayer) and fisher is not None:
+            layer.row_sum = state["row_sums"][layer.name].to(device, copy=True)
+            origin = state["origins"].get(layer.name)
+            layer.origin = None if origin is None else origin.to(device, copy=True)
+            layer.input_sum = state["input_sums"][layer.name].to(device, copy=True)
+            if layer.num_clusters > 1:
+                layer.clusters = state["clusters"][layer.name].to(device, copy=True)
 
 
 def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[PrunedLayer]) -> tuple[Pattern, ...]:
@@ -116,7 +149,8 @@ def _check_config(theirs: Mapping[str, Any], mine: OBSConfig) -> None:
     except ConfigError as error:
         raise ResumeMismatchError(f"state['config'] is damaged: {error}") from None
     if other != mine:
-        differing = [key for key, value in mine.to_dict().items() if value != other.to_dict()[key]]
+        ours, others = mine.to_dict(), other.to_dict()
+        differing = [key for key in ours | others if ours.get(key) != others.get(key)]
         raise ResumeMismatchError(
             f"the state was made with another config (differs in {', '.join(differing)}); use the same"
         )

@@ -193,7 +193,8 @@ def _threshold_masks(
         if not scores:
             continue
         joined = torch.cat([s.to(layers[group[0]].mask.device) for s in scores.values()])
-        count, dead = prune_count(pattern.sparsity, joined.numel()), int((joined == -torch.inf).sum())
+        share = pattern.sparsity if cfg.global_sparsity else layers[group[0]].pattern_at(pattern).sparsity
+        count, dead = prune_count(share, joined.numel()), int((joined == -torch.inf).sum())
         if dead > count:
             log.warning("pattern %s prunes %d units, %d are zero already and stay so", pattern, count, dead)
         pruned = select_lowest(joined, max(count, dead))

@@ -60,9 +60,14 @@ def _scaled_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
 
 def dead_in_sets(alive: Tensor, n: int) -> Tensor:
     """[N, comb(m, n)]: how many dead entries each kept set has; ``alive`` [N, m]."""
-    sets = kept_sets(n, alive.shape[1], alive.device)
-    member = torch.zeros(sets.shape[0], alive.shape[1], device=alive.device).scatter_(1, sets, 1.0)
-    return (~alive).float() @ member.T
+    return (~alive).float() @ _members(n, alive.shape[1], alive.device)
+
+
+@lru_cache(maxsize=64)
+def _members(n: int, m: int, device: torch.device) -> Tensor:
+    """[m, comb(m, n)] f32: 1 where a place is in a kept set."""
+    sets = kept_sets(n, m, device)
+    return torch.zeros(sets.shape[0], m, device=device).scatter_(1, sets, 1.0).T
 
 
 def _pair_gains(f: Tensor, u: Tensor) -> Tensor:
@@ -77,22 +82,26 @@ def _tree_gains(f: Tensor, u: Tensor, n: int) -> Tensor:
     """Grow kept sets by one larger index at a time, eliminating it from the curvature of the rest."""
     count, m = u.shape
     gain, linear, curvature = u.new_zeros(count, 1), u[:, None], f[:, None]  # [N, sets, ...]
-    last = [-1]
-    for level in range(n):
-        pairs = [(p, i) for p, end in enumerate(last) for i in range(end + 1, m - n + level + 1)]
-        parent = torch.tensor([p for p, _ in pairs], device=u.device)
-        pivot = torch.tensor([i for _, i in pairs], device=u.device)
-        last = [i for _, i in pairs]
-        value = linear[:, parent, pivot]  # [N, sets]
-        scale = (
-            curvature[:, parent, pivot, pivot]
-            if level < n - 1
-            else curvature.diagonal(dim1=2, dim2=3)[:, parent, pivot]
-        )
-        gain = gain[:, parent] + value * value / scale
+    for level, (parent, place) in enumerate(_tree_levels(n, m, u.device)):
+        value = linear.flatten(1).index_select(1, place)  # [N, sets]
+        scale = curvature.diagonal(dim1=2, dim2=3).flatten(1).index_select(1, place)
+        gain = gain.index_select(1, parent) + value * value / scale
         if level == n - 1:
             break
-        column = curvature[:, parent, pivot]  # [N, sets, m]
-        linear = linear[:, parent] - column * (value / scale)[..., None]
-        curvature = curvature[:, parent] - column[..., :, None] * (column / scale[..., None])[..., None, :]
+        column = curvature.flatten(1, 2).index_select(1, place)  # [N, sets, m]
+        linear = linear.index_select(1, parent).sub_(column * (value / scale)[..., None])
+        pushed = column[..., :, None] * (column / scale[..., None])[..., None, :]
+        curvature = curvature.index_select(1, parent).sub_(pushed)
     return gain
+
+
+@lru_cache(maxsize=64)
+def _tree_levels(n: int, m: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For each size of sets up to n: the number p of the set without its largest index i, and ``p m + i``."""
+    levels, last = [], [-1]
+    for level in range(n):
+        pairs = [(p, i) for p, end in enumerate(last) for i in range(end + 1, m - n + level + 1)]
+        last = [i for _, i in pairs]
+        parent = torch.tensor([p for p, _ in pairs])
+        levels.append((parent.to(device), (parent * m + torch.tensor(last)).to(device)))
+    return levels

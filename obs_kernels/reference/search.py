@@ -182,7 +182,7 @@ def choose_panels(
         if row_scale is not None:
             best = best * row_scale.view(-1, v)[:, part, None, None]
         for row in best.unbind(1):  # in ascending order: the sum must not depend on the backend
-            total = total + row
+            total += row
     chosen = total.argmax(-1)  # [P, C/m]
 
     sets = inside[chosen][:, None].expand(-1, v, -1, -1)  # [P, v, C/m, kept sets inside]

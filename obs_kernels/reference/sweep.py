@@ -16,11 +16,17 @@ not formed.
 A dead entry of a row (``mask`` False) counts as weight 0 and is never kept. H is shared, so its row and column cannot
 leave the matrix of that row alone: like any entry that will be pruned it counts as free to adapt until its group is
 settled, and the loss of the compensation it then gives up is in the saliency.
+
+Groups follow each other, so on a GPU it is the host that takes the time: what does not depend on the groups before is
+found for a block of columns at once, and values are read only there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -33,12 +39,14 @@ from obs_kernels.reference.fisher import chunks, invert_spd
 from obs_kernels.reference.hessian import damp_hessian, upper_factor
 from obs_kernels.reference.precision import exact_products
 from obs_kernels.reference.resolve import resolve_rows
-from obs_kernels.reference.search import as_mask, choose_panels, fewest_dead, live_first
+from obs_kernels.reference.search import as_mask, choose_panels, fewest_dead
 from obs_kernels.reference.sparsegpt import sweep_columns, without_dead_inputs
 from obs_kernels.row_checks import check_scale_values
 
 BLOCK = 128
 """Columns whose changes reach the later columns in one matrix product."""
+TABLE_SIZE = 8
+"""Largest m for which inverses are made for every set that some row may keep, where entries are dead."""
 
 Sweep = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 """``sweep_groups``, of this or of another backend."""
@@ -156,32 +164,61 @@ def sweep_groups(
     for start in range(0, cols, width):
         stop = min(start + width, cols)
         block = slice(start // m, stop // m)
-        inverses = None if alive is not None else _kept_inverses(curvature[block], n, start)
+        inverses = _kept_inverses(curvature[block], n, start) if alive is None else None
+        tables = None if alive is None else _live_inverses(curvature[block], n, rows)
+        orders = None if alive is None else _live_orders(alive[:, start:stop], pattern, num_columns)
+        infos = list[tuple[int, Tensor]]()
         for group in range(block.start, block.stop):
-            span = slice(group * m, (group + 1) * m)
+            span, place = slice(group * m, (group + 1) * m), group - block.start
             now = live[:, span] @ own[group] - pushed[:, span] / units[group] ** 0.5
-            groups = _groups(curvature[group], now @ own[group].mT, None if alive is None else alive[:, span])
-            table = None if inverses is None else inverses[group - block.start]
-            kept[:, span], new[:, span], chosen = _settle(groups, pattern, row_scale, table, num_columns, span.start)
+            here = _Group(
+                curvature[group],
+                now @ own[group].mT,
+                inverses=None if inverses is None else inverses[place],
+                alive=None if alive is None else alive[:, span],
+                order=None if orders is None else orders[place],
+                table=None if tables is None else tables[place],
+            )
+            kept[:, span], new[:, span], chosen, info = _settle(here, pattern, row_scale, num_columns)
+            infos += [(span.start, part) for part in info]
             if chosen is not None:
                 columns[:, group] = chosen
             loss[:, group] = (0.5 * units[group]) * (now - new[:, span] @ own[group]).square().sum(1)
             change[:, span] = new[:, span] - live[:, span]
             pushed[:, span.stop : stop].addmm_(change[:, span], factor[span, span.stop : stop])
+        _check_infos(infos, m)
         pushed[:, stop:].addmm_(change[:, start:stop], factor[start:stop, stop:])
     if row_scale is not None:
         loss = loss * row_scale[:, None]
     return kept, new, loss.view(panels, v, wide).sum(1), columns
 
 
-def _groups(curvature: Tensor, linear: Tensor, alive: Tensor | None) -> Groups:
-    """One group of every row: S [1, m, m] for all, or [R, m, m] with the dead entries of each row decoupled."""
-    one = linear.new_ones(1)
-    if alive is None:
-        return Groups(curvature[None], linear, linear, torch.ones_like(linear, dtype=torch.bool), one)
-    own = decouple_(curvature.expand(linear.shape[0], -1, -1).clone(), ~alive)
-    linear = linear.masked_fill(~alive, 0.0)
-    return Groups(own, linear, linear, alive, one)
+@dataclass(frozen=True)
+class _Group:
+    """One group of every row."""
+
+    curvature: Tensor
+    """[m, m]: S, for all rows."""
+    linear: Tensor
+    """[R, m]: u, whatever is dead."""
+    inverses: Tensor | None
+    """[sets, n, n]: S_KK^-1 of every kept set; None if entries are dead."""
+    alive: Tensor | None
+    """[R, m]; None if nothing is dead."""
+    order: Tensor | None
+    """[P, L]: what is looked at in each panel, or row, where entries are dead: the live positions come first."""
+    table: tuple[Tensor, Tensor] | None
+    """Of ``_live_inverses``, where there is one."""
+
+    def part(self, units: slice, v: int) -> _Group:
+        """Some of the panels of v rows, or rows."""
+        rows = slice(units.start * v, units.stop * v)
+        return replace(
+            self,
+            linear=self.linear[rows],
+            alive=None if self.alive is None else self.alive[rows],
+            order=None if self.order is None else self.order[units],
+        )
 
 
 def _kept_inverses(curvature: Tensor, n: int, start: int) -> Tensor:
@@ -191,79 +228,143 @@ def _kept_inverses(curvature: Tensor, n: int, start: int) -> Tensor:
     groups, m = curvature.shape[:2]
     sets = kept_sets(n, m, curvature.device)
     kept = curvature[:, sets[:, :, None], sets[:, None, :]]
-    return _inverses(kept.view(-1, n, n), start, start + groups * m).view(kept.shape)
+    inverse, info = invert_spd(kept.view(-1, n, n), damp=kept.new_zeros(1))
+    check_info(f"kept sets of hessian in columns {start} to {start + groups * m - 1}", info)
+    return inverse.view(kept.shape)
 
 
-def _inverses(matrices: Tensor, start: int, stop: int) -> Tensor:
-    inverse, info = invert_spd(matrices, damp=matrices.new_zeros(1))
-    check_info(f"kept sets of hessian in columns {start} to {stop - 1}", info)
-    return inverse
+def _live_inverses(curvature: Tensor, n: int, rows: int) -> list[tuple[Tensor, Tensor]] | None:
+    """For each group ``curvature`` [g, m, m]: the inverse [sets, m, m] and ``info`` [sets] of S_KK for every set of at
+    most n, 0 outside of it; None where these are more than there are rows to look them up.
+    """
+    groups, m = curvature.shape[:2]
+    if m > TABLE_SIZE or 2**m > rows:
+        return None
+    member, _ = _small_sets(n, m, curvature.device)
+    every = curvature.repeat_interleave(member.shape[0], 0)
+    outside = ~member.repeat(groups, 1)
+    inverse, info = invert_spd(decouple_(every, outside), damp=every.new_zeros(1))
+    inverse.masked_fill_(outside[:, :, None] | outside[:, None, :], 0.0)
+    return list(zip(inverse.view(groups, -1, m, m), info.view(groups, -1), strict=True))
+
+
+@lru_cache(maxsize=16)
+def _small_sets(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[sets, m] bool of every set of at most n of m, and [2^m] which of them has the members whose bits are set."""
+    sets = [chosen for size in range(n + 1) for chosen in combinations(range(m), size)]
+    member = torch.tensor([[i in chosen for i in range(m)] for chosen in sets])
+    number = torch.zeros(2**m, dtype=torch.int64)
+    number[(member * 2 ** torch.arange(m)).sum(1)] = torch.arange(len(sets))
+    return member.to(device), number.to(device)
+
+
+def _live_orders(alive: Tensor, pattern: NMPattern, num_columns: int) -> list[Tensor]:
+    """For each group of ``alive`` [R, c] the positions [P, L] to look at: live ones ascending, then the lowest dead.
+
+    A panel looks at what is alive in some row of it. L is the largest number of live positions, and at least what is
+    kept: in later stages of a schedule the search runs over what the stages before left.
+    """
+    v, least = (pattern.v, num_columns) if isinstance(pattern, VNMPattern) else (1, pattern.n)
+    used = alive.unflatten(0, (-1, v)).unflatten(2, (-1, pattern.m)).any(1)  # [P, g, m]
+    lengths = used.sum(2).amax(0).clamp_min(least).tolist()
+    order = used.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
+    return [order[:, group, :length] for group, length in enumerate(lengths)]
+
+
+def _check_infos(infos: list[tuple[int, Tensor]], m: int) -> None:
+    """Raise for the first of the groups, each with its first column and ``info``, that has a singular kept set."""
+    if not infos or not bool(torch.cat([info for _, info in infos]).any()):
+        return
+    for first, info in infos:
+        check_info(f"kept sets of hessian in columns {first} to {first + m - 1}", info)
 
 
 def _settle(
-    groups: Groups, pattern: NMPattern, row_scale: Tensor | None, inverses: Tensor | None, num_columns: int, first: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Kept [R, m], weights [R, m] and panel columns of the group from column ``first`` on.
-
-    ``inverses`` [sets, n, n], None if entries are dead.
-    """
-    rows, m = groups.linear.shape
+    group: _Group, pattern: NMPattern, row_scale: Tensor | None, num_columns: int
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """Kept [R, m], weights [R, m] and panel columns of a group, and what ``info`` there is to look at."""
+    rows, m = group.linear.shape
     n, v = pattern.n, pattern.v if isinstance(pattern, VNMPattern) else 1
-    kept = torch.empty_like(groups.alive)
-    weights = torch.zeros_like(groups.linear)
-    columns = []
+    kept = torch.empty(rows, m, dtype=torch.bool, device=group.linear.device)
+    weights = torch.empty_like(group.linear)
+    columns, infos = [], []
     per_row = 4 * kept_sets(n, m).shape[0] + (m * m + n * n)
     for part in chunks(rows // v, v * per_row * weights.element_size(), weights.device):
         span = slice(part.start * v, part.stop * v)
-        mine = Groups(
-            groups.curvature if inverses is not None else groups.curvature[span],
-            groups.linear[span],
-            groups.weight[span],
-            groups.alive[span],
-            groups.scale,
-        )
+        mine = group.part(part, v)
         scale = None if row_scale is None else row_scale[span]
-        sets, places, chosen = _choose(mine, pattern, scale, inverses is None, num_columns)
-        if inverses is None:
-            inside = mine.curvature.gather(1, places[:, :, None].expand(-1, -1, m))
-            inverse = _inverses(inside.gather(2, places[:, None].expand(-1, n, -1)), first, first + m)
-        else:
-            inverse = inverses[sets]
-        solved = (inverse @ mine.linear.gather(1, places)[:, :, None])[:, :, 0]
-        kept[span] = as_mask(places, m) & mine.alive
-        weights[span] = weights[span].scatter(1, places, solved).masked_fill(~mine.alive, 0.0)
+        sets, places, chosen = _choose(mine, pattern, scale, num_columns)
+        mask = as_mask(places, m)
+        kept[span] = mask if mine.alive is None else mask & mine.alive
+        weights[span], info = _kept_weights(mine, sets, places, kept[span])
+        if info is not None:
+            infos.append(info)
         if chosen is not None:
             columns.append(chosen)
-    return kept, weights, torch.cat(columns) if columns else None
+    return kept, weights, torch.cat(columns) if columns else None, infos
+
+
+def _kept_weights(group: _Group, sets: Tensor, places: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[R, m]: S_KK^-1 u_K at what is ``kept`` [R, m], else 0; and ``info`` [R] if it was not looked at."""
+    info = None
+    if group.table is not None:
+        inverses, infos = group.table
+        m = kept.shape[1]
+        number = _small_sets(places.shape[1], m, kept.device)[1]
+        bits = number[(kept * _bits(m, kept.device)).sum(1)]
+        weights, info = (inverses[bits] @ group.linear[:, :, None])[:, :, 0], infos[bits]
+        return weights.masked_fill(~kept, 0.0), info
+    linear = group.linear.gather(1, places)
+    if group.inverses is not None:
+        inverse = group.inverses[sets]
+    else:
+        assert group.alive is not None
+        near = group.alive.gather(1, places)
+        inside = decouple_(group.curvature[places[:, :, None], places[:, None, :]], ~near)
+        inverse, info = invert_spd(inside, damp=inside.new_zeros(1))
+        linear = linear.masked_fill(~near, 0.0)
+    solved = (inverse @ linear[:, :, None])[:, :, 0]
+    return torch.zeros_like(group.linear).scatter_(1, places, solved).masked_fill_(~kept, 0.0), info
+
+
+@lru_cache(maxsize=16)
+def _bits(m: int, device: torch.device) -> Tensor:
+    return (2 ** torch.arange(m)).to(device)
 
 
 def _choose(
-    groups: Groups, pattern: NMPattern, row_scale: Tensor | None, masked: bool, num_columns: int
+    group: _Group, pattern: NMPattern, row_scale: Tensor | None, num_columns: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Number of the kept set [R] among those looked at, its places [R, n], and the columns of each panel [P, c]."""
-    n, m = pattern.n, pattern.m
-    rows = groups.linear.shape[0]
-    panels = isinstance(pattern, VNMPattern)
+    n = pattern.n
     v = pattern.v if isinstance(pattern, VNMPattern) else 1
-    length, index, panel_index = m, None, None
-    if masked:  # only what is alive in some row of a panel, in some group of the rows
-        used = groups.alive.view(-1, v, m).any(1)
-        panel_index = live_first(used, num_columns if panels else n)
-        length = panel_index.shape[1]
-        index = panel_index[:, None].expand(-1, v, -1).reshape(rows, length)
-        groups = groups.take(index)
+    index = None if group.order is None else group.order[:, None].expand(-1, v, -1).flatten(0, 1)
+    groups = _looked_at(group, index)
+    length, masked = groups.linear.shape[1], index is not None
     gains = gain_table(groups, n)
     columns = None
-    if panels:
+    if isinstance(pattern, VNMPattern):
         inside = sets_inside_columns(n, length, num_columns, gains.device)
         sets, chosen = choose_panels(gains, groups.alive, v, 1, n, inside, masked=masked, row_scale=row_scale)
         sets = sets.flatten()
         columns = kept_sets(num_columns, length, gains.device)[chosen[:, 0]]
-        if panel_index is not None:
-            columns = panel_index.gather(1, columns).sort(1).values
+        if group.order is not None:
+            columns = group.order.gather(1, columns).sort(1).values
     else:
         if masked:
             gains = fewest_dead(gains, dead_in_sets(groups.alive, n))
         sets = gains.argmax(1)
     places = kept_sets(n, length, gains.device)[sets]
     return sets, places if index is None else index.gather(1, places), columns
+
+
+def _looked_at(group: _Group, index: Tensor | None) -> Groups:
+    """The positions ``index`` [R, L] of a group as the search takes them, dead entries decoupled; all if it is None."""
+    linear = group.linear
+    one = linear.new_ones(1)
+    if index is None or group.alive is None:
+        return Groups(group.curvature[None], linear, linear, torch.ones_like(linear, dtype=torch.bool), one)
+    alive = group.alive.gather(1, index)
+    curvature = decouple_(group.curvature[index[:, :, None], index[:, None, :]], ~alive)
+    linear = linear.gather(1, index).masked_fill_(~alive, 0.0)
+    return Groups(curvature, linear, linear, alive, one)

@@ -61,7 +61,10 @@ def plan_table(plan: dict[str, Any]) -> Any:
 
 
 def memory_lines(plan: dict[str, Any]) -> list[str]:
-    """Fisher memory of each pass, the peak, and the budget, of ``PruningPlan.to_dict()``."""
+    """Fisher memory of each pass, the peak, and the budget, of ``PruningPlan.to_dict()``.
+
+    In words, where a pass is not a group of layers: layer by layer, or without gradients.
+    """
     passes: dict[int, tuple[int, int]] = {}
     for row in plan["layers"]:
         if row["group"] >= 0:
@@ -72,6 +75,8 @@ def memory_lines(plan: dict[str, Any]) -> list[str]:
         for group, (count, size) in sorted(passes.items())
     ]
     peak = max((size for _, size in passes.values()), default=0)
+    if plan["layer_by_layer"] or not peak:
+        lines = [plan["way"]]
     sums = f"peak of the Fisher {megabytes(peak)}, budget {megabytes(plan['budget'])}"
     return [*lines, f"{plan['num_weights']:,} weights; {sums}"]
 
@@ -144,11 +149,11 @@ class CellRows:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report of any job ("prune", "train", "eval", "demo", "plan", "doctor", "bench") on stdout."""
+    """The report of any job ("prune", "train", "eval", "demo", "plan", "doctor", "bench", "damping", ...) on stdout."""
     target = console(width=BENCH_WIDTH if report.get("job") in ("bench", "speed", "report") else _WIDE)
     match report.get("job"):
         case "plan":
-            _print_plan(target, report["plan"])
+            _print_plan(target, report)
         case "doctor":
             _print_doctor(target, report)
         case "bench":
@@ -157,6 +162,8 @@ def print_report(report: dict[str, Any]) -> None:
             print_speed(target, report)
         case "report":
             _print_merged(target, report)
+        case "damping":
+            _print_damping(target, report)
         case "compress" | "convert":
             _print_conversion(target, report)
         case _:
@@ -216,9 +223,17 @@ def _print_bench_report(target: Any, report: dict[str, Any]) -> None:
         target.print(f"written: {path}")
 
 
-def _print_plan(target: Any, plan: dict[str, Any]) -> None:
-    target.print(plan_table(plan))
-    for line in memory_lines(plan):
+def _print_plan(target: Any, report: dict[str, Any]) -> None:
+    """Layers, then how they would be pruned, by which gradients, and in what memory."""
+    config, loss = report["config"], report["loss"]
+    target.print(plan_table(report["plan"]))
+    damp = number(config["damp"], "g") if config["damp"] is not None else f"{config['dampening_frac']:g} of the mean"
+    what = f"{config['num_grads']} gradients ({config['gradients']}) of the {loss}" if loss else "no gradients"
+    target.print(
+        f"{config['curvature']} curvature, {config['method']} choice, {config['update']} update, damping {damp}; {what}"
+    )
+    target.print(f"stages: {', '.join(report['stages'])}")
+    for line in (*memory_lines(report["plan"]), *(f"note: {note}" for note in report["notes"])):
         target.print(line)
 
 
@@ -234,6 +249,27 @@ def _print_result(target: Any, report: dict[str, Any]) -> None:
     for note in report.get("notes") or ():
         target.print(f"note: {note}")
     target.print(f"{number(report.get('seconds'), '.1f')} s")
+
+
+def _print_damping(target: Any, report: dict[str, Any]) -> None:
+    """F1 by damping and number of gradients, for each pattern; and the best of each."""
+    rows = report["rows"]
+    damps, counts = (sorted({row[key] for row in rows}) for key in ("damp", "num_grads"))
+    target.print(f"dense: F1 {number(report['accuracy']['dense']['f1'], '.2f')}")
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        found = {(row["num_grads"], row["damp"]): row for row in rows if row["pattern"] == pattern}
+        table = _table((f"{pattern}: F1", False), *((f"damp {damp:g}", True) for damp in reversed(damps)))
+        for count in counts:
+            cells = (found.get((count, damp), {}) for damp in reversed(damps))
+            texts = ("failed" if "failed" in cell else number(cell.get("f1"), ".2f") for cell in cells)
+            table.add_row(f"{count} gradients", *texts)
+        target.print(table)
+    for pattern, row in report["best"].items():
+        target.print(
+            f"best at {pattern}: damp {row['damp']:g} with {row['num_grads']} gradients, F1 {number(row['f1'], '.2f')}"
+        )
+    for note in report.get("notes") or ():
+        target.print(f"note: {note}")
 
 
 def _print_conversion(target: Any, report: dict[str, Any]) -> None:

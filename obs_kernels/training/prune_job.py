@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from obs_kernels import checks
-from obs_kernels.errors import ConfigError, ResumeMismatchError
+from obs_kernels.errors import ConfigError, MemoryBudgetError, ResumeMismatchError
 from obs_kernels.files import whole_folder, write_text
 from obs_kernels.pruning import OBSConfig, OBSPruner, PruningPlan
-from obs_kernels.pruning.sparsify import run_stages
+from obs_kernels.pruning.execution import execution_groups
+from obs_kernels.pruning.sparsify import require_groups, run_stages
 from obs_kernels.sparse import SparseLinear, decompress_
 from obs_kernels.sparse.linear import PRUNED_ATTRIBUTE
 from obs_kernels.training.environment import environment
@@ -43,6 +44,7 @@ from obs_kernels.training.squad import SquadExample, SquadWindows, load_squad
 from obs_kernels.training.squad_batches import LOSSES, SquadLoader, model_inputs, span_logits
 
 _COMPARED_WINDOWS = 16
+_PLANNED_TOKENS = 8
 
 
 def run_prune_job(
@@ -91,18 +93,20 @@ def run_prune_job(
     start, say = time.perf_counter(), say or (lambda text: None)
     target = check_out(out, overwrite=overwrite)
     _check_counts(max_eval=max_eval, batch_size=batch_size)
-    loss = loss or ("outputs" if config.curvature == "row" else "labels")
-    checks.check_choice("loss", loss, tuple(LOSSES))
+    loss = _loss_name(loss, config)
     net, tokenizer = load_qa_model(model, device=pick_device(device))
     make_trainable(net)
     pruner = OBSPruner(net, config)
-    plan = pruner.plan()
     notes: list[str] = []
     evaluation, calibration = load_questions(data, train, config, notes)
     evaluation = choose_questions(evaluation, max_eval, config.seed, notes)
     windows = job_windows(evaluation, net, tokenizer, with_labels=False)
     loader = calibration_of(calibration, net, tokenizer, config, batch_size, notes) if config.needs_fisher else None
     work_dir = _open_work_dir(target, loader, loss) if resume else None
+    order = None
+    if config.sequential and loader is not None:
+        order = execution_groups(net, pruner.layers, loader, LOSSES[loss])
+    plan = pruner.plan(order)
     if on_plan is not None:
         on_plan(plan)
 
@@ -192,15 +196,36 @@ def run_eval_job(
     }
 
 
-def run_plan_job(*, model: str | os.PathLike[str], config: OBSConfig, device: str = "auto") -> dict[str, Any]:
-    """What ``run_prune_job`` would do to ``model``: layers, memory, what is left out and why. Needs no data."""
+def run_plan_job(
+    *, model: str | os.PathLike[str], config: OBSConfig, loss: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """What ``run_prune_job`` would do to ``model``: layers, memory, passes, what is left out and why. Needs no data.
+
+    Under ``sequential`` a few made-up tokens go through the model once, which tells in what order its layers run.
+    """
+    loss = _loss_name(loss, config)
     net, _ = load_qa_model(model, device=pick_device(device))
     decompress_(net)
+    pruner, notes = OBSPruner(net, config), list[str]()
+    ids = torch.ones(1, _PLANNED_TOKENS, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids}
+
+    def answer(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return span_logits(model(**model_inputs(model, batch)))[0].sum()
+
+    order = execution_groups(net, pruner.layers, [batch], answer) if config.sequential else None
+    try:
+        require_groups(pruner)
+    except MemoryBudgetError as error:
+        notes.append(f"prune would stop at this: {error}")
     return {
         "job": "plan",
         "model": os.fspath(model),
         "config": config.to_dict(),
-        "plan": OBSPruner(net, config).plan().to_dict(),
+        "loss": loss if config.needs_fisher else None,
+        "stages": [str(stage) for stage in pruner.stages],
+        "plan": pruner.plan(order).to_dict(),
+        "notes": notes,
     }
 
 
@@ -225,6 +250,13 @@ def _logits(model: nn.Module, windows: SquadWindows) -> tuple[Tensor, ...]:
     step = max(1, len(windows) // _COMPARED_WINDOWS)
     batch = windows.batch(torch.arange(len(windows))[::step][:_COMPARED_WINDOWS])
     return span_logits(model(**model_inputs(model, batch)))
+
+
+def _loss_name(loss: str | None, config: OBSConfig) -> str:
+    """Whose curvature is taken; the model's own answers for row curvature, if nothing is said."""
+    loss = loss or ("outputs" if config.curvature == "row" else "labels")
+    checks.check_choice("loss", loss, tuple(LOSSES))
+    return loss
 
 
 def _check_counts(*, max_eval: int | None, batch_size: int) -> None:
