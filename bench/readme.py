@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import choices_squad
+from bench import choices_squad, squad_gradual
+from bench.gradual_rows import GRADUAL
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import devices_of, summary_table
 from obs_kernels.files import write_text
@@ -187,8 +188,37 @@ def seeds_line() -> str:
 
 
 def choices_lines() -> str:
-    """Row curvature over the seeds, then the passes."""
-    return f"{seeds_line()}\n{passes_line()}"
+    """Row curvature over the seeds and by the number of questions, then the passes."""
+    return f"{seeds_line()} {questions_line()}\n{passes_line()}"
+
+
+def questions_line(pattern: str = "2:8") -> str:
+    """F1 of row curvature by the number of questions, of the seed that all numbers were run with."""
+    stored = json.loads(choices_squad.RESULTS.read_text())
+    usual, found = stored["header"]["num_grads"], dict[int, float]()
+    for cell in stored["cells"].values():
+        if cell["study"] == "row" and cell["pattern"] == pattern and cell["seed"] == 0:
+            change = choices_squad.ROW_CHANGES.get(cell["value"], {})
+            if cell["value"] == choices_squad.AS_IT_IS or set(change) == {"num_grads"}:
+                found[change.get("num_grads", usual)] = cell["f1"]
+    parts = [f"{count:,} {f1:.2f}" for count, f1 in sorted(found.items())]
+    return f"{pattern} by questions, seed 0: {', '.join(parts)}."
+
+
+def gradual_line() -> str:
+    """F1 of the rows of gradual pruning that must be there, and 2:16, from the stored results."""
+    stored = json.loads(squad_gradual.RESULTS.read_text())
+    epochs, dense = stored["header"]["epochs"], stored["dense"]["f1"]
+    names = {"row": "row", "combinatorial": "block", "magnitude": "magnitude"}
+    parts = list[str]()
+    for row in (stored["rows"][wanted["key"]] for wanted in stored["wanted"] if wanted["key"] in stored["rows"]):
+        if row["way"] == GRADUAL and (row["must"] or row["curvature"] == "row"):
+            kind = names["row" if row["curvature"] == "row" else row["method"]]
+            parts.append(f"{row['pattern']} {kind} {row['f1']:.2f} ({100 * row['f1'] / dense:.1f} %)")
+    return (
+        f"Pruned in steps and trained for {epochs:g} epochs, F1 (share of the dense {dense:.2f}): "
+        f"{', '.join(parts)}; one seed, every row: [squad_gradual.md](bench/results/squad_gradual.md)."
+    )
 
 
 def passes_line() -> str:
@@ -217,6 +247,7 @@ PARTS = {
     "kernels": kernel_tables,
     "matmul": matmul_table,
     "oneshot": oneshot_table,
+    "gradual": gradual_line,
 }
 
 
