@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import obs_kernels as obs
 from bench.cases import inference as case
@@ -304,6 +304,26 @@ def test_the_table_of_the_bench() -> None:
     assert lines[0].startswith("a GPU, commit abc, bf16")
     assert lines[2] == "| model | batch x length | dense, ms | 64:2:8 | 128:2:8 |"
     assert lines[4] == "| bert-large | 32 x 512 | 20.00 (compiled graph) | 1.25 (1.30) | 0.80 (–) |"
+
+
+def test_no_mask_reaches_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is captured or compiled transformers may not look at a mask, and made one of nothing but True."""
+    masking = pytest.importorskip("transformers.masking_utils")
+    seen: list[Tensor | None] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        seen.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(masking, "_ignore_bidirectional_mask_sdpa", lambda *_, **__: False)
+    model, _ = encoders.build("tiny", torch.float32, torch.device("cpu"))
+    inputs = encoders.make_inputs(model, 2, 16)
+    unmasked = model(**inputs)[0]
+    assert seen == [None] * 2
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**inputs)[0], unmasked) and all(mask is not None for mask in seen[2:])
 
 
 # the commands

@@ -40,6 +40,8 @@ SHAPES = {
     "tiny": Encoder(layers=2, hidden=64, ffn=128, heads=2, vocab=100, positions=64),
 }
 """Encoders by name; "tiny" is for a CPU and says nothing about any other."""
+UNMASKED = "obs_kernels_sdpa_unmasked"
+"""Name of an attention of transformers: SDPA, never a mask."""
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 """Layers of the repeated blocks: heads and poolers stay dense."""
 
@@ -71,10 +73,29 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Modul
             raise ConfigError(f"model must be one of {known}, or a folder with config.json, got {name!r}")
         model, source = read_model(folder), "the folder's weights"
         decompress_(model)
-    attention: Any = getattr(model, "set_attn_implementation", None)
-    if attention is not None:
-        attention("sdpa")
+    _attend_unmasked(model)
     return nn.Module.to(model, device, dtype).eval().requires_grad_(False), source
+
+
+def _attend_unmasked(model: nn.Module) -> None:
+    """Let ``model`` attend by SDPA without a mask: ``make_inputs`` masks nothing.
+
+    While a graph is captured or compiled transformers makes a mask all the same, as it must not look at the values, and
+    a mask keeps SDPA from its fast kernels: 85 of the 102 ms of BERT-large at 32 x 512 on an H200.
+    """
+    attention: Any = getattr(model, "set_attn_implementation", None)
+    if attention is None:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+    AttentionMaskInterface.register(UNMASKED, _no_mask)
+    attention(UNMASKED)
+
+
+def _no_mask(*_args: Any, **_options: Any) -> None:
+    """What transformers takes for "nothing is masked"; a causal model then passes ``is_causal``."""
 
 
 def sparse_twin(
