@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -287,6 +288,11 @@ def parse_pattern(text: str | Pattern) -> Any:
         return text
     if not isinstance(text, str):
         raise ConfigError(f"pattern must be a text such as {PATTERN_HELP}, got {type(text).__name__} {text!r}")
+    return _parse_text(text)
+
+
+@lru_cache(maxsize=1024)  # each call of a sparse layer reads its pattern
+def _parse_text(text: str) -> Pattern:
     parts = text.strip().lower().split(":")
     if re.fullmatch(r"\d+:\d+", ":".join(parts)):
         return NMPattern(int(parts[0]), int(parts[1]))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import EPS32, EPS64, MATMUL_SUM, output_rounding
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from obs_kernels import parse_pattern
@@ -202,6 +203,45 @@ def test_only_the_gradients_asked_for(gen):
     y.sum().backward()
     assert x.grad is None and bias.grad is not None
     torch.testing.assert_close(bias.grad, (y > 0).float().sum(0))
+
+
+@pytest.mark.parametrize("given", ["x", "bias", "both"])
+@pytest.mark.parametrize(("x_layout", "y_layout"), [("token", "token"), ("feature", "token"), ("token", "feature")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_mode(gen, activation, x_layout, y_layout, given):
+    """Tangents of x and bias come out as those of the dense layer, and can be differentiated again."""
+    sparse, dense = make(gen, 12, 48, "6:2:16", torch.float64)
+    x, bias = (torch.randn(*size, generator=gen, dtype=torch.float64) for size in ((5, 48), (12,)))
+    changes = [torch.randn(t.shape, generator=gen, dtype=t.dtype) for t in (x, bias)]
+
+    def tangent(run) -> tuple[Tensor, Tensor, Tensor]:
+        ends = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        with forward_ad.dual_level():
+            taken = [given in (name, "both") for name in ("x", "bias")]
+            duals = [
+                forward_ad.make_dual(*pair) if use else pair[0] for *pair, use in zip(ends, changes, taken, strict=True)
+            ]
+            y, change = forward_ad.unpack_dual(run(*duals))
+            assert change is not None
+            grads = torch.autograd.grad((y * change).sum(), ends, allow_unused=True)
+        return y, change, torch.cat([torch.zeros(0) if g is None else g.flatten() for g in grads])
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        flat = x if x_layout == "token" else x.T
+        y = sparse_linear(flat, sparse, bias, activation=activation, x_layout=x_layout, y_layout=y_layout)
+        return y if y_layout == "token" else y.T
+
+    for found, wanted in zip(
+        tangent(ours), tangent(lambda x, bias: ACTIVATIONS[activation](x @ dense.T + bias)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_forward_mode_of_functions(gen):
+    sparse, dense = make(gen, 12, 48, "2:4", torch.float64)
+    x, change = torch.randn(2, 5, 48, generator=gen, dtype=torch.float64)
+    y, found = torch.func.jvp(lambda x: sparse_linear(x, sparse), (x,), (change,))
+    torch.testing.assert_close((y, found), (x @ dense.T, change @ dense.T))
 
 
 def test_values_take_no_gradient(gen):

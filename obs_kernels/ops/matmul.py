@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from obs_kernels import checks
@@ -39,7 +41,8 @@ def sparse_linear(
         backend: None, or a name of ``dispatch.BACKENDS``.
 
     Returns:
-        y in the dtype of x; arithmetic in f32 (f64 for f64). Gradients flow to x and bias; packed values take none.
+        y in the dtype of x; arithmetic in f32 (f64 for f64). Gradients flow to x and bias, tangents of forward mode
+        from them; packed values take none.
 
     NaN or Inf in a token: the reference gives NaN in all of its outputs (zeros take part in a dense product); ``cuda``
     reaches the rows that keep the column, and those with a free place among the four columns around it.
@@ -74,14 +77,19 @@ def sparse_linear(
         raise ConfigError(
             "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
         )
+    if forward_ad._current_level >= 0:
+        (x, x_change), (bias, bias_change) = forward_ad.unpack_dual(x), _unpacked(bias)
+        if x_change is not None or bias_change is not None:
+            run = partial(sparse_linear, sparse=sparse, x_layout=x_layout, y_layout=y_layout, backend=backend)
+            return _dual(run, x, x_change, bias, bias_change, activation, y_layout)
     flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
     columns = sparse.columns_or_empty()
     chosen = resolve("sparse_linear", backend, x, sparse.pattern)
     if _is_heard(x, sparse.values, sparse.codes, columns, bias):
-        run: Any = partial(torch.ops.obs_kernels.sparse_linear, backend=chosen)
+        product: Any = partial(torch.ops.obs_kernels.sparse_linear, backend=chosen)
     else:
-        run = kernel("sparse_linear", chosen)
-    y: Tensor = run(
+        product = kernel("sparse_linear", chosen)
+    y: Tensor = product(
         flat,
         sparse.values,
         sparse.codes,
@@ -95,6 +103,34 @@ def sparse_linear(
     return y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
 
 
+def _unpacked(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(value, tangent or None)."""
+    if bias is None:
+        return None, None
+    value, change = forward_ad.unpack_dual(bias)
+    return value, change
+
+
+def _dual(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    x_change: Tensor | None,
+    bias: Tensor | None,
+    bias_change: Tensor | None,
+    activation: str | None,
+    y_layout: str,
+) -> Tensor:
+    """``run(x, bias=, activation=)`` with its tangent: torch.library knows no forward mode, and would lose it."""
+    before = run(x, bias=bias)
+    change = torch.zeros_like(before) if x_change is None else run(x_change)
+    if bias_change is not None:
+        change = change + (bias_change if y_layout == "token" else bias_change[:, None])
+    if activation is None:
+        return forward_ad.make_dual(before, change)
+    y = run(x, bias=bias, activation=activation)
+    return forward_ad.make_dual(y, activation_gradient(before, change, activation))
+
+
 def _is_heard(*tensors: Tensor | None) -> bool:
     """Whether anything listens to ops: gradients, a compiler, a mode, a kind of tensor of its own, a profiler. If not,
     the kernel is called without the dispatcher, whose way through Python takes the host 40 us a call.
@@ -102,7 +138,7 @@ def _is_heard(*tensors: Tensor | None) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or _get_current_dispatch_mode() is not None
         or torch.autograd._profiler_enabled()

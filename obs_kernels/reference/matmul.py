@@ -58,5 +58,8 @@ def activation_gradient(y: Tensor, grad: Tensor, activation: str) -> Tensor:
         case "gelu_tanh":
             return torch.ops.aten.gelu_backward(grad, y, approximate="tanh")
         case "silu":
+            if torch.is_grad_enabled() and (y.requires_grad or grad.requires_grad):  # aten's has no derivative
+                share = torch.sigmoid(y)
+                return grad * share * (1 + y * (1 - share))
             return torch.ops.aten.silu_backward(grad, y)
     return grad
