@@ -31,7 +31,8 @@ struct TransposeArgs {
 };
 
 // A thread turns a square of 8 x 8 in its registers, one byte permutation a word; a warp a tile.
-__global__ __launch_bounds__(kThreads) void transpose_kernel(const TransposeArgs args) {
+// Three CTAs an SM: left to itself the compiler spills two words to fit a fourth.
+__global__ __launch_bounds__(kThreads, 3) void transpose_kernel(const TransposeArgs args) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / 32);
   for (int64_t tile = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32; tile < args.tiles;
