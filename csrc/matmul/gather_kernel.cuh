@@ -2,8 +2,7 @@
 // The kernel of the sparse product for panels, v:2:m: the rows of a panel keep columns among the
 // same four of m, so a tile multiplies only those: C / m * 4 columns, of which W keeps two of four.
 // X is feature-major, and a warpgroup picks its columns (512 bytes for 256 tokens) by 16-byte
-// copies where copies of whole boxes would bring all. Bounded by what such copies bring beside
-// products: see bench/micro.
+// copies where copies of whole boxes would bring all.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +10,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "common/device.cuh"
 #include "common/hopper.cuh"
 #include "matmul/sparse_consumer.cuh"
 #include "matmul/sparse_layout.cuh"
