@@ -8,25 +8,10 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
+#include "matmul/activation.cuh"
 #include "matmul/sparse_layout.cuh"
 
 namespace obs_kernels {
-
-// In f32, as the reference does; relu keeps NaN.
-template <Activation kActivation>
-__device__ __forceinline__ float activate(float value) {
-  if constexpr (kActivation == Activation::kRelu) {
-    return value < 0.0f ? 0.0f : value;
-  } else if constexpr (kActivation == Activation::kGelu) {
-    return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    const float cube = value * value * value;
-    return 0.5f * value * (1.0f + tanhf(0.79788456080286536f * (value + 0.044715f * cube)));
-  } else {
-    static_assert(kActivation == Activation::kSilu, "one of the above");
-    return value / (1.0f + __expf(-value));
-  }
-}
 
 template <Activation kActivation, int kSums>
 __device__ __forceinline__ void activate_all(float (&sum)[kSums]) {

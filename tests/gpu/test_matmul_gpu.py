@@ -186,6 +186,21 @@ def test_random_inputs(gen, tokens, rows, cols, text, activation, dtype):
         assert turned.shape == (rows, tokens) and turned.is_contiguous() and same_bits(turned.T, y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name is not None])
+def test_activations_along_a_line(activation, dtype):
+    """Sums that are exact, from tail to tail and beyond: half a unit of the output, and 5e-7 of the activation."""
+    values = torch.cat([torch.linspace(-12, 12, 4097), torch.tensor([-3e4, -90.0, 0.0, 90.0, 3e4])]).to(DEVICE, dtype)
+    x = torch.zeros(len(values), 64, dtype=dtype, device=DEVICE)
+    x[:, 0] = values
+    dense = torch.zeros(64, 64, dtype=dtype, device=DEVICE)
+    dense[:, 0] = 1.0
+    y = product(x, pack(dense, dense != 0, "2:4"), activation=activation)
+    wanted = ACTIVATIONS[activation](values.double())[:, None]
+    bound = 0.5 * torch.finfo(dtype).eps * wanted.abs() + 5e-7
+    assert ((y.double() - wanted).abs() <= bound).all(), ((y.double() - wanted).abs() / bound).max()
+
+
 def test_overflow_becomes_infinity(gen):
     sparse, dense = integer_weight(72, 64, "2:4", torch.float16)
     x = 30000 * integers(gen, 1, (9, 64), torch.float16)
