@@ -184,6 +184,23 @@ void bind_matmul(py::module_& module) {
              py::arg("m"),
              py::arg("feature_x"),
              py::arg("device"));
+  module.def("product_cycles",
+             &obs_kernels::product_cycles,
+             "Estimated cycles of the faster of the two; see obs_kernels/matmul.h.",
+             py::kw_only(),
+             py::arg("rows"),
+             py::arg("cols"),
+             py::arg("tokens"),
+             py::arg("v"),
+             py::arg("m"),
+             py::arg("feature_x"),
+             py::arg("device"));
+  module.def("transposition_cycles",
+             &obs_kernels::transposition_cycles,
+             "Estimated cycles of a transposition; see obs_kernels/matmul.h.",
+             py::kw_only(),
+             py::arg("tokens"),
+             py::arg("cols"));
   module.def("gather_linear",
              &gather_linear,
              "(op, path, blocks, threads) of the launch; see obs_kernels/matmul.h.",

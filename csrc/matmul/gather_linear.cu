@@ -74,6 +74,16 @@ bool gather_is_faster(
   return gather_is_faster_on(rows, cols, tokens, v, m, feature_x, multiprocessors_of(device));
 }
 
+int64_t product_cycles(
+    int64_t rows, int64_t cols, int64_t tokens, int64_t v, int64_t m, bool feature_x, int device) {
+  OBS_CHECK(v >= 0 && m > 0, "v must not be negative and m positive, got v = ", v, ", m = ", m);
+  return product_cycles_on(rows, cols, tokens, v, m, feature_x, multiprocessors_of(device));
+}
+
+int64_t transposition_cycles(int64_t tokens, int64_t cols) {
+  return transpose_cycles(tokens, cols);
+}
+
 LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStream_t stream) {
   const SparseLinearParams& product = params.product;
   check_product(product, kNumGatherTiles);

@@ -114,7 +114,27 @@ inline int64_t transpose_cycles(int64_t tokens, int64_t cols) {
   return kLaunch + 4 * tokens * cols / kBytesOfCycle;
 }
 
-// Whether gathering the kept columns of a v:2:m weight is faster than running it as 2:4.
+inline int64_t steps_of(int64_t columns) {
+  return round_up(columns, kStepCols) / kStepCols;
+}
+
+// Gathering the kept columns of a v:2:m weight, with a transposition before it unless x is
+// feature-major; no tile if none fits (v = 0: there are no panels).
+inline ChosenTile choose_gathered(int64_t rows,
+                                  int64_t cols,
+                                  int64_t tokens,
+                                  int64_t v,
+                                  int64_t m,
+                                  bool feature_x,
+                                  int multiprocessors) {
+  if (v == 0) return {-1, 0};
+  ChosenTile gathered =
+      choose_gather_tile(rows, tokens, steps_of(cols / m * 4), v, multiprocessors);
+  if (!feature_x) gathered.cycles += transpose_cycles(tokens, cols);
+  return gathered;
+}
+
+// Whether that is faster than running the weight as 2:4.
 inline bool gather_is_faster_on(int64_t rows,
                                 int64_t cols,
                                 int64_t tokens,
@@ -122,13 +142,22 @@ inline bool gather_is_faster_on(int64_t rows,
                                 int64_t m,
                                 bool feature_x,
                                 int multiprocessors) {
-  const auto steps_of = [](int64_t columns) { return round_up(columns, kStepCols) / kStepCols; };
-  const ChosenTile gathered =
-      choose_gather_tile(rows, tokens, steps_of(cols / m * 4), v, multiprocessors);
-  if (gathered.index < 0) return false;
-  const int64_t before = feature_x ? 0 : transpose_cycles(tokens, cols);
-  return gathered.cycles + before <
-         choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles;
+  const ChosenTile gathered = choose_gathered(rows, cols, tokens, v, m, feature_x, multiprocessors);
+  return gathered.index >= 0 &&
+         gathered.cycles < choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles;
+}
+
+// Of the faster of the two.
+inline int64_t product_cycles_on(int64_t rows,
+                                 int64_t cols,
+                                 int64_t tokens,
+                                 int64_t v,
+                                 int64_t m,
+                                 bool feature_x,
+                                 int multiprocessors) {
+  const ChosenTile gathered = choose_gathered(rows, cols, tokens, v, m, feature_x, multiprocessors);
+  const int64_t whole = choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles;
+  return gathered.index >= 0 ? std::min(gathered.cycles, whole) : whole;
 }
 
 }  // namespace obs_kernels

@@ -10,6 +10,7 @@ from obs_kernels.cuda_calls.device import runs_on
 from obs_kernels.cuda_calls.fisher import accumulate_fisher_, launch_accumulate_fisher
 from obs_kernels.cuda_calls.group_launches import launch_groups
 from obs_kernels.cuda_calls.inverse import invert_spd, invert_spd_into, launch_invert_spd
+from obs_kernels.cuda_calls.layout import feature_major
 from obs_kernels.cuda_calls.matmul import launch_gather_linear, launch_sparse_linear, sparse_linear
 from obs_kernels.cuda_calls.packing import launch_pack, pack
 from obs_kernels.cuda_calls.prepacked import prepack
@@ -21,6 +22,7 @@ from obs_kernels.cuda_calls.update_launches import launch_loss_increase, launch_
 __all__ = [
     "accumulate_fisher_",
     "block_saliency",
+    "feature_major",
     "invert_spd",
     "invert_spd_into",
     "launch_accumulate_fisher",

@@ -6,6 +6,7 @@ Docstring, checks, dispatch and ``torch.library`` registration, so that ``torch.
 
 from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.ops.hessian import accumulate_hessian_
+from obs_kernels.ops.layout import feature_major
 from obs_kernels.ops.matmul import sparse_linear
 from obs_kernels.ops.packing import pack, unpack
 from obs_kernels.ops.prune import Pruned, prune_nm, prune_vnm
@@ -21,6 +22,7 @@ __all__ = [
     "accumulate_fisher_",
     "accumulate_hessian_",
     "block_saliency",
+    "feature_major",
     "invert_spd",
     "loss_increase",
     "obs_update",

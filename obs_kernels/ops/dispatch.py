@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from obs_kernels.errors import BackendUnavailableError, ConfigError
 from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, Pattern, VNMPattern
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("reference", "triton", "cuda")
 MODULES = {
     "reference": "obs_kernels.reference",
@@ -66,6 +67,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "pack": ("cuda", "reference"),
     "unpack": ("reference",),
     "sparse_linear": ("cuda", "reference"),
+    "feature_major": ("cuda", "reference"),
 }
 """Backends of each op in the order of preference."""
 STEPS = {"sweep_rows": ("sweep_rows_by", "sweep_groups")}
@@ -143,7 +145,7 @@ def _saliency_limit(weight: Tensor, fisher: Tensor | None = None, method: str = 
     return _update_limit(weight, fisher)
 
 
-def _constant_when_compiled(function: Callable[..., str | None]) -> Callable[..., str | None]:
+def constant_when_compiled(function: Function) -> Function:
     """What ``torch.compiler.assume_constant_result`` does; that one imports dynamo, and with it triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -157,7 +159,7 @@ def _sparse_linear_limit(x: Tensor, pattern: NMPattern | None = None) -> str | N
     return None
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _no_sparse_product(device: int) -> str | None:
     reason: str | None = import_module(f"{MODULES['cuda']}.matmul").lacks_sparse_product(device)
     return reason
@@ -222,7 +224,7 @@ def _no_cuda(device_type: str) -> str | None:
     return f"it needs a CUDA tensor, got {device_type}" if device_type != "cuda" else _no_module()
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _no_module() -> str | None:
     return _ext.reason()
 

@@ -85,7 +85,7 @@ def sparse_linear(
     flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
     columns = sparse.columns_or_empty()
     chosen = resolve("sparse_linear", backend, x, sparse.pattern)
-    if _is_heard(x, sparse.values, sparse.codes, columns, bias):
+    if is_heard(x, sparse.values, sparse.codes, columns, bias):
         product: Any = partial(torch.ops.obs_kernels.sparse_linear, backend=chosen)
     else:
         product = kernel("sparse_linear", chosen)
@@ -131,7 +131,7 @@ def _dual(
     return forward_ad.make_dual(y, activation_gradient(before, change, activation))
 
 
-def _is_heard(*tensors: Tensor | None) -> bool:
+def is_heard(*tensors: Tensor | None) -> bool:
     """Whether anything listens to ops: gradients, a compiler, a mode, a kind of tensor of its own, a profiler. If not,
     the kernel is called without the dispatcher, whose way through Python takes the host 40 us a call.
     """

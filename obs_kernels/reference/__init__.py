@@ -6,7 +6,7 @@ The oracle of every test and the path on a CPU. Names and parameters equal those
 
 from obs_kernels.reference.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.reference.hessian import accumulate_hessian_
-from obs_kernels.reference.matmul import sparse_linear
+from obs_kernels.reference.matmul import feature_major, sparse_linear
 from obs_kernels.reference.packing import pack, unpack
 from obs_kernels.reference.prune import prune_nm, prune_vnm
 from obs_kernels.reference.search import search_nm, search_vnm
@@ -19,6 +19,7 @@ __all__ = [
     "accumulate_fisher_",
     "accumulate_hessian_",
     "block_saliency",
+    "feature_major",
     "invert_spd",
     "loss_increase",
     "obs_update",

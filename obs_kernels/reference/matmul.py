@@ -34,6 +34,11 @@ def sparse_linear(
     return y.contiguous() if y_layout == "token" else y.T.contiguous()
 
 
+def feature_major(x: Tensor) -> Tensor:
+    """``x`` [..., C], lying in memory as [C, ...]; ``x`` itself if it does."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 def activate(y: Tensor, activation: str) -> Tensor:
     """Apply "relu", "gelu" (exact), "gelu_tanh", "silu", or nothing for ""."""
     match activation:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obs_kernels import checks
 from obs_kernels.checks import PACK_DTYPES
 from obs_kernels.errors import CheckpointFormatError, ConfigError, MissingDependencyError
 from obs_kernels.files import whole_folder
 from obs_kernels.patterns import NMPattern
 from obs_kernels.sparse import stored
+from obs_kernels.sparse.compress import chain_
 from obs_kernels.sparse.linear import SparseLinear, empty_sparse_linear, is_packable, replace_module
 from obs_kernels.sparse.stored import FORMAT_VERSION, MAX_SHARD_SIZE, PARTS, SECTION
 
@@ -101,22 +103,27 @@ def dense_state(model: nn.Module, sparse: dict[str, SparseLinear]) -> dict[str, 
     return state
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, fuse_ffn: str | None = None) -> nn.Module:
     """Read a folder of ``save_pretrained``; missing, extra or damaged tensors are refused.
 
     Args:
         path: the folder; one file or shards.
         model: a module of the right architecture to fill, changed only if all is well; None builds the transformers
             model that ``config.json`` names.
+        fuse_ffn: as in ``compress_``.
 
     Raises:
-        CheckpointFormatError: not such a folder, another version, or damaged.
+        CheckpointFormatError: not such a folder, another version, or damaged. ConfigError: a bad ``fuse_ffn``.
     """
+    if fuse_ffn is not None:
+        checks.check_choice("fuse_ffn", fuse_ffn, checks.LAYOUTS)
     folder = Path(path)
     config = stored.read_config(folder)
     patterns = stored.target_patterns(config.get(SECTION))
     state = stored.read_tensors(folder)
-    return fill_model(folder, build_model(config) if model is None else model, patterns, state)
+    filled = fill_model(folder, build_model(config) if model is None else model, patterns, state)
+    chain_(filled, fuse_ffn)
+    return filled
 
 
 def fill_model(folder: Path, target: nn.Module, patterns: dict[str, NMPattern], state: dict[str, Tensor]) -> nn.Module:

@@ -120,7 +120,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``activation(x W^T + bias)``, x [..., C] -> [..., R]."""
-        if self.dense is not None and self._takes_dense(x):
+        if self.dense is not None and self.takes_dense(x):
             y = F.linear(x, self.dense, self.bias)
             return y if self.activation is None else _DENSE_ACTIVATIONS[self.activation](y)
         x, values, bias = self._as_autocast(x)
@@ -144,7 +144,10 @@ class SparseLinear(nn.Module):
             return y.reshape(self.out_features, *lead).movedim(0, -1)
         return y.reshape(*lead, self.out_features)
 
-    def _takes_dense(self, x: Tensor) -> bool:
+    def takes_dense(self, x: Tensor) -> bool:
+        """Whether ``x`` will be multiplied by the dense copy."""
+        if self.dense is None:
+            return False
         if self._dispatch == "auto":
             tokens = math.prod(x.shape[:-1])
             dense = self.sparse_from is None or tokens < self.sparse_from

@@ -20,6 +20,7 @@ from obs_kernels.errors import CheckpointFormatError
 from obs_kernels.ops import SparseWeight
 from obs_kernels.packed_format import packed_shapes
 from obs_kernels.patterns import NMPattern
+from obs_kernels.sparse.attention import share_inputs_
 from obs_kernels.sparse.checkpoint import packed_state
 from obs_kernels.sparse.linear import (
     SparseLinear,
@@ -88,6 +89,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.sparse.validate(name)
         if self.wanted_dtype is not None and any(m.values.dtype != self.wanted_dtype for m in sparse.values()):
             _cast(model, self.wanted_dtype)
+        share_inputs_(model)
         return model
 
     def get_state_dict_and_metadata(

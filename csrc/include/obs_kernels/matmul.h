@@ -78,6 +78,12 @@ struct GatherLinearParams {
 bool gather_is_faster(
     int64_t rows, int64_t cols, int64_t tokens, int64_t v, int64_t m, bool feature_x, int device);
 
+// Estimated cycles of the faster of the two, by fitted tiles; v = 0 for a weight without panels.
+int64_t product_cycles(
+    int64_t rows, int64_t cols, int64_t tokens, int64_t v, int64_t m, bool feature_x, int device);
+// And of `transpose`.
+int64_t transposition_cycles(int64_t tokens, int64_t cols);
+
 int num_gather_tiles();
 const char* gather_tile_name(int config);
 

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention whose query, key and value layers share one feature-major input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import obs_kernels as obs
+from obs_kernels.errors import DTypeNotSupportedError, ShapeNotSupportedError
+from obs_kernels.ops import feature_major, layout
+from obs_kernels.sparse import attention, compress_, decompress_
+from obs_kernels.sparse.attention import SharedInput
+from obs_kernels.sparse.linear import SparseLinear
+
+IDS = torch.tensor([[3, 4, 5, 6, 0], [7, 8, 9, 10, 11]])
+FROM = 8
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the hook asked for; here sharing gains from 8 tokens on."""
+    found: list[tuple[Any, ...]] = []
+
+    def from_tokens(*key: Any) -> int:
+        found.append(key)
+        return FROM
+
+    monkeypatch.setattr(attention, "shared_from", from_tokens)
+    return found
+
+
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every call of a packed layer: whether its input lay feature-major."""
+    found: list[bool] = []
+    forward = SparseLinear.forward
+
+    def watched(self: SparseLinear, x: Tensor) -> Tensor:
+        found.append(not x.is_contiguous() and x.movedim(-1, 0).is_contiguous())
+        return forward(self, x)
+
+    monkeypatch.setattr(SparseLinear, "forward", watched)
+    return found
+
+
+def pruned(model: nn.Module, pattern: str = "2:4") -> nn.Module:
+    cfg = obs.OBSConfig(pattern=pattern, method="magnitude", update="none", curvature="block")
+    obs.sparsify_(model.eval(), cfg, None, None)
+    return model
+
+
+def bert() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return pruned(transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64)))
+
+
+@torch.no_grad()
+def answer(model: Any) -> Tensor:
+    return model(IDS).last_hidden_state
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4), (0, 4), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_layout_alone_changes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    y = feature_major(x)
+    assert torch.equal(x, y) and y.dtype == dtype and y.movedim(-1, 0).is_contiguous()
+    assert torch.equal(feature_major(y), x)
+
+
+def test_gradients_pass_and_the_op_compiles() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    weights = torch.randn(4, 6)
+    (feature_major(x) * weights).sum().backward()
+    assert torch.equal(x.grad, weights)
+    torch.library.opcheck(torch.ops.obs_kernels.feature_major, (x.detach(),), {"backend": "reference"})
+    run = torch.compile(lambda t: feature_major(t) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(x.detach()), x.detach() + 1)
+
+
+def test_bad_input_of_the_op() -> None:
+    with pytest.raises(ShapeNotSupportedError, match=r"x must be \[..., C\] of two dimensions or more, got \[3\]"):
+        feature_major(torch.zeros(3))
+    with pytest.raises(DTypeNotSupportedError, match="x must be"):
+        feature_major(torch.zeros(3, 4, dtype=torch.int32))
+
+
+def test_one_transposition_for_three_layers(asked: list[Any], inputs: list[bool]) -> None:
+    model = bert()
+    wanted = answer(model)
+    report = compress_(model)
+    assert report.shared == [f"encoder.layer.{i}.attention.self" for i in (0, 1)] == report.to_dict()["shared"]
+    torch.testing.assert_close(answer(model), wanted, rtol=1e-4, atol=1e-5)
+    block = [True, True, True, False, False, False]  # query, key, value; output; the feed-forward pair
+    assert inputs[: len(block)] == block and inputs.count(True) == 6
+    assert asked[0] == ((32, 32, 32), ("2:4", "2:4", "2:4"), 32, "cpu", 0)
+
+
+def test_too_few_tokens(asked: list[Any], inputs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+    compress_(model)
+    monkeypatch.setattr(attention, "shared_from", lambda *key: IDS.numel() + 1)
+    answer(model)
+    assert inputs and not any(inputs)
+
+
+def test_nothing_is_shared_on_the_reference_path(inputs: list[bool]) -> None:
+    model = bert()
+    compress_(model)
+    answer(model)
+    assert inputs and not any(inputs)
+    assert layout.shared_from((32,), ("2:4",), 32, "cpu", 0) == layout.NEVER
+
+
+@pytest.mark.parametrize("change", ["dense layer", "dense dispatch", "autocast"])
+def test_who_does_not_share(change: str, asked: list[Any], inputs: list[bool]) -> None:
+    """A layer that is no longer packed, one that runs its dense copy, an x that autocast copies anyway."""
+    model = bert()
+    compress_(model, keep_dense=True)
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.dispatch = "sparse"
+    own = [block.attention.self for block in model.encoder.layer]
+    for block in own:
+        if change == "dense layer":
+            block.value = block.value.to_linear()
+        elif change == "dense dispatch":
+            block.key.dispatch = "dense"
+        else:
+            block.to(torch.bfloat16)
+    with torch.autocast("cpu", enabled=change == "autocast"):
+        answer(model)
+    assert inputs and not any(inputs)
+
+
+def test_copies_and_pickles_share_and_decompress_ends_it(asked: list[Any], inputs: list[bool]) -> None:
+    model = bert()
+    wanted = answer(model)
+    compress_(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        inputs.clear()
+        torch.testing.assert_close(answer(other), wanted, rtol=1e-4, atol=1e-5)
+        assert inputs.count(True) == 6
+        decompress_(other)
+        assert torch.equal(answer(other), wanted)
+        assert not any(isinstance(hook, SharedInput) for m in other.modules() for hook in m._forward_pre_hooks.values())
+
+
+def test_a_loaded_model_shares_and_fuses(asked: list[Any], inputs: list[bool], tmp_path: Any) -> None:
+    model = bert()
+    wanted = answer(model)
+    compress_(model)
+    obs.save_pretrained(model, tmp_path)
+    plain, fused = obs.load(tmp_path), obs.load(tmp_path, fuse_ffn="feature")
+    for loaded, feature in ((plain, 6), (fused, 8)):  # the second layer of each pair too
+        inputs.clear()
+        torch.testing.assert_close(answer(loaded), wanted, rtol=1e-4, atol=1e-5)
+        assert inputs.count(True) == feature
+    with pytest.raises(obs.errors.ConfigError, match="fuse_ffn must be one of"):
+        obs.load(tmp_path, fuse_ffn="both")
+
+
+def test_compiled_whole_with_changing_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # dynamo does not trace the watched torch.empty
+    monkeypatch.setattr(attention, "shared_from", lambda *key: FROM)
+    model = bert()
+    compress_(model)
+    block = model.encoder.layer[0].attention.self
+    run = torch.compile(lambda x: block(x)[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 5, 9):
+        x = torch.randn(2, tokens, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), block(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention_and_unknown_blocks_stay(asked: list[Any], inputs: list[bool]) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=40,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=16,
+    )
+    model = pruned(transformers.BartModel(config))
+    wanted = answer(model)
+    report = compress_(model)
+    assert len(report.shared) == 3  # two of them attend to themselves
+    torch.testing.assert_close(answer(model), wanted, rtol=1e-4, atol=1e-5)
+    assert inputs.count(True) == 6
+
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.query(hidden_states)
+
+    own = nn.Sequential(Mine())
+    assert compress_(pruned(own)).shared == []
