@@ -79,8 +79,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return LaunchPlan("sparse_linear", "gather", 132, 384, options["config"] or "128x256")
 
     vars(module).update(CONFIGS=("a", "b"), prepack=prepack, launch_sparse_linear=launch_sparse_linear)
-    tiles = ("gather 128x256", "gather 64x256", "gather 128x192 cluster 2")
-    vars(module).update(GATHER_CONFIGS=tiles, launch_gather_linear=launch_gather_linear)
+    vars(module).update(GATHER_CONFIGS=("gather 128x256", "gather 64x256"), launch_gather_linear=launch_gather_linear)
     vars(module).update(gathers=gathers, kept_columns=kept_columns, as_gathered=as_gathered)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(dispatch.TABLE, "sparse_linear", ("cuda", "reference"))
@@ -301,7 +300,6 @@ def test_a_sweep_forces_both_kernels(monkeypatch: pytest.MonkeyPatch):
     assert [v.name for v in one("128:2:8", backends=("cuda",), sweep=True).variants if "gather" in v.name] == [
         "cuda gather 128x256",
         "cuda gather 64x256",
-        "cuda gather 128x192 cluster 2",
     ]
     odd = matmul.problem(
         Selection(backends=("cuda",), sweep=True, peers=False),

@@ -245,8 +245,8 @@ def _launches(
         yield launch(False, "cuda 2:4", forced=True)
     for tile in launcher.CONFIGS:
         yield launch(False, f"cuda {tile}", tile=tile, forced=True)
-    for tile in launcher.GATHER_CONFIGS if feature else ():  # "gather 128x256", "gather 128x256 cluster 2"
-        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split()[1].split("x")[0]) == 0:
+    for tile in launcher.GATHER_CONFIGS if feature else ():  # "gather 128x256"
+        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split()[-1].split("x")[0]) == 0:
             yield launch(True, f"cuda {tile}", x_layout="feature", tile=tile, forced=True)
 
 

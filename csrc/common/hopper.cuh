@@ -125,19 +125,6 @@ __device__ __forceinline__ void copy_bytes(uint32_t to,
       : "memory");
 }
 
-// The same to the same place of every CTA in `ctas`, each told by its own barrier.
-__device__ __forceinline__ void copy_bytes(
-    uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from),
-      "r"(bytes),
-      "r"(barrier),
-      "h"(ctas)
-      : "memory");
-}
-
 // Sixteen bytes by this thread (9.7.9.25.3.1), kTo and kFrom bytes from the addresses, or as many
 // zeros. Constants in the text: the compiler would make an address of each.
 template <int kTo, int kFrom>

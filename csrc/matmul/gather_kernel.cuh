@@ -2,9 +2,7 @@
 // The kernel of the sparse product for panels, v:2:m: the rows of a panel keep columns among the
 // same four of m, so a tile multiplies only those: C / m * 4 columns, of which W keeps two of four.
 // X is feature-major, and a warpgroup picks its columns (512 bytes for 256 tokens) by 16-byte
-// copies where copies of whole boxes would bring all. In a cluster, two CTAs have the same rows,
-// and each brings half of W to both, into stages that the consumers of both have given back. They
-// run the same steps, also where one's tokens lie beyond the last: the other needs its half of W.
+// copies where copies of whole boxes would bring all.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,10 +44,9 @@ __device__ __forceinline__ void copy_slabs(uint32_t to,
    ...);
 }
 
-// A warp: four of the 16 groups of each stage, and the W of 64 rows or none of it. An instruction
-// copies 64 tokens of the four columns of a group, eight lanes a column, so that a group takes one
-// address and no more arithmetic for each copy: a warp issues alone and is bound by its
-// instructions.
+// A warp: four of the 16 groups of each stage, and the W of 64 rows. An instruction copies 64
+// tokens of the four columns of a group, eight lanes a column, so that a group takes one address
+// and no more arithmetic for each copy: a warp issues alone and is bound by its instructions.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               CtaMemory<Tile> cta,
@@ -57,11 +54,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               int lane) {
   using namespace hopper;
   constexpr int kGroups = kStepGroups / kGatherWarps;
-  constexpr int kCluster = Tile::kTokenCluster;
-  constexpr int kShare = Tile::kWeightTiles / kCluster;  // of W, that this CTA brings
-  constexpr auto kCtas = static_cast<uint16_t>((1u << kCluster) - 1u);
-  static_assert(kShare <= kGatherWarps, "a warp brings at most one");
-  static_assert(kShare * kCluster == Tile::kWeightTiles, "all of it is brought");
+  static_assert(Tile::kWeightTiles <= kGatherWarps, "a warp brings at most one");
   const SparseArgs<Element>& sparse = args.sparse;
   const auto stride = static_cast<uint32_t>(args.x_stride * 2);  // bytes
   const int64_t group_stride = int64_t{stride} * args.m;
@@ -71,18 +64,14 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   const auto lane_place = static_cast<uint32_t>((warp * kGroups * kGroupColumns + column) * 128 +
                                                 ((piece ^ column) << 4));
   const uint32_t column_byte = 0x4440u | static_cast<uint32_t>(column);  // zeros above it
-  const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int weight_tile = rank * kShare + warp;
   StageRing<Tile::kStages> ring;
   for (int tile = first_tile(sparse); tile < num_tiles(sparse); tile += tile_stride(sparse)) {
-    const TilePlace place =
-        place_of<kCluster>(tile, sparse.row_groups, sparse.token_tiles, 1, rank);
+    const TilePlace place = place_of(tile, sparse.row_groups, sparse.token_tiles, 1, 0);
     const int panel = place.row_tile * Tile::kRows / args.v;
     const auto* kept =
         reinterpret_cast<const uint32_t*>(args.columns) + int64_t{panel} * args.groups;
-    const uint8_t* weight =
-        sparse.packed +
-        (int64_t{place.row_tile} * Tile::kWeightTiles + weight_tile) * sparse.steps * kPackedBytes;
+    const uint8_t* weight = sparse.packed + (int64_t{place.row_tile} * Tile::kWeightTiles + warp) *
+                                                sparse.steps * kPackedBytes;
     const int64_t token = int64_t{place.token_tile} * Tile::kTokens + piece * 8;
     const auto* group_x =
         reinterpret_cast<const uint8_t*>(args.x + token) + int64_t{warp} * kGroups * group_stride;
@@ -108,14 +97,9 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
       const uint32_t arrived = cta.full(ring.stage);
       barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
       const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
-      if (warp < kShare && lane == 0) {
-        const uint32_t to = stage + Tile::kTokenBytes + weight_tile * kWeightBytes;
-        barrier_expect(arrived, kCluster * kWeightBytes);  // also for the tile that a peer brings
-        if constexpr (kCluster > 1) {
-          copy_bytes(to, weight, kWeightBytes, arrived, kCtas);
-        } else {
-          copy_bytes(to, weight, kWeightBytes, arrived);
-        }
+      if (warp < Tile::kWeightTiles && lane == 0) {
+        barrier_expect(arrived, kWeightBytes);
+        copy_bytes(stage + Tile::kTokenBytes + warp * kWeightBytes, weight, kWeightBytes, arrived);
       }
       weight += kPackedBytes;
 #pragma unroll
@@ -140,22 +124,17 @@ __global__ __launch_bounds__(kSparseThreads,
                                                           const GatherArgs<Element> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
-  constexpr int kCluster = Tile::kTokenCluster;
   extern __shared__ uint8_t raw[];
   const CtaMemory<Tile> cta{(shared_address(raw) + 1023u) & ~1023u};
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(cta.full(stage), kWarpgroup + Tile::kWeightTiles / kCluster);
-      barrier_init(cta.empty(stage), kConsumers * kCluster);
+      barrier_init(cta.full(stage), kWarpgroup + Tile::kWeightTiles);
+      barrier_init(cta.empty(stage), kConsumers);
     }
     fence_barrier_init();
   }
-  if constexpr (kCluster > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
@@ -166,8 +145,6 @@ __global__ __launch_bounds__(kSparseThreads,
     take_registers<208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
-  // Copies and arrivals of the other must find this CTA alive.
-  if constexpr (kCluster > 1) cluster_sync();
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

@@ -21,8 +21,7 @@ LaunchPlan launch(const GatherLinearParams& params,
   constexpr auto kernel = gather_linear_kernel<Element, Tile>;
   const SparseLinearParams& product = params.product;
   GatherArgs<Element> args{};
-  constexpr int kCluster = Tile::kTokenCluster;
-  args.sparse = sparse_args<Element>(product, tile.rows, tile.tokens * kCluster, kCluster);
+  args.sparse = sparse_args<Element>(product, tile.rows, tile.tokens, 1);
   args.x = static_cast<const Element*>(product.x);
   args.columns = params.columns;
   args.x_stride = params.x_stride;
@@ -35,30 +34,20 @@ LaunchPlan launch(const GatherLinearParams& params,
   return {"sparse_linear", tile.name, blocks, kSparseThreads};
 }
 
-constexpr int shape(int rows, int tokens, int cluster) {
-  return (rows * 1024 + tokens) * 4 + cluster;
-}
-
 template <typename Element>
 LaunchPlan launch_tile(const GatherLinearParams& params,
                        const GatherTileShape& tile,
                        int device,
                        cudaStream_t stream) {
-  switch (shape(tile.rows, tile.tokens, tile.cluster)) {
-    case shape(256, 128, 1):
+  switch (tile.rows * 1024 + tile.tokens) {
+    case 256 * 1024 + 128:
       return launch<Element, SparseTile<2, 128>>(params, tile, device, stream);
-    case shape(128, 256, 1):
+    case 128 * 1024 + 256:
       return launch<Element, SparseTile<1, 256>>(params, tile, device, stream);
-    case shape(128, 192, 1):
+    case 128 * 1024 + 192:
       return launch<Element, SparseTile<1, 192>>(params, tile, device, stream);
-    case shape(128, 128, 1):
+    case 128 * 1024 + 128:
       return launch<Element, SparseTile<1, 128>>(params, tile, device, stream);
-    case shape(256, 128, 2):
-      return launch<Element, SparseTile<2, 128, false, 2>>(params, tile, device, stream);
-    case shape(128, 256, 2):
-      return launch<Element, SparseTile<1, 256, false, 2>>(params, tile, device, stream);
-    case shape(128, 192, 2):
-      return launch<Element, SparseTile<1, 192, false, 2>>(params, tile, device, stream);
     default:
       return launch<Element, SparseTile<1, 256, true>>(params, tile, device, stream);
   }

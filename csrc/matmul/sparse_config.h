@@ -34,28 +34,21 @@ inline constexpr SparseTileShape kSparseTiles[] = {
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
 // Of a panel's kept columns, which a warpgroup gathers. A tile lies within a panel, so that its
-// rows divide v. CTAs of a cluster hold other tokens of the same rows, and each brings its share of
-// W to all of them.
+// rows divide v.
 struct GatherTileShape {
   const char* name;
   int rows;
   int tokens;
-  int cluster;
   int step_cycles;
   int tile_cycles;
 };
 
-inline constexpr int kUnmeasured = 0;  // cycles of tiles that are run only if they are forced
-
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x128", 256, 128, 1, 902, 3923},
-    {"gather 128x256", 128, 256, 1, 894, 4613},
-    {"gather 128x192", 128, 192, 1, 846, 3684},
-    {"gather 128x128", 128, 128, 1, 655, 2704},
-    {"gather 64x256", 64, 256, 1, 769, 2618},
-    {"gather 256x128 cluster 2", 256, 128, 2, kUnmeasured, kUnmeasured},
-    {"gather 128x256 cluster 2", 128, 256, 2, kUnmeasured, kUnmeasured},
-    {"gather 128x192 cluster 2", 128, 192, 2, kUnmeasured, kUnmeasured},
+    {"gather 256x128", 256, 128, 902, 3923},
+    {"gather 128x256", 128, 256, 894, 4613},
+    {"gather 128x192", 128, 192, 846, 3684},
+    {"gather 128x128", 128, 128, 655, 2704},
+    {"gather 64x256", 64, 256, 769, 2618},
 };
 inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
 
@@ -104,12 +97,11 @@ inline ChosenTile choose_gather_tile(
   ChosenTile best{-1, 0};
   for (int i = 0; i < kNumGatherTiles; ++i) {
     const GatherTileShape& tile = kGatherTiles[i];
-    if (v % tile.rows != 0 || tile.step_cycles == kUnmeasured) continue;
-    const int64_t group_tokens = tile.tokens * tile.cluster;
+    if (v % tile.rows != 0) continue;
     take_faster(best,
                 i,
-                rows / tile.rows * (round_up(tokens, group_tokens) / group_tokens),
-                std::max(1, multiprocessors / tile.cluster),
+                rows / tile.rows * (round_up(tokens, tile.tokens) / tile.tokens),
+                std::max(1, multiprocessors),
                 steps * tile.step_cycles + tile.tile_cycles);
   }
   return best;

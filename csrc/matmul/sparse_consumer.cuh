@@ -119,8 +119,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
 
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
     const auto rank = static_cast<int>(cluster_rank());
-    const TilePlace at =
-        place_of<Tile::kTokenCluster>(tile, args.row_groups, args.token_tiles, args.cluster, rank);
+    const TilePlace at = place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
     arrived();
     load_meta(meta[0]);
     int step = 0;

@@ -22,8 +22,7 @@ __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
   StageRing<Tile::kStages> ring;
   const auto rank = static_cast<int>(hopper::cluster_rank());
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
-    const TilePlace place =
-        place_of<Tile::kTokenCluster>(tile, args.row_groups, args.token_tiles, args.cluster, rank);
+    const TilePlace place = place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
     for (int step = 0; step < args.steps; ++step) {
       hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
       fill(place, step, cta.stages + ring.stage * Tile::kStageBytes, cta.full(ring.stage));

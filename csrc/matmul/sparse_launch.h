@@ -120,11 +120,12 @@ int clusters_at_once(int device, int cluster) {
   return count;
 }
 
-// What all kernels of the product are told alike, of clusters of so many rows and so many tokens.
+// What all kernels of the product are told alike, of clusters of so many rows and
+// CTAs of so many tokens.
 template <typename Element>
 SparseArgs<Element> sparse_args(const SparseLinearParams& params,
                                 int group_rows,
-                                int group_tokens,
+                                int tile_tokens,
                                 int cluster) {
   SparseArgs<Element> args{};
   args.packed = static_cast<const uint8_t*>(params.packed);
@@ -135,7 +136,7 @@ SparseArgs<Element> sparse_args(const SparseLinearParams& params,
   args.steps = static_cast<int>(round_up(params.cols, kStepCols) / kStepCols);
   args.weight_tiles = static_cast<int>(round_up(params.rows, kPackedRows) / kPackedRows);
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
-  args.token_tiles = static_cast<int>(round_up(params.tokens, group_tokens) / group_tokens);
+  args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
   args.cluster = cluster;
   args.activation = params.activation;
   args.feature_y = params.feature_y;

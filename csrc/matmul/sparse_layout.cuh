@@ -26,14 +26,12 @@ inline constexpr int kBuffers = 3;
 inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 
 // Sizes for a tile of kTokens tokens whose sums two warpgroups hold, each of kParts times 64 rows:
-// rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens. kTokenCluster
-// CTAs of a cluster have neighbouring tokens of the same rows; if it is 1, a cluster's rows differ.
-template <int kParts_, int kTokens_, bool kShareRows_ = false, int kTokenCluster_ = 1>
+// rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens.
+template <int kParts_, int kTokens_, bool kShareRows_ = false>
 struct SparseTile {
   static constexpr int kParts = kParts_;
   static constexpr int kTokens = kTokens_;
   static constexpr bool kShareRows = kShareRows_;
-  static constexpr int kTokenCluster = kTokenCluster_;
   static constexpr int kWeightTiles = kShareRows ? kParts : kConsumers * kParts;
   static constexpr int kRows = kWeightTiles * kPartRows;
   static constexpr int kSumTokens = kShareRows ? kTokens / kConsumers : kTokens;
@@ -59,7 +57,7 @@ struct SparseArgs {
   int steps;         // of kStepCols columns
   int weight_tiles;  // of 64 rows, that exist; those of the last cluster may be more
   int row_groups;    // of the rows of a cluster
-  int token_tiles;   // of the tokens of a cluster
+  int token_tiles;
   int cluster;
   Activation activation;
   bool feature_y;
@@ -85,20 +83,14 @@ struct TilePlace {
   int token_tile;
 };
 
-// Tiles of clusters in groups of kRasterTokens token tiles; within a group the tokens run first.
-template <int kTokenCluster>
+// Tiles in groups of kRasterTokens token tiles; within a group the tokens run first.
 __device__ __forceinline__ TilePlace
 place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
-  constexpr int kRaster = kRasterTokens / kTokenCluster;
-  const int whole = kRaster * row_groups;
-  const int first = tile / whole * kRaster;
-  const int width = min(kRaster, token_tiles - first);
+  const int whole = kRasterTokens * row_groups;
+  const int first = tile / whole * kRasterTokens;
+  const int width = min(kRasterTokens, token_tiles - first);
   const int in = tile % whole;
-  if constexpr (kTokenCluster > 1) {
-    return {in / width, (first + in % width) * kTokenCluster + rank};
-  } else {
-    return {in / width * cluster + rank, first + in % width};
-  }
+  return {in / width * cluster + rank, first + in % width};
 }
 
 }  // namespace obs_kernels
