@@ -44,7 +44,7 @@ struct GatherTileShape {
 };
 
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x128", 256, 128, 902, 3923},
+    {"gather 256x128", 256, 128, 930, 3923},
     {"gather 128x256", 128, 256, 894, 4613},
     {"gather 128x192", 128, 192, 846, 3684},
     {"gather 128x128", 128, 128, 655, 2704},
