@@ -26,7 +26,7 @@ def rows_text(path: Path) -> str:
     table = KernelTable.from_bench(json.loads(path.read_text(encoding="utf-8"))).to_dict()
     rows = ",\n".join(f"    {json.dumps(row)}" for row in table.pop("rows"))
     head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in table.items())
-    columns = json.dumps(["rows", "cols", "tokens", "pattern", "sparse_us", "dense_us"])
+    columns = json.dumps(["rows", "cols", "tokens", "pattern", "sparse_us", "dense_us", "feature_us"])
     return f'{{\n{head}  "columns": {columns},\n  "rows": [\n{rows}\n  ]\n}}\n'
 
 

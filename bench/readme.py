@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import choices_squad, squad_gradual
 from bench.gradual_rows import GRADUAL
+from bench.inference_table import inference_table
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import devices_of, summary_table
 from obs_kernels.files import write_text
@@ -38,6 +39,7 @@ PATTERNS_AND_DTYPES = {
     "pack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
     "unpack": ("n:m, v:2:m", "f16 bf16 f32 f64"),
     "sparse_linear": ("n:m, v:2:m", "f16 bf16 f32 f64"),
+    "feature_major": ("any [..., C]", "f16 bf16 f32 f64"),
 }
 # What a kernel takes where that is less than the op takes.
 LESS = {
@@ -52,6 +54,7 @@ LESS = {
     ("block_saliency", "cuda"): "D up to 128; combinatorial, not f64",
     ("loss_increase", "cuda"): "D up to 128, not f64",
     ("sparse_linear", "cuda"): "sm_90a; f16 bf16; n up to 2, m a multiple of 4",
+    ("feature_major", "cuda"): "all of it; the kernel: f16 bf16, multiples of 8",
     (
         "sweep_rows",
         "cuda",
@@ -241,11 +244,17 @@ def passes_line() -> str:
     return f"F1 at D = {size} with {', '.join(map(str, choices_squad.PASSES))} passes: {'; '.join(parts)}."
 
 
+def encoder_table() -> str:
+    """Whole encoders, sparse beside the best dense."""
+    return inference_table(json.loads((RESULTS.parent / "inference.json").read_text()))
+
+
 PARTS = {
     "choices": choices_lines,
     "support": support_table,
     "kernels": kernel_tables,
     "matmul": matmul_table,
+    "inference": encoder_table,
     "oneshot": oneshot_table,
     "gradual": gradual_line,
 }

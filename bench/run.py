@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--block-size", help="D (matmul, sweep: m of the pattern), with commas; default: those of the op"
     )
     parser.add_argument("--samples", help="S (matmul: tokens), with commas; default: those of the op")
+    parser.add_argument("--lengths", help="tokens of a sequence (inference), with commas; default: those of the op")
     parser.add_argument("--backend", default="all", help="reference, triton, cuda, with commas; default: all that run")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:n]")
     parser.add_argument("--json", type=Path, help="a .json file for all ops, or a folder for one <op>.json each")
@@ -172,6 +173,7 @@ def _selection(args: argparse.Namespace) -> Selection:
         dtypes=None if dtypes is None else tuple(dtype_name("dtype", name) for name in dtypes),
         block_sizes=_sizes("block-size", args.block_size),
         samples=_sizes("samples", args.samples),
+        lengths=_sizes("lengths", args.lengths),
         backends=backends,
         peers=not args.no_peers,
         sweep=args.sweep,

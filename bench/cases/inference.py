@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole encoders, sparse beside the best dense: BERT-base, BERT-large and MiniLM shapes with random weights.
 
-    python -m bench.run --op inference --shape bert-large --samples 32 --json inference.json
+    python -m bench.run --op inference --shape bert-large --samples 32 --lengths 512 --json inference.json
 
 One row for each model and cell, of its fastest way: eager, as a CUDA graph, compiled, compiled as a CUDA graph. Dense
 is the same model with torch's SDPA, measured in turn with the sparse ones; ``x_dense`` is its best time over ours, and
-losing cells stay. ``--samples`` picks batches, ``--block-size`` m of the patterns. ``predicted_x`` is what the kernel
-rows of ``bench/results/matmul.json`` let expect, where they are of this device; ``products_x`` the same by the bare
-products timed in this run. On a CPU the model is a small one, eager alone, and the row says so.
+losing cells stay. ``--samples`` picks batches, ``--lengths`` lengths, ``--block-size`` m of the patterns, ``--seconds``
+the budget of one way of one model in a cell. ``predicted_x`` is what the kernel rows of ``bench/results/matmul.json``
+let expect, where they are of this device; ``products_x`` the same by its products timed in this run. On a CPU the
+model is a small one, eager alone, and the row says so.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ HALF = "2:4"
 BATCHES = (1, 8, 32, 64)
 LENGTHS = (128, 256, 512)
 CPU_MODEL, CPU_PATTERNS, CPU_CELL = "tiny", ("64:2:8",), (2, 16)
-CELL_SECONDS = 0.5
-"""Budget of one way of one model on a GPU, if the command gives none."""
 KERNEL_ROWS = Path(__file__).parent.parent / "results" / "matmul.json"
 
 
@@ -60,10 +59,10 @@ def run(context: Context) -> list[Row]:
             patterns = known if wanted is None else tuple(named)
             if not patterns:
                 continue
-            seconds = CELL_SECONDS if gpu else context.seconds
-            plan = Plan(patterns, check_ways(None, device), seconds=seconds, table=_table(device))
+            plan = Plan(patterns, check_ways(None, device), seconds=context.seconds, table=_table(device))
             twins: dict[str, Twin] = {}
-            cells = [(b, n) for n in LENGTHS for b in selection.samples or BATCHES] if gpu else [CPU_CELL]
+            lengths, batches = selection.lengths or LENGTHS, selection.samples or BATCHES
+            cells = [(b, n) for n in lengths for b in batches] if gpu else [CPU_CELL]
             for batch, length in cells:
                 context.say(f"{name}, batch {batch}, length {length}, {dtype}")
                 try:

@@ -105,6 +105,7 @@ class Selection:
     dtypes: tuple[str, ...] | None = None
     block_sizes: tuple[int, ...] | None = None
     samples: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
     backends: tuple[str, ...] | None = None
     peers: bool = True
     sweep: bool = False

@@ -138,7 +138,8 @@ def _notes(device: torch.device, plan: Plan, imposed: dict[str, int], source: st
     notes = [
         "dense: the best of all ways measured here, SDPA attention, in the same run and in turn with the sparse model; "
         "it keeps the weights it came with",
-        "share of the linear layers: by subtraction of the same model without them, best way against best way",
+        "share of the linear layers: by subtraction of the same model without them, eager or as a graph: a compiler "
+        "would drop what only they use",
     ]
     cut = [f"{pattern} ({count} layers)" for pattern, count in imposed.items() if count]
     if cut:
@@ -147,7 +148,9 @@ def _notes(device: torch.device, plan: Plan, imposed: dict[str, int], source: st
     if reason is not None:
         notes.append(f"sparse_linear runs on the reference path here, slower than dense: cuda: {reason}")
     if plan.fuse_ffn is not None:
-        notes.append("predictions count bare products: that the activation runs inside one is not in them")
+        notes.append(
+            "predictions by kernel rows count bare products: that the activation runs inside one is not in them"
+        )
     if plan.table is None:
         notes.append("no prediction: the package has no kernel rows of this device; give --kernel-rows FILE")
     missing = EnergyMeter(device).reason

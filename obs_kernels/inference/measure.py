@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obs_kernels.inference.encoders import IN_BLOCK, hollow_twin, layer_groups, make_inputs, sparse_layers, sparse_twin
 from obs_kernels.inference.power import EnergyMeter
 from obs_kernels.inference.predict import predict, predict_from_products
-from obs_kernels.inference.ways import Call, first_tensor, make_call
-from obs_kernels.ops import sparse_linear
+from obs_kernels.inference.ways import COMPILED, Call, first_tensor, make_call
 from obs_kernels.sparse.compress import CompressionReport, decompress_
 from obs_kernels.sparse.crossover import KernelTable
-from obs_kernels.sparse.linear import SparseLinear
+from obs_kernels.sparse.linear import DENSE_ACTIVATIONS, SparseLinear
 from obs_kernels.timing import Clock, Spread, Timed, interleave, spread
 
 LAYERS = ("all", "rows", "measure")
@@ -114,7 +112,8 @@ def measure_cell(
     """Time ``dense`` and one sparse twin for each pattern, all ways in turn on the same inputs.
 
     The share of the linear layers is by subtraction: the same model with ``Hollow`` in their place, best way against
-    best way. Peak memory is that of an eager call: what it allocates, and the model itself with what its kernels keep.
+    best way, of those that compile nothing: a compiler drops what only ``Hollow`` would have used. Peak memory is that
+    of an eager call: what it allocates, and the model itself with what its kernels keep.
 
     Args:
         dense: from ``encoders.build``.
@@ -151,11 +150,12 @@ def measure_cell(
     for pattern, twin in chosen.items():
         found = measured[pattern]
         packed = sparse_layers(twin.model)
-        layers = _layer_times(dense, packed, tokens, clock, plan.seconds)
+        feature = _feature_major_inputs(twin.model, inputs)
+        layers = _layer_times(dense, packed, feature, tokens, clock, plan.seconds)
         values = found.to_dict(batch) | {
             "speedup": base / found.us if base and found.us else None,
             "linear_share": _linear_share(measured, pattern),
-            "predicted": predict(packed, tokens, base, plan.table) if base else None,
+            "predicted": predict(packed, tokens, base, plan.table, feature_major=feature) if base else None,
             "predicted_here": predict_from_products(layers, base) if base else None,
             "max_difference": _difference(twin.model, inputs),
             "packed_layers": len(packed),
@@ -186,6 +186,8 @@ def _time_all(
     calls: dict[str, Call] = {}
     for way in plan.ways:
         for name, model in models.items():
+            if name == HOLLOW and way in COMPILED:
+                continue
             try:
                 # each model is one more entry of the same code: beyond the limit dynamo would fall back in silence
                 with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, fail_on_recompile_limit_hit=True):
@@ -213,8 +215,11 @@ def _time_all(
 
 
 def _linear_share(measured: Mapping[str, Measured], name: str) -> float | None:
-    """Share of the model's best time that is not the hollow model's best time."""
-    whole, rest = measured[name].us, measured[HOLLOW].us
+    """Share of the model's best time that is not the hollow model's best time; None if every way compiles."""
+    whole, rest = (
+        min((found.us for way, found in measured[model].spreads.items() if way not in COMPILED), default=None)
+        for model in (name, HOLLOW)
+    )
     return max(0.0, 1.0 - rest / whole) if whole and rest else None
 
 
@@ -228,36 +233,66 @@ def _difference(model: nn.Module, inputs: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
+def _feature_major_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> set[str]:
+    """Names of the packed layers that get x feature-major in ``model``."""
+    found: set[str] = set()
+
+    def watch(name: str, layer: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args[0].is_contiguous() and args[0].movedim(-1, 0).is_contiguous():
+                found.add(name)
+
+        return layer.register_forward_pre_hook(hook)
+
+    handles = [watch(name, layer) for name, layer in sparse_layers(model).items()]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
 def _layer_times(
-    dense: nn.Module, packed: Mapping[str, SparseLinear], tokens: int, clock: Clock, seconds: float
+    dense: nn.Module,
+    packed: Mapping[str, SparseLinear],
+    feature: Collection[str],
+    tokens: int,
+    clock: Clock,
+    seconds: float,
 ) -> list[dict[str, Any]]:
-    """Bare products of each kind of layer, measured here: host time hidden, inputs warm as in a model."""
-    times: dict[tuple[int, int], tuple[float, float]] = {}
+    """Products of each kind of layer as the sparse model runs them, timed here: host time hidden, inputs warm.
+
+    With the layouts and the activation that they have there; dense with the same activation behind it.
+    """
+    times: dict[Any, tuple[float, float]] = {}
     rows = []
-    kinds = {IN_BLOCK.sub(r"\1*.", name): layer for name, layer in packed.items()}
-    for name, (height, width, count) in layer_groups(dense).items():
-        layer = kinds.get(name)
+    kinds = {IN_BLOCK.sub(r"\1*.", name): name for name in packed}
+    for kind, (height, width, count) in layer_groups(dense).items():
+        name = kinds.get(kind)
         sparse_us = dense_us = None
-        if layer is not None:
-            shape = (height, width)
-            if shape not in times:
-                times[shape] = _product_times(layer, tokens, clock, seconds / 4)
-            sparse_us, dense_us = times[shape]
+        if name is not None:
+            layer = packed[name]
+            key = (height, width, name in feature, layer.y_layout, layer.activation)
+            if key not in times:
+                times[key] = _product_times(layer, name in feature, tokens, clock, seconds / 4)
+            sparse_us, dense_us = times[key]
         rows.append(
-            {"name": name, "rows": height, "cols": width, "count": count, "dense_us": dense_us, "sparse_us": sparse_us}
+            {"name": kind, "rows": height, "cols": width, "count": count, "dense_us": dense_us, "sparse_us": sparse_us}
         )
     return rows
 
 
-def _product_times(layer: SparseLinear, tokens: int, clock: Clock, seconds: float) -> tuple[float, float]:
+def _product_times(
+    layer: SparseLinear, feature: bool, tokens: int, clock: Clock, seconds: float
+) -> tuple[float, float]:
     values = layer.values
     generator = torch.Generator(values.device).manual_seed(0)
     x = torch.empty(tokens, layer.in_features, dtype=values.dtype, device=values.device).normal_(generator=generator)
-    packed, weight, bias = layer.sparse, layer.sparse.to_dense(), layer.bias
-    ways = {
-        "sparse": Timed(lambda _: sparse_linear(x, packed, bias)),
-        "dense": Timed(lambda _: F.linear(x, weight, bias)),
-    }
+    own, linear = (x.T.contiguous().T if feature else x), layer.to_linear()
+    activation = (lambda y: y) if layer.activation is None else DENSE_ACTIVATIONS[layer.activation]
+    ways = {"sparse": Timed(lambda _: layer(own)), "dense": Timed(lambda _: activation(linear(x)))}
     found = interleave(ways, clock, seconds=seconds, min_repeats=3)
     return spread(found["sparse"]).us, spread(found["dense"]).us
 

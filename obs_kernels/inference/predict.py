@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from obs_kernels.sparse.crossover import KernelTable
@@ -11,7 +11,12 @@ from obs_kernels.sparse.linear import SparseLinear
 
 
 def predict(
-    layers: Mapping[str, SparseLinear], tokens: int, dense_us: float, table: KernelTable | None
+    layers: Mapping[str, SparseLinear],
+    tokens: int,
+    dense_us: float,
+    table: KernelTable | None,
+    *,
+    feature_major: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """The expected time of the sparse model in microseconds, by kernel rows.
 
@@ -20,6 +25,7 @@ def predict(
         tokens: batch x length.
         dense_us: measured time of the dense model.
         table: rows of a kernel bench; None gives None.
+        feature_major: names of the layers that get x feature-major.
 
     Returns:
         {"us", "speedup", "source", "estimated": layers without a row of their own, "unknown": layers left out}.
@@ -28,8 +34,10 @@ def predict(
     if table is None or not layers:
         return None
     saved, estimated, unknown = 0.0, 0, 0
-    for layer in layers.values():
-        guess = table.estimate(layer.out_features, layer.in_features, tokens, layer.pattern)
+    for name, layer in layers.items():
+        guess = table.estimate(
+            layer.out_features, layer.in_features, tokens, layer.pattern, feature_x=name in feature_major
+        )
         if guess is None:
             unknown += 1
             continue
@@ -47,7 +55,7 @@ def predict(
 
 
 def predict_from_products(layers: Sequence[Mapping[str, Any]], dense_us: float) -> dict[str, Any] | None:
-    """The same by the bare products that were timed in this run.
+    """The same by the products that were timed in this run.
 
     Args:
         layers: {"count", "dense_us", "sparse_us"} of each kind of layer; None where it is not packed.

@@ -15,6 +15,7 @@ from obs_kernels.errors import ConfigError
 Call = Callable[[], Tensor]
 WAYS = ("eager", "graph", "compiled", "compiled graph")
 GPU_ONLY = ("graph", "compiled graph")
+COMPILED = ("compiled", "compiled graph")
 _WARM_UP = 3
 
 
@@ -46,7 +47,7 @@ def make_call(model: nn.Module, inputs: dict[str, Tensor], way: str) -> Call:
 
     A graph replays on the memory of its capture: its output is overwritten by the next call.
     """
-    runs = torch.compile(model, dynamic=False) if way.startswith("compiled") else model
+    runs = torch.compile(model, dynamic=False) if way in COMPILED else model
     call = partial(_forward, runs, inputs)
     for _ in range(_WARM_UP):
         call()

@@ -37,15 +37,18 @@ def feature_major(x: Tensor, *, backend: str | None = None) -> Tensor:
     if x.dim() < 2:
         raise ShapeNotSupportedError(f"x must be [..., C] of two dimensions or more, got {list(x.shape)}")
     chosen = resolve("feature_major", backend, x)
-    run: Any = torch.ops.obs_kernels.feature_major if is_heard(x) else None
-    y: Tensor = run(x, backend=chosen) if run is not None else kernel("feature_major", chosen)(x)
+    if is_heard(x):
+        y: Tensor = torch.ops.obs_kernels.feature_major(x, backend=chosen)
+    else:
+        y = kernel("feature_major", chosen)(x)
     return y
 
 
 @torch.library.custom_op("obs_kernels::feature_major", mutates_args=())
 def _feature_major(x: Tensor, *, backend: str) -> Tensor:
-    y: Tensor = kernel("feature_major", backend)(x)
-    return y.clone() if y.data_ptr() == x.data_ptr() else y  # an op of torch.library returns no alias
+    given = x.clone() if x.movedim(-1, 0).is_contiguous() else x  # an op of torch.library returns no alias
+    y: Tensor = kernel("feature_major", backend)(given)
+    return y
 
 
 @_feature_major.register_fake

@@ -88,7 +88,11 @@ def layer_times_plot(cell: Mapping[str, Any], *, name: str = "times", file_forma
             values = [(row["us"].get(key) or 0.0) / 1e3 for row in table]
             colour = "#888888" if key == "dense" else _COLOURS[(index - 1) % len(_COLOURS)]
             axes.barh(places, values, height * 0.92, label=key, color=colour)
-        axes.set(yticks=range(len(table)), ylim=(len(table) - 0.4, -0.6), xlabel="ms a call, bare products, all blocks")
+        axes.set(
+            yticks=range(len(table)),
+            ylim=(len(table) - 0.4, -0.6),
+            xlabel="ms a call, products as the model runs them, all blocks",
+        )
         axes.set_yticklabels([f"{row['name'].removeprefix(prefix)}  {row['rows']} x {row['cols']}" for row in table])
         axes.grid(axis="x", color=_INK, alpha=0.15)
         axes.set_axisbelow(True)

@@ -2,11 +2,11 @@
 """Where the packed product beats the dense one: measured rows of the kernel bench, and estimates between them.
 
 The rows are those of ``bench.run --op matmul`` (medians of the bare kernel on token-major x, of a gathered product with
-the transposition before, and of cuBLAS in the same run, bf16; a layer that gets x feature-major takes no longer). They
-ship as ``kernel_rows.json``, made by ``python -m bench.kernel_rows``. Between rows the rate (dense operations a
-microsecond) is taken as linear in log tokens for one shape, and averaged over shapes by inverse square distance in
-(log2 R, log2 C). Above the most tokens measured the rate of the last row stays. Below the fewest, or with no measured
-shape within a factor of two in both R and C, there is no estimate: nothing is known there.
+the transposition before, and of cuBLAS in the same run, bf16; for panels on feature-major x too). They ship as
+``kernel_rows.json``, made by ``python -m bench.kernel_rows``. Which layers win is told by token-major x. Between rows
+the rate (dense operations a microsecond) is taken as linear in log tokens for one shape, and averaged over shapes by
+inverse square distance in (log2 R, log2 C). Above the most tokens measured the rate of the last row stays. Below the
+fewest, or with no measured shape within a factor of two in both R and C, there is no estimate: nothing is known there.
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ class KernelRow:
     pattern: str
     sparse_us: float
     dense_us: float
+    feature_us: float | None = None
+    """Of the sparse product on feature-major x; None where it was not measured."""
+
+    def us(self, kind: str) -> float:
+        """ "sparse", "dense" or "feature", which is "sparse" where it was not measured."""
+        if kind == "dense":
+            return self.dense_us
+        return self.sparse_us if kind == "sparse" or self.feature_us is None else self.feature_us
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,18 @@ class KernelTable:
     commit: str
     rows: tuple[KernelRow, ...]
 
-    def estimate(self, rows: int, cols: int, tokens: int, pattern: NMPattern) -> Estimate | None:
-        """Times of x [tokens, cols] by a weight [rows, cols] of ``pattern``; None where nothing is known."""
+    def estimate(
+        self, rows: int, cols: int, tokens: int, pattern: NMPattern, *, feature_x: bool = False
+    ) -> Estimate | None:
+        """Times of x [tokens, cols] by a weight [rows, cols] of ``pattern``; None where nothing is known.
+
+        ``feature_x``: x lies feature-major, for the sparse product alone.
+        """
+        sparse_kind = "feature" if feature_x else "sparse"
         name, known = self._rows_of(pattern)
         for row in known:
             if (row.rows, row.cols, row.tokens) == (rows, cols, tokens):
-                return Estimate(row.sparse_us, row.dense_us, name == str(pattern))
+                return Estimate(row.us(sparse_kind), row.dense_us, name == str(pattern))
         shapes: dict[tuple[int, int], list[KernelRow]] = {}
         for row in known:
             shapes.setdefault((row.rows, row.cols), []).append(row)
@@ -89,8 +103,8 @@ class KernelTable:
         total = sum(weights.values())
         flops = 2.0 * rows * cols * tokens
         sparse, dense = (
-            flops / (sum(w * _rate(shapes[shape], tokens, dense=kind) for shape, w in weights.items()) / total)
-            for kind in (False, True)
+            flops / (sum(w * _rate(shapes[shape], tokens, kind) for shape, w in weights.items()) / total)
+            for kind in (sparse_kind, "dense")
         )
         return Estimate(sparse, dense, False)
 
@@ -177,19 +191,22 @@ def packaged_table() -> KernelTable:
 def _pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[KernelRow]:
     """Ours beside dense, row by row."""
     ours: dict[tuple[int, int, int, str], float] = {}
+    feature: dict[tuple[int, int, int, str], float] = {}
     dense: dict[tuple[int, int, int, str], float] = {}
     for row in rows:
         if row["op"] != "sparse_linear" or row["dtype"] != "bf16" or row["path"] != "kernel":
             continue
         config, shape = row["config"], row["shape"]
-        plain = config.get("backend") == "cuda" and not config.get("forced") and not {"x", "y"} & set(config)
+        own = config.get("backend") == "cuda" and not config.get("forced") and "y" not in config
         key = (int(shape["R"]), int(shape["C"]), int(shape["T"]), str(row["pattern"]))
-        if plain:
-            ours[key] = min(float(row["us"]), ours.get(key, math.inf))
+        if own:
+            times = feature if config.get("x") == "feature-major" else ours
+            times[key] = min(float(row["us"]), times.get(key, math.inf))
         elif config.get("peer") == "F.linear":
             dense[key] = float(row["us"])
     for key in sorted(ours.keys() & dense.keys()):
-        yield KernelRow(*key, round(ours[key], 3), round(dense[key], 3))
+        other = round(feature[key], 3) if key in feature else None
+        yield KernelRow(*key, round(ours[key], 3), round(dense[key], 3), other)
 
 
 def _apart(one: tuple[int, int], two: tuple[int, int]) -> tuple[float, float]:
@@ -198,12 +215,9 @@ def _apart(one: tuple[int, int], two: tuple[int, int]) -> tuple[float, float]:
     return max(map(abs, steps)), sum(step * step for step in steps)
 
 
-def _rate(rows: list[KernelRow], tokens: int, *, dense: bool) -> float:
+def _rate(rows: list[KernelRow], tokens: int, kind: str) -> float:
     """Dense operations a microsecond of one shape: linear in log tokens between its rows."""
-    points = sorted(
-        (row.tokens, 2.0 * row.rows * row.cols * row.tokens / (row.dense_us if dense else row.sparse_us))
-        for row in rows
-    )
+    points = sorted((row.tokens, 2.0 * row.rows * row.cols * row.tokens / row.us(kind)) for row in rows)
     if tokens >= points[-1][0]:
         return points[-1][1]
     above = next(index for index, (t, _) in enumerate(points) if t >= tokens)

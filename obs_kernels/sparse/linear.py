@@ -24,12 +24,13 @@ PRUNED_ATTRIBUTE = "obs_kernels_pruned"
 DISPATCHES = ("auto", "sparse", "dense")
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that autocast casts; it leaves float64 alone."""
-_DENSE_ACTIVATIONS: dict[str, Any] = {
+DENSE_ACTIVATIONS: dict[str, Any] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
 }
+"""What a product applies, by its name."""
 
 
 class _Cast(NamedTuple):
@@ -122,7 +123,7 @@ class SparseLinear(nn.Module):
         """``activation(x W^T + bias)``, x [..., C] -> [..., R]."""
         if self.dense is not None and self.takes_dense(x):
             y = F.linear(x, self.dense, self.bias)
-            return y if self.activation is None else _DENSE_ACTIVATIONS[self.activation](y)
+            return y if self.activation is None else DENSE_ACTIVATIONS[self.activation](y)
         x, values, bias = self._as_autocast(x)
         if self.y_layout == "token" and (x.dim() < 2 or x.is_contiguous()):
             return sparse_linear(x, self._sparse_with(values), bias, activation=self.activation)
