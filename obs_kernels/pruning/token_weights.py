@@ -51,7 +51,9 @@ class TokenWeights:
                     if layer not in self.row_sums:
                         self.row_sums[layer] = torch.zeros(dy.shape[2], dtype=torch.float64, device=dy.device)
                     weight = layer.weigh_tokens(dy.reshape(-1, dy.shape[2]), samples.scale, self.row_sums[layer])
-                    self._weights.setdefault((batch, layer), []).append(weight.reshape(*dy.shape[:2], -1))
+                    self._weights.setdefault((batch, layer), []).append(
+                        weight.reshape(*dy.shape[:2], layer.num_clusters)
+                    )
         self.counts[batch] = count
 
     def shrink(self) -> bool:
