@@ -45,6 +45,7 @@ PATTERNS_AND_DTYPES = {
 LESS = {
     ("accumulate_fisher_", "cuda"): "D up to 128, not f64",
     ("accumulate_fisher_", "triton"): "not f64",
+    ("accumulate_hessian_", "triton"): "bf16, Hessian f32",
     ("invert_spd", "cuda"): "D up to 128, f32",
     ("search_nm", "cuda"): "D up to 128, m up to 32; not diagonal, magnitude, f64",
     ("search_vnm", "cuda"): "D up to 128; m up to 32 for n up to 2, else 16; combinatorial or pairwise, not f64",

@@ -2,7 +2,8 @@
 """Runs Triton kernels under the interpreter, in a process of its own: ``python interpreted.py CASES RESULTS``.
 
 TRITON_INTERPRET changes what ``triton.jit`` makes at import, and which backend the dispatch chooses, so it must not
-leak into the tests. CASES is a list of (function of triton_kernels, tensors, options), RESULTS a list of tensors.
+leak into the tests. CASES is a list of (function of triton_kernels, tensors, options), RESULTS a list of tensors, and
+of steps that change several (what it returned, tensors).
 """
 
 from __future__ import annotations
@@ -19,28 +20,38 @@ from torch import Tensor
 Case = tuple[str, tuple[Tensor, ...], dict[str, Any]]
 
 
-def interpret(cases: list[Case], folder: Path) -> list[Tensor]:
+STEPS = ("accumulate_inputs_", "weigh_tokens_")
+
+
+def interpret(cases: list[Case], folder: Path) -> list[Any]:
     """The result of each case, computed by the interpreter on the CPU."""
     torch.save(cases, folder / "cases.pt")
     command = [sys.executable, __file__, str(folder / "cases.pt"), str(folder / "results.pt")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    results: list[Tensor] = torch.load(folder / "results.pt")
+    results: list[Any] = torch.load(folder / "results.pt")
     return results
 
 
 def _run(given: str, wanted: str) -> None:
     from obs_kernels import triton_kernels
-    from obs_kernels.triton_kernels import fisher
-    from obs_kernels.triton_kernels.tuning import FisherConfig
+    from obs_kernels.triton_kernels import fisher, hessian
+    from obs_kernels.triton_kernels.tuning import FisherConfig, HessianConfig
 
-    results = []
+    launches: dict[str, tuple[Any, Any]] = {
+        "accumulate_fisher_": (fisher.launch_accumulate_fisher, FisherConfig),
+        "accumulate_hessian_": (hessian.launch_accumulate_hessian, HessianConfig),
+    }
+    results: list[Any] = []
     for name, tensors, options in torch.load(given):
         if "config" in options:
-            options["config"] = FisherConfig(**options["config"])
-            fisher.launch_accumulate_fisher(*tensors, **options)
+            launch, record = launches[name]
+            options["config"] = record(**options["config"])
+            launch(*tensors, **options)
             results.append(tensors[0])
+        elif name in STEPS:
+            results.append((getattr(triton_kernels, name)(*tensors, **options), *tensors))
         else:
             results.append(getattr(triton_kernels, name)(*tensors, **options))
     torch.save(results, wanted)

@@ -8,11 +8,12 @@ import oracle
 import pytest
 import torch
 from oracle import numpy
-from tolerances import FISHER_RMS_F64, FISHER_RMS_PER_SQRT_SAMPLE
+from tolerances import FISHER_RMS_F64, FISHER_RMS_PER_SQRT_SAMPLE, TOKEN_SUMS
 from torch import Tensor
 
 from obs_kernels.errors import SingularBlockError
 from obs_kernels.ops import accumulate_hessian_
+from obs_kernels.ops.hessian import accumulate_inputs_, weigh_tokens_
 from obs_kernels.reference import fisher as reference_fisher
 from obs_kernels.reference import hessian as reference_hessian
 from obs_kernels.reference.hessian import row_loss, upper_factor
@@ -102,6 +103,33 @@ def test_additive_over_batches():
     for part in (slice(0, 7), slice(7, 30)):
         accumulate_hessian_(parts, x[part], token_weight=q[part], scale=0.1)
     torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_sums_of_the_inputs(monkeypatch, weighted, chunk_bytes):
+    """With the Hessian of the same call; the last value is the sum of the weights, what is before it stays."""
+    monkeypatch.setattr(reference_fisher, "CHUNK_BYTES", chunk_bytes)
+    x, q, origin = tokens(40, 12, torch.bfloat16) + 8, weights(40) if weighted else None, torch.full((12,), 8.25)
+    hessian, total = torch.zeros(12, 12), torch.ones(16, dtype=F64)
+    accumulate_inputs_(hessian, total, x, token_weight=q, origin=origin)
+    alone = accumulate_hessian_(torch.zeros(12, 12), x, token_weight=q, origin=origin, scale=1.0)
+    assert torch.equal(hessian, alone)
+    u, factor = x.double() - 8.25, torch.ones(40, dtype=F64) if q is None else q.double()
+    wanted_sum = torch.cat([factor @ u, torch.zeros(3, dtype=F64), factor.sum()[None]]) + 1
+    size = float((factor[:, None] * u).abs().sum(0).max())
+    torch.testing.assert_close(total, wanted_sum, rtol=TOKEN_SUMS, atol=TOKEN_SUMS * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32])
+def test_weights_of_tokens(dtype):
+    dy, row_sum = tokens(300, 9, dtype), torch.ones(9, dtype=F64)
+    found = weigh_tokens_(row_sum, dy, scale=3.0)
+    squares = (3.0 * dy.double()).square()
+    assert found.dtype == F32 and torch.equal(dy, tokens(300, 9, dtype))
+    torch.testing.assert_close(found.double(), squares.sum(1), rtol=TOKEN_SUMS, atol=0.0)
+    torch.testing.assert_close(row_sum, 1 + squares.sum(0), rtol=TOKEN_SUMS, atol=0.0)
+    assert weigh_tokens_(row_sum.clone(), dy[:0], scale=3.0).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

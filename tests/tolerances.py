@@ -62,3 +62,13 @@ MATMUL_SUM = 2.0
 def output_rounding(dtype: torch.dtype) -> float:
     """Relative rounding of one result stored in ``dtype``."""
     return 0.5 * torch.finfo(dtype).eps
+
+
+HESSIAN_HALVES = 2e-5
+"""RMS error / RMS reference of products of bf16 halves on a GPU: 16 bits of each factor, and what tensor cores cut off
+in sums of 8,192 tokens."""
+HESSIAN_HALVES_CUT = 4e-5
+"""The same in Triton's interpreter, which cuts bf16 off instead of rounding it; 2.5e-5 was measured. Without the lower
+halves it would be 4e-3."""
+TOKEN_SUMS = 1e-6
+"""Relative to the sum of magnitudes; f32 sums of 32 tokens, added in f64."""

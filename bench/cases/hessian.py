@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``accumulate_hessian_``: the activations of 512 sequences of 384 tokens into the Hessian of a layer.
 
-Bound by arithmetic: half the products of x^T x would do, since H is symmetric.
+Bound by arithmetic: half the products of x^T x would do, since H is symmetric. Shapes with a ``q`` are calls as row
+curvature makes them, one batch of 32 sequences with weights of tokens and an origin; there bytes count too.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from obs_kernels.reference.precision import exact_products
 
 OP = "accumulate_hessian_"
 TOKENS = 196_608
-SHAPES = {"C768": 768, "C3072": 3072, "C4096": 4096}
+BATCH_TOKENS = 12_288
+SHAPES = {"C768": 768, "C3072": 3072, "C4096": 4096, "C768q": 768, "C3072q": 3072}
 SCALE = 1 / TOKENS
 CHECKED = 32
 """Rows of H that are compared with f64."""
 RMS = 1e-4
 """RMS error / RMS of those rows: some 2^17 products are summed in f32."""
 
-Accumulate = Callable[[Tensor, Tensor], object]
+Accumulate = Callable[..., object]
+"""Of H and x, with ``token_weight`` and ``origin``."""
 
 
 def problems(selection: Selection) -> Iterator[Problem]:
@@ -40,13 +43,22 @@ def problems(selection: Selection) -> Iterator[Problem]:
 
 def problem(selection: Selection, name: str, dtype: str) -> Problem:
     """One size, with our backends and cuBLAS."""
-    tokens, cols = selection.cut(TOKENS), SHAPES[name]
+    weighted = name.endswith("q")
+    real, cols = BATCH_TOKENS if weighted else TOKENS, SHAPES[name]
+    tokens = selection.cut(real)
     num_bytes = tokens * cols * (torch.finfo(DTYPES[dtype]).bits // 8) + 8 * cols * cols
+    num_bytes += 4 * (tokens + cols) if weighted else 0
 
     def make(number: int) -> Inputs:
         generator = torch.Generator(selection.device).manual_seed(number)
         x = torch.empty(tokens, cols, dtype=DTYPES[dtype], device=selection.device).normal_(generator=generator)
-        return {"hessian": torch.zeros(cols, cols, device=selection.device), "x": x}
+        q = torch.rand(tokens, generator=generator, device=selection.device) if weighted else None
+        c = 0.1 * torch.randn(cols, generator=generator, device=selection.device) if weighted else None
+        return {
+            "hessian": torch.zeros(cols, cols, device=selection.device),
+            "x": x,
+            "options": {"token_weight": q, "origin": c},
+        }
 
     return Problem(
         op=OP,
@@ -57,16 +69,16 @@ def problem(selection: Selection, name: str, dtype: str) -> Problem:
         num_flops=tokens * cols * (cols + 1),
         set_bytes=num_bytes,
         make=make,
-        variants=(*ours(selection), *(_peers() if selection.peers else ())),
-        real_shape=None if tokens == TOKENS else {"C": cols, "T": TOKENS},
+        variants=(*ours(selection, DTYPES[dtype]), *(_peers() if selection.peers else ())),
+        real_shape=None if tokens == real else {"C": cols, "T": real},
     )
 
 
-def ours(selection: Selection) -> Iterator[Variant]:
+def ours(selection: Selection, dtype: torch.dtype) -> Iterator[Variant]:
     """Each backend on ready tensors, and the public op."""
-    like = (torch.empty(0, 0, device=selection.device), torch.empty(0, 0, device=selection.device))
+    like = (torch.empty(0, 0, dtype=dtype, device=selection.device), torch.empty(0, 0, device=selection.device))
     for backend in runnable(OP, selection, *like):
-        run = partial(kernel(OP, backend), token_weight=None, scale=SCALE)
+        run = partial(kernel(OP, backend), scale=SCALE)
         yield _variant(backend, run, {"backend": backend})
     chosen = called(OP, selection, *like)
     if chosen is not None:
@@ -75,7 +87,8 @@ def ours(selection: Selection) -> Iterator[Variant]:
 
 
 def _variant(name: str, run: Accumulate, config: dict[str, str], path: str = "kernel", peer: bool = False) -> Variant:
-    return Variant(name, lambda i: run(i["hessian"], i["x"]), partial(check_sum, run), config, path, peer)
+    call = partial(check_sum, run)
+    return Variant(name, lambda i: run(i["hessian"], i["x"], **i["options"]), call, config, path, peer)
 
 
 def _peers() -> Iterator[Variant]:
@@ -83,17 +96,21 @@ def _peers() -> Iterator[Variant]:
     yield _variant(name, exact_products()(_product), {"peer": name}, peer=True)
 
 
-def _product(hessian: Tensor, x: Tensor) -> Tensor:
-    x = x.to(hessian.dtype)
-    return hessian.addmm_(x.mT, x, alpha=SCALE)
+def _product(hessian: Tensor, x: Tensor, *, token_weight: Tensor | None, origin: Tensor | None) -> Tensor:
+    x = x.to(hessian.dtype) if origin is None else x.to(hessian.dtype) - origin
+    return hessian.addmm_(x.mT, x if token_weight is None else x * token_weight[:, None], alpha=SCALE)
 
 
 def check_sum(run: Accumulate, inputs: Inputs) -> Check:
     """Some rows of H, of a call at full size, against float64."""
-    hessian, x = inputs["hessian"].zero_(), inputs["x"]
-    run(hessian, x)
+    hessian, x, options = inputs["hessian"].zero_(), inputs["x"], inputs["options"]
+    run(hessian, x, **options)
     some = torch.linspace(0, hessian.shape[0] - 1, CHECKED, device=x.device).long()
-    wanted = sum(SCALE * (part[:, some].double().mT @ part.double()) for part in x.split(1 << 14))
+    wanted = torch.zeros(CHECKED, hessian.shape[0], dtype=torch.float64, device=x.device)
+    for tokens in torch.arange(x.shape[0], device=x.device).split(1 << 14):
+        u = x[tokens].double() if options["origin"] is None else x[tokens].double() - options["origin"].double()
+        q = 1.0 if options["token_weight"] is None else options["token_weight"][tokens].double()[:, None]
+        wanted += SCALE * (u[:, some].mT @ (q * u))
     error = (hessian[some].double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
     return Check(float(error), RMS)
 

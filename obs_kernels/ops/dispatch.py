@@ -62,7 +62,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "obs_update": ("cuda", "reference"),
     "block_saliency": ("cuda", "reference"),
     "loss_increase": ("cuda", "reference"),
-    "accumulate_hessian_": ("reference",),
+    "accumulate_hessian_": ("triton", "reference"),
     "sweep_rows": ("cuda", "reference"),
     "pack": ("cuda", "reference"),
     "unpack": ("reference",),
@@ -84,6 +84,13 @@ def _cuda_accumulate_limit(fisher: Tensor, grads: Tensor) -> str | None:
     if fisher.shape[-1] > MAX_ACCUMULATE_SIZE:
         return f"it takes blocks of at most {MAX_ACCUMULATE_SIZE}, got blocks of {fisher.shape[-1]}"
     return _accumulate_limit(fisher, grads)
+
+
+def _hessian_limit(x: Tensor, hessian: Tensor | None = None) -> str | None:
+    if x.dtype != torch.bfloat16 or (hessian is not None and hessian.dtype != torch.float32):
+        kind = "" if hessian is None else f" and a {hessian.dtype} hessian"
+        return f"it takes bfloat16 inputs and a float32 hessian, got {x.dtype}{kind}"  # f16, f32 need over two halves
+    return None
 
 
 def _invert_limit(matrices: Tensor) -> str | None:
@@ -171,6 +178,7 @@ GPU_LIMITS: dict[tuple[str, str], Callable[[int], str | None]] = {("sparse_linea
 LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
     ("accumulate_fisher_", "cuda"): _cuda_accumulate_limit,
     ("accumulate_fisher_", "triton"): _accumulate_limit,
+    ("accumulate_hessian_", "triton"): _hessian_limit,
     ("invert_spd", "cuda"): _invert_limit,
     ("search_nm", "cuda"): _search_limit,
     ("search_vnm", "cuda"): _search_limit,
@@ -229,6 +237,7 @@ def _no_module() -> str | None:
     return _ext.reason()
 
 
+@_constant_when_compiled
 def _no_triton(device_type: str) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # runs on tensors of any device
     if device_type != "cuda" and not interpreted:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accumulation of the Hessian that all rows of a layer share."""
+"""Accumulation of the Hessian that all rows of a layer share, and of what else its tokens are summed into."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def accumulate_hessian_(
         token_weight,
         origin,
         scale=float(scale),
-        backend=resolve("accumulate_hessian_", backend, hessian, x),
+        backend=resolve("accumulate_hessian_", backend, x, hessian),
     )
     return hessian
 
@@ -82,3 +82,28 @@ def _(
     hessian: Tensor, x: Tensor, token_weight: Tensor | None, origin: Tensor | None, *, scale: float, backend: str
 ) -> None:
     row_checks.check_accumulate_hessian(hessian, x, token_weight, origin)
+
+
+@torch.no_grad()
+def accumulate_inputs_(
+    hessian: Tensor, input_sum: Tensor, x: Tensor, *, token_weight: Tensor | None, origin: Tensor | None
+) -> None:
+    """``accumulate_hessian_`` by scale 1 and the sums of the inputs, from one pass over them: for ``RowLayer``.
+
+    Not registered, and arguments are not checked: ``hessian`` [C, C] f32, ``input_sum`` [C + 1] f64 or longer, to which
+    ``sum_t q_t (x_t - c)`` and, as the last value, ``sum_t q_t`` are added, ``x`` [T, C], ``token_weight`` [T] f32 or
+    None, ``origin`` [C] f32 or None.
+    """
+    backend = resolve("accumulate_hessian_", None, x, hessian)
+    kernel("accumulate_inputs_", backend)(hessian, input_sum, x, token_weight=token_weight, origin=origin)
+
+
+@torch.no_grad()
+def weigh_tokens_(row_sum: Tensor, dy: Tensor, *, scale: float) -> Tensor:
+    """What each token weighs, [T] f32: ``sum_r (scale dy_tr)^2`` of ``dy`` [T, R]; for ``RowLayer``.
+
+    Not registered, and arguments are not checked. The same squares, summed over the tokens, are added to ``row_sum``
+    [R] f64, from the same pass.
+    """
+    weights: Tensor = kernel("weigh_tokens_", resolve("accumulate_hessian_", None, dy))(row_sum, dy, scale=scale)
+    return weights

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from obs_kernels.ops.dispatch import no_autocast
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
-from obs_kernels.pruning.row_layer import RowLayer, squared
+from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.samples import Samples
+from obs_kernels.reference.hessian import squared
 from obs_kernels.reference.precision import exact_products
 
 DIRECTIONS = 64

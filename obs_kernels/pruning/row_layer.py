@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from obs_kernels.errors import ConfigError
-from obs_kernels.ops import accumulate_hessian_
 from obs_kernels.ops.dispatch import no_autocast
+from obs_kernels.ops.hessian import accumulate_inputs_, weigh_tokens_
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.samples import Samples
-from obs_kernels.reference.hessian import add_product_, from_origin, halves_of
+from obs_kernels.reference.hessian import add_product_, from_origin, halves_of, squared
 from obs_kernels.reference.precision import exact_products
 
 
@@ -117,15 +117,19 @@ class RowLayer(PrunedLayer):
             self.row_sum[:rows] += 1.0
             self.add_inputs(x.reshape(-1, cols), None)
             return
-        squares = squared(dy, scale).reshape(-1, rows)
-        self.row_sum[:rows] += squares.sum(0, dtype=torch.float64)
-        self.add_inputs(x.reshape(-1, cols), self.token_weights(squares))
+        weight = self.weigh_tokens(dy.reshape(-1, rows), scale, self.row_sum[:rows])
+        self.add_inputs(x.reshape(-1, cols), weight)
 
-    def token_weights(self, squares: Tensor) -> Tensor:
-        """[..., k]: what a token weighs for each cluster, from its squares [..., R] of output gradients."""
+    def weigh_tokens(self, dy: Tensor, scale: float, row_sum: Tensor) -> Tensor:
+        """[t, k] f32: what tokens weigh for each cluster, whose outputs have the gradients ``scale * dy`` [t, R].
+
+        The squares of these, summed over the tokens, are added to ``row_sum`` [R] f64.
+        """
         if self.num_clusters == 1:
-            return squares.sum(-1, keepdim=True)
-        own = F.one_hot(self._clusters(), self.num_clusters)[: squares.shape[-1]]
+            return weigh_tokens_(row_sum, dy, scale=scale)[:, None]
+        squares = squared(dy, scale)
+        row_sum += squares.sum(0, dtype=torch.float64)
+        own = F.one_hot(self._clusters(), self.num_clusters)[: dy.shape[1]]
         with exact_products(), no_autocast():
             return squares @ own.to(squares.dtype)
 
@@ -145,26 +149,23 @@ class RowLayer(PrunedLayer):
     def _add_inputs(self, x: Tensor, token_weight: Tensor | None, error: Tensor | None) -> None:
         hessians = self.allocate()
         rows, cols = self.mask.shape
-        weight = x.new_ones(x.shape[0], 1, dtype=torch.float32) if token_weight is None else token_weight
-        if self.origin is None:
-            total = weight.sum(1)
-            self.origin = (total[None] @ x.float())[0] / total.sum().clamp_min(1e-30)
-        for hessian, own in zip(hessians, weight.mT, strict=True):
-            part = hessian if cols == hessian.shape[0] else hessian[:cols, :cols].contiguous()
-            q = None if token_weight is None else own.contiguous()
-            accumulate_hessian_(part, x, token_weight=q, origin=self.origin, scale=1.0)
-            if part is not hessian:  # columns that the pattern pads are never used
-                hessian[:cols, :cols] = part
         assert self.input_sum is not None
-        moved = from_origin(x, self.origin, torch.float32)
-        self.input_sum[:, :cols] += weight.mT @ moved
-        self.input_sum[:, -1] += weight.sum(0)
+        if self.origin is None:
+            self.origin = _mean_input(x, token_weight)
+        weights = [None] if token_weight is None else [own.contiguous() for own in token_weight.unbind(1)]
+        for hessian, input_sum, q in zip(hessians, self.input_sum, weights, strict=True):
+            own = hessian[:cols, :cols]  # columns that the pattern pads are never used
+            accumulate_inputs_(own, input_sum, x, token_weight=q, origin=self.origin)
         if error is None:
             return
         if self.target_sum is None:
             shape = (self.padded[0], self.padded[1] + 1)
             self.target_sum = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
-        weighted = error * (weight if self.num_clusters == 1 else weight[:, self._clusters()[:rows]])
+        moved = from_origin(x, self.origin, torch.float32)
+        if token_weight is None:
+            weighted = error
+        else:
+            weighted = error * (token_weight if self.num_clusters == 1 else token_weight[:, self._clusters()[:rows]])
         add_product_(self.target_sum[:rows, :cols], halves_of(weighted, x), halves_of(moved, x))
         self.target_sum[:rows, -1] += weighted.sum(0)
 
@@ -255,9 +256,12 @@ class RowLayer(PrunedLayer):
         return damp if damp > 0 else 1e-12
 
 
-def squared(dy: Tensor, scale: float) -> Tensor:
-    """f32 squares of ``scale * dy``; a new tensor, as layers whose outputs are added get one and the same dy."""
-    return dy.float().square().mul_(scale * scale)
+def _mean_input(x: Tensor, token_weight: Tensor | None) -> Tensor:
+    """[C] f32: mean of x [t, C] by the weights [t, k] of its tokens for all clusters."""
+    if token_weight is None:
+        return x.sum(0, dtype=torch.float32) / max(1, x.shape[0])
+    total = token_weight.sum(1)
+    return (total[None] @ x.float())[0] / total.sum().clamp_min(1e-30)
 
 
 class RowSums:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
-from obs_kernels.pruning.row_layer import RowLayer, squared
+from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.samples import Samples
 
 
@@ -47,10 +47,13 @@ class TokenWeights:
         with phase(self._timings, "accumulate"):
             for layer in self.layers:
                 for piece in samples.pieces[layer]:
-                    squares = squared(piece.dy[:count], samples.scale)
-                    self._weights.setdefault((batch, layer), []).append(layer.token_weights(squares))
-                    rows = squares.sum((0, 1), dtype=torch.float64)
-                    self.row_sums[layer] = self.row_sums[layer] + rows if layer in self.row_sums else rows
+                    dy = piece.dy[:count]
+                    if layer not in self.row_sums:
+                        self.row_sums[layer] = torch.zeros(dy.shape[2], dtype=torch.float64, device=dy.device)
+                    weight = layer.weigh_tokens(dy.reshape(-1, dy.shape[2]), samples.scale, self.row_sums[layer])
+                    self._weights.setdefault((batch, layer), []).append(
+                        weight.reshape(*dy.shape[:2], layer.num_clusters)
+                    )
         self.counts[batch] = count
 
     def shrink(self) -> bool:

@@ -19,7 +19,6 @@ STRIP = 1024
 """Rows of H that one product computes, from the diagonal on: the part left of it is mirrored, not computed."""
 
 
-@exact_products()
 def accumulate_hessian_(
     hessian: Tensor, x: Tensor, *, token_weight: Tensor | None, origin: Tensor | None = None, scale: float
 ) -> Tensor:
@@ -28,18 +27,56 @@ def accumulate_hessian_(
     ``x`` [T, C], ``token_weight`` q [T] or None, ``origin`` c [C] or None. The upper triangle is read and computed, the
     lower one written from it: the result is exactly symmetric.
     """
+    return _accumulate(hessian, None, x, token_weight, origin, scale)
+
+
+def accumulate_inputs_(
+    hessian: Tensor, input_sum: Tensor, x: Tensor, *, token_weight: Tensor | None, origin: Tensor | None
+) -> Tensor:
+    """``accumulate_hessian_`` by scale 1, and ``sum_t q_t (x_t - c, 1)`` into ``input_sum`` f64 from the same pass.
+
+    ``input_sum`` is [C + 1], or longer: the last value is the sum of q, what is between is left as it is.
+    """
+    return _accumulate(hessian, input_sum, x, token_weight, origin, 1.0)
+
+
+def weigh_tokens_(row_sum: Tensor, dy: Tensor, *, scale: float) -> Tensor:
+    """[T] f32, ``sum_r (scale dy_tr)^2`` of ``dy`` [T, R]; the same summed over t is added to ``row_sum`` [R] f64."""
+    squares = squared(dy, scale)
+    row_sum += squares.sum(0, dtype=torch.float64)
+    return squares.sum(1)
+
+
+def squared(dy: Tensor, scale: float) -> Tensor:
+    """f32 squares of ``scale * dy``; a new tensor, as layers whose outputs are added get one and the same dy."""
+    return dy.float().square().mul_(scale * scale)
+
+
+@exact_products()
+def _accumulate(
+    hessian: Tensor,
+    input_sum: Tensor | None,
+    x: Tensor,
+    token_weight: Tensor | None,
+    origin: Tensor | None,
+    scale: float,
+) -> Tensor:
     cols, dtype = hessian.shape[0], hessian.dtype
     if x.numel() == 0:
         return hessian
     strips = [slice(start, min(start + STRIP, cols)) for start in range(0, cols, STRIP)]
     for part in chunks(x.shape[0], 2 * cols * hessian.element_size(), x.device):
         tokens = from_origin(x[part], origin, dtype)
-        weighted = tokens if token_weight is None else tokens * token_weight[part].to(dtype)[:, None]
+        weight = None if token_weight is None else token_weight[part].to(dtype)
+        weighted = tokens if weight is None else tokens * weight[:, None]
         right = halves_of(tokens, x)
         left = right if weighted is tokens else halves_of(weighted, x)
         for strip in strips:
             part_of_row = hessian[strip, strip.start :]
             add_product_(part_of_row, [h[:, strip] for h in left], [h[:, strip.start :] for h in right], scale)
+        if input_sum is not None:
+            input_sum[:cols] += tokens.sum(0, dtype=torch.float64) if weight is None else weight @ tokens
+            input_sum[-1] += tokens.shape[0] if weight is None else weight.sum(dtype=torch.float64)
     for strip in strips:
         square = hessian[strip, strip]
         square.copy_(square.triu() + square.triu(1).mT)

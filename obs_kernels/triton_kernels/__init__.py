@@ -5,5 +5,8 @@ Imported inside functions only: it needs triton. Under ``TRITON_INTERPRET=1`` th
 """
 
 from obs_kernels.triton_kernels.fisher import accumulate_fisher_
+from obs_kernels.triton_kernels.hessian import accumulate_hessian_
+from obs_kernels.triton_kernels.hessian import accumulate_inputs_ as accumulate_inputs_  # a step, no op: not in __all__
+from obs_kernels.triton_kernels.hessian import weigh_tokens_ as weigh_tokens_
 
-__all__ = ["accumulate_fisher_"]
+__all__ = ["accumulate_fisher_", "accumulate_hessian_"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from obs_kernels.errors import ConfigError
 
-__all__ = ["FISHER_CONFIGS", "FisherConfig", "fisher_config"]
+__all__ = ["FISHER_CONFIGS", "HESSIAN_CONFIG", "FisherConfig", "HessianConfig", "fisher_config", "hessian_config"]
 
 MIN_TILE = 16
 """Smallest side of a tensor-core product in Triton."""
@@ -74,3 +74,67 @@ def fisher_config(block_size: int, num_samples: int, *, config: FisherConfig | N
 def slot_width(block_size: int) -> int:
     """``block_size`` rounded up to a power of two."""
     return 1 << (block_size - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class HessianConfig:
+    """How ``accumulate_hessian_`` cuts tokens and columns; each a power of two, but for ``parts``."""
+
+    tokens: int
+    """Tokens of a tile that passes over x or dy, and of one f32 sum."""
+    cols: int
+    """Columns of such a tile."""
+    warps: int
+    """Of such a tile."""
+    sum_blocks: int
+    """Such sums that are added in f64 at once."""
+    sum_cols: int
+    """Columns of a program that adds them."""
+    side: int
+    """Of a tile of H."""
+    strip: int
+    """Rows of H that one product computes; a multiple of ``side``."""
+    part: int
+    """Most tokens of one product; a multiple of ``tokens``."""
+    parts: int
+    """Most products of one batched call: it holds each of them."""
+
+    def split(self, num_tokens: int) -> tuple[int, int]:
+        """Parts of equal length that ``num_tokens`` fill, the last one perhaps not quite."""
+        parts = max(1, -(-num_tokens // self.part))
+        each = -(-num_tokens // parts)
+        return parts, -(-each // self.tokens) * self.tokens
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens}x{self.cols} warps={self.warps} sums={self.sum_blocks}x{self.sum_cols} side={self.side} "
+            f"strip={self.strip} part={self.part}x{self.parts}"
+        )
+
+
+HESSIAN_CONFIG = HessianConfig(
+    tokens=32,  # 12,288 tokens make some three programs an SM; the f32 sums are a tenth of what is read
+    cols=256,  # rows of 512 bytes, 32 values a thread
+    warps=8,
+    sum_blocks=64,
+    sum_cols=32,
+    side=32,  # 300 programs for the triangle of 768 columns
+    strip=1024,  # a strip fills the GPU; the narrower, the less is computed left of the diagonal
+    part=8192,  # tensor cores cut off what a sum cannot hold, a bias that grows with the length of the sum
+    parts=4,
+)
+
+
+def hessian_config(*, config: HessianConfig | None = None) -> HessianConfig:
+    """The record of ``accumulate_hessian_``; ``config`` forces one, which must be possible.
+
+    Raises:
+        ConfigError: the forced record cannot run.
+    """
+    if config is None:
+        return HESSIAN_CONFIG
+    sizes = (config.tokens, config.cols, config.sum_blocks, config.sum_cols, config.side, config.strip, config.part)
+    powers = all(value > 0 and value & (value - 1) == 0 for value in sizes)
+    if not powers or config.strip % config.side or config.part % config.tokens or config.parts < 1:
+        raise ConfigError(f"config needs powers of two, strip a multiple of side and part one of tokens, got {config}")
+    return config
