@@ -65,7 +65,9 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> T
         packed = prepack(*parts, pattern, out=_lasting_memory(parts, pattern) if found is None else found.packed)
         done = torch.cuda.Event()
         done.record(stream)
-        sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
+        # not of the empty tensor that stands for no columns: it dies with the call
+        storages = [storage for part in parts if (storage := part.untyped_storage()).nbytes()]
+        sources = tuple(StorageWeakRef(storage) for storage in storages)
         _PREPACKED[key] = _Prepacked(sources, version, packed, stream.cuda_stream, done)
         if found is None:
             weakref.finalize(values.untyped_storage(), _PREPACKED.pop, key, None).atexit = False
