@@ -60,10 +60,10 @@ def test_without_columns_packed_once(made: list[Tensor], gen: torch.Generator) -
 def test_a_write_packs_into_the_same_memory(made: list[Tensor], gen: torch.Generator, part: int) -> None:
     """A graph that was captured before reads that memory."""
     weight = parts(gen)
-    first = prepacked.prepacked(*weight, "8:2:4")
+    first = prepacked.prepacked(*weight, "8:2:4").packed
     weight[part].add_(1)
-    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 2
-    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4").packed is first and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4").packed is first and len(made) == 2
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
