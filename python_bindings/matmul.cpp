@@ -44,7 +44,11 @@ class Fields {
   T take(const char* name) {
     if (!given_.contains(name)) throw py::type_error(std::string(name) + " is missing");
     ++taken_;
-    return given_[name].cast<T>();
+    try {
+      return given_[name].cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(name) + " is of a wrong type or too large");
+    }
   }
 
   // Once all were taken.
