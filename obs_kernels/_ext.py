@@ -19,7 +19,7 @@ from obs_kernels.errors import BackendUnavailableError
 __all__ = ["build_info", "load", "reason"]
 
 _MODULE = "obs_kernels._C"
-_INTERFACE = 8  # of python_bindings/bindings.cpp; a module of another number was built from other sources
+_INTERFACE = 9  # of python_bindings/bindings.cpp; a module of another number was built from other sources
 _FOLDER = Path(__file__).parent
 _BUILD = "OBS_KERNELS_BUILD=on python -m pip install --no-deps --force-reinstall ."
 _BUILD_CHECKOUT = "OBS_KERNELS_BUILD=on python setup.py build_ext --inplace"

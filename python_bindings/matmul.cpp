@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "obs_kernels/matmul.h"
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "bind.h"
 
@@ -32,79 +34,111 @@ py::tuple prepack(uintptr_t values,
   return launch(obs_kernels::prepack, params, device, stream);
 }
 
-obs_kernels::SparseLinearParams product_of(uintptr_t x,
-                                           uintptr_t packed,
-                                           uintptr_t bias,
-                                           uintptr_t y,
-                                           int64_t rows,
-                                           int64_t cols,
-                                           int64_t tokens,
-                                           int32_t type,
-                                           int32_t activation,
-                                           bool feature_x,
-                                           bool feature_y,
-                                           int config) {
+// Fields of a struct from keywords: each is named once, where it is read, must be given, and
+// nothing else may be.
+class Fields {
+ public:
+  explicit Fields(const py::kwargs& given) : given_(given) {}
+
+  template <typename T>
+  T take(const char* name) {
+    if (!given_.contains(name)) throw py::type_error(std::string(name) + " is missing");
+    ++taken_;
+    try {
+      return given_[name].cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(name) + " is of a wrong type or too large");
+    }
+  }
+
+  // Once all were taken.
+  void finish() const {
+    if (given_.size() != taken_) throw py::type_error("unexpected keywords among those given");
+  }
+
+ private:
+  py::kwargs given_;
+  size_t taken_ = 0;
+};
+
+obs_kernels::SparseLinearParams product_of(Fields& fields) {
   obs_kernels::SparseLinearParams params{};
-  params.x = pointer<const void>(x);
-  params.packed = pointer<const void>(packed);
-  params.bias = pointer<const void>(bias);
-  params.y = pointer<void>(y);
-  params.rows = rows;
-  params.cols = cols;
-  params.tokens = tokens;
-  params.type = static_cast<obs_kernels::MatmulType>(type);
-  params.activation = static_cast<obs_kernels::Activation>(activation);
-  params.feature_x = feature_x;
-  params.feature_y = feature_y;
-  params.config = config;
+  params.packed = pointer<const void>(fields.take<uintptr_t>("packed"));
+  params.rows = fields.take<int64_t>("rows");
+  params.cols = fields.take<int64_t>("cols");
+  params.tokens = fields.take<int64_t>("tokens");
+  params.type = static_cast<obs_kernels::MatmulType>(fields.take<int32_t>("type"));
+  params.activation = static_cast<obs_kernels::Activation>(fields.take<int32_t>("activation"));
+  params.feature_y = fields.take<bool>("feature_y");
+  params.config = fields.take<int>("config");
   return params;
 }
 
-py::tuple sparse_linear(uintptr_t x,
-                        uintptr_t packed,
-                        uintptr_t bias,
-                        uintptr_t y,
-                        int64_t rows,
-                        int64_t cols,
-                        int64_t tokens,
-                        int32_t type,
-                        int32_t activation,
-                        bool feature_x,
-                        bool feature_y,
-                        int config,
-                        int device,
-                        uintptr_t stream) {
-  const auto params = product_of(
-      x, packed, bias, y, rows, cols, tokens, type, activation, feature_x, feature_y, config);
-  return launch(obs_kernels::sparse_linear, params, device, stream);
-}
+// A product with all but the addresses that change from call to call, so that a call takes a few
+// integers by position: one by keywords costs the host several times as much.
+class SparseLinear {
+ public:
+  explicit SparseLinear(const py::kwargs& given) {
+    Fields fields(given);
+    params_ = product_of(fields);
+    params_.feature_x = fields.take<bool>("feature_x");
+    device_ = fields.take<int>("device");
+    fields.finish();
+  }
 
-py::tuple gather_linear(uintptr_t x,
-                        uintptr_t columns,
-                        uintptr_t packed,
-                        uintptr_t bias,
-                        uintptr_t y,
-                        int64_t rows,
-                        int64_t cols,
-                        int64_t tokens,
-                        int64_t x_stride,
-                        int64_t v,
-                        int64_t m,
-                        int32_t type,
-                        int32_t activation,
-                        bool feature_y,
-                        int config,
-                        int device,
-                        uintptr_t stream) {
-  obs_kernels::GatherLinearParams params{};
-  params.product =
-      product_of(x, packed, bias, y, rows, cols, tokens, type, activation, true, feature_y, config);
-  params.columns = pointer<const uint8_t>(columns);
-  params.x_stride = x_stride;
-  params.v = v;
-  params.m = m;
-  return launch(obs_kernels::gather_linear, params, device, stream);
-}
+  py::tuple launch(uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
+    auto params = params_;
+    params.x = pointer<const void>(x);
+    params.bias = pointer<const void>(bias);
+    params.y = pointer<void>(y);
+    return bindings::launch(obs_kernels::sparse_linear, params, device_, stream);
+  }
+
+ private:
+  obs_kernels::SparseLinearParams params_{};
+  int device_ = 0;
+};
+
+// The same of the product that gathers. `turned` is memory for x turned to feature-major, of
+// columns `x_stride` apart; 0 if x is feature-major.
+class GatherLinear {
+ public:
+  explicit GatherLinear(const py::kwargs& given) {
+    Fields fields(given);
+    params_.product = product_of(fields);
+    params_.product.feature_x = true;
+    params_.columns = pointer<const uint8_t>(fields.take<uintptr_t>("columns"));
+    params_.x_stride = fields.take<int64_t>("x_stride");
+    params_.v = fields.take<int64_t>("v");
+    params_.m = fields.take<int64_t>("m");
+    device_ = fields.take<int>("device");
+    fields.finish();
+    transposition_.tokens = params_.product.tokens;
+    transposition_.cols = (params_.product.cols / 4 * params_.m + 7) / 8 * 8;
+    transposition_.out_stride = params_.x_stride;
+  }
+
+  py::tuple launch(
+      uintptr_t x, uintptr_t turned, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
+    auto params = params_;
+    params.product.x = pointer<const void>(turned == 0 ? x : turned);
+    params.product.bias = pointer<const void>(bias);
+    params.product.y = pointer<void>(y);
+    auto transposition = transposition_;
+    transposition.x = pointer<const void>(x);
+    transposition.out = pointer<void>(turned);
+    const auto both = [&](const auto& product, int device, cudaStream_t on) {
+      if (turned != 0) obs_kernels::transpose(transposition, device, on);
+      return obs_kernels::gather_linear(product, device, on);
+    };
+    return bindings::launch(both, params, device_, stream);
+  }
+
+ private:
+  obs_kernels::GatherLinearParams params_{};
+  obs_kernels::TransposeParams transposition_{};
+  int device_ = 0;
+};
 
 py::tuple transpose(uintptr_t x,
                     uintptr_t out,
@@ -155,24 +189,12 @@ void bind_matmul(py::module_& module) {
              py::arg("m"),
              py::arg("device"),
              py::arg("stream"));
-  module.def("sparse_linear",
-             &sparse_linear,
-             "(op, path, blocks, threads) of the launch; see obs_kernels/matmul.h.",
-             py::kw_only(),
-             py::arg("x"),
-             py::arg("packed"),
-             py::arg("bias"),
-             py::arg("y"),
-             py::arg("rows"),
-             py::arg("cols"),
-             py::arg("tokens"),
-             py::arg("type"),
-             py::arg("activation"),
-             py::arg("feature_x"),
-             py::arg("feature_y"),
-             py::arg("config"),
-             py::arg("device"),
-             py::arg("stream"));
+  py::class_<SparseLinear>(
+      module,
+      "SparseLinear",
+      "sparse_linear of obs_kernels/matmul.h, with the fields that calls have in common.")
+      .def(py::init<const py::kwargs&>())
+      .def("launch", &SparseLinear::launch, "(op, path, blocks, threads) of x, bias, y, stream.");
   module.def("gather_is_faster",
              &obs_kernels::gather_is_faster,
              "Whether gather_linear beats sparse_linear; see obs_kernels/matmul.h.",
@@ -201,27 +223,14 @@ void bind_matmul(py::module_& module) {
              py::kw_only(),
              py::arg("tokens"),
              py::arg("cols"));
-  module.def("gather_linear",
-             &gather_linear,
-             "(op, path, blocks, threads) of the launch; see obs_kernels/matmul.h.",
-             py::kw_only(),
-             py::arg("x"),
-             py::arg("columns"),
-             py::arg("packed"),
-             py::arg("bias"),
-             py::arg("y"),
-             py::arg("rows"),
-             py::arg("cols"),
-             py::arg("tokens"),
-             py::arg("x_stride"),
-             py::arg("v"),
-             py::arg("m"),
-             py::arg("type"),
-             py::arg("activation"),
-             py::arg("feature_y"),
-             py::arg("config"),
-             py::arg("device"),
-             py::arg("stream"));
+  py::class_<GatherLinear>(
+      module,
+      "GatherLinear",
+      "gather_linear of the same, behind transpose if it is given memory for that.")
+      .def(py::init<const py::kwargs&>())
+      .def("launch",
+           &GatherLinear::launch,
+           "(op, path, blocks, threads) of x, turned, bias, y, stream.");
   module.def("transpose",
              &transpose,
              "(op, path, blocks, threads) of the launch; see obs_kernels/matmul.h.",

@@ -254,6 +254,59 @@ def test_native_launches_nothing_for_nothing(native: ModuleType, change: dict[st
     assert native.launch_count() == before
 
 
+SPARSE = {
+    "packed": 64, "rows": 128, "cols": 64, "tokens": 8, "type": 0, "activation": 0, "feature_x": False,
+    "feature_y": False, "config": -1, "device": 0,
+}  # fmt: skip
+GATHER = {name: field for name, field in SPARSE.items() if name != "feature_x"} | {
+    "columns": 64, "x_stride": 8, "v": 64, "m": 16
+}  # fmt: skip
+
+
+def test_products_take_the_fields_that_they_know(native: ModuleType) -> None:
+    for product, fields in ((native.SparseLinear, SPARSE), (native.GatherLinear, GATHER)):
+        product(**fields)
+        for name in fields:
+            with pytest.raises(TypeError, match=f"{name} is missing"):
+                product(**{key: field for key, field in fields.items() if key != name})
+        for change, text in (
+            ({"row": 1}, "unexpected"),
+            ({"rows": "1"}, "rows is of"),
+            ({"rows": 2**63}, "rows is of"),
+        ):
+            with pytest.raises(TypeError, match=text):
+                product(**{**fields, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "addresses", "text"),
+    [
+        ({"rows": -1}, (64, 0, 0, 64, 0), "must not be negative"),
+        ({"v": 96}, (64, 0, 0, 64, 0), "v must be a multiple of 64"),
+        ({}, (8, 0, 0, 64, 0), "x and packed must be aligned"),
+        ({"x_stride": 4}, (64, 0, 0, 64, 0), "columns of whole 16 bytes"),
+        ({}, (64, 8, 0, 64, 0), "x and out must be aligned"),
+        ({"x_stride": 16}, (64, 64, 0, 64, 0), "out_stride must be the tokens rounded up to 8, got 16"),
+    ],
+)
+def test_products_refuse_bad_sizes_when_launched(
+    native: ModuleType, change: dict[str, int], addresses: tuple[int, ...], text: str
+) -> None:
+    """The last two by the transposition, for which there is memory."""
+    before = native.launch_count()
+    with pytest.raises(ValueError, match=text):
+        native.GatherLinear(**{**GATHER, **change}).launch(*addresses)
+    assert native.launch_count() == before
+
+
+def test_products_launch_nothing_for_nothing(native: ModuleType) -> None:
+    before = native.launch_count()
+    empty = "sparse_linear", "empty", 0, 0
+    assert native.SparseLinear(**{**SPARSE, "tokens": 0}).launch(64, 0, 64, 0) == empty
+    assert native.GatherLinear(**{**GATHER, "rows": 0}).launch(64, 0, 0, 64, 0) == empty
+    assert native.launch_count() == before
+
+
 GROUPS = {
     "weight": 64, "fisher": 64, "damp": 64, "damp_each": False, "alive": 0, "mask": 64, "saliency": 64,
     "new_weight": 0, "info": 64, "num_groups": 2, "n": 9, "m": 20, "device": 0, "stream": 0,

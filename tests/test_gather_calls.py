@@ -13,7 +13,8 @@ from masks import random_mask
 from torch import Tensor
 
 from obs_kernels import _ext, parse_pattern, reference
-from obs_kernels.cuda_calls import matmul, wgmma
+from obs_kernels.cuda_calls import matmul, product_plan, wgmma
+from obs_kernels.cuda_calls.prepacked import Prepacked
 from obs_kernels.errors import DeviceMismatchError, ShapeNotSupportedError
 from obs_kernels.ops import SparseWeight, pack, unpack
 from obs_kernels.packed_format import packed_shapes
@@ -118,26 +119,41 @@ def test_the_product_goes_that_way(
     memory = torch.empty(sparse.columns.numel() + shift, dtype=torch.uint8)
     columns = memory[shift:].view(sparse.columns.shape).copy_(sparse.columns)
     packed: list[tuple[int, str]] = []
-    launched: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    planned: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def prepacked(values: Tensor, codes: Tensor, columns: Tensor, text: str) -> Prepacked:
+        packed.append((columns.numel(), text))
+        return Prepacked((), (), values, None, {7})
+
+    def product(name: str) -> Any:
+        def launch(*addresses: int) -> None:
+            planned[-1][-1]["addresses"] = addresses
+
+        def make(*args: Any, **options: Any) -> SimpleNamespace:
+            planned.append((name, args, options))
+            return SimpleNamespace(launch=launch)
+
+        return make
+
     monkeypatch.setattr(matmul, "gathers", lambda *question: gathering)
-    monkeypatch.setattr(
-        matmul, "prepacked", lambda values, codes, columns, text: packed.append((columns.numel(), text))
-    )
-    for name in ("launch_gather_linear", "launch_sparse_linear"):
-        monkeypatch.setattr(matmul, name, lambda *args, name=name, **options: launched.append((name, args, options)))
+    monkeypatch.setattr(matmul, "prepacked", prepacked)
+    monkeypatch.setattr(product_plan, "raw_stream", lambda device: 7)
+    for name in ("gather_product", "sparse_product"):
+        monkeypatch.setattr(matmul, name, product(name))
     x = torch.randn(48, 16, generator=gen).half()
     y = matmul.sparse_linear(
         x, sparse.values, sparse.codes, columns, None, "64:2:16", activation="", x_layout="feature", y_layout="token"
     )
     assert y.shape == (16, 128)
-    ((name, args, options),) = launched
-    assert args[0].data_ptr() == x.data_ptr() and args[-1] is y and (options["rows"], options["cols"]) == (128, 48)
+    ((name, args, options),) = planned
+    assert args[0] is x and args[-1] is y and (options["rows"], options["cols"]) == (128, 48)
+    assert options["addresses"] == (x.data_ptr(), 0, y.data_ptr(), 7)
     if gathering:
-        assert packed == [(0, "2:4")] and (name, options["v"]) == ("launch_gather_linear", 64)
+        assert packed == [(0, "2:4")] and (name, options["v"]) == ("gather_product", 64)
         assert torch.equal(args[1], columns) and args[1].data_ptr() % 4 == 0
         assert (args[1].data_ptr() == columns.data_ptr()) == (shift == 0)
     else:
-        assert packed == [(columns.numel(), "64:2:16")] and name == "launch_sparse_linear"
+        assert packed == [(columns.numel(), "64:2:16")] and name == "sparse_product"
 
 
 # x as the kernel takes it
@@ -199,15 +215,18 @@ def native(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert x % 16 == 0 and out % 16 == 0 and cols % 8 == 0 and out_stride == -(-tokens // 8) * 8
         memory(out, (cols, out_stride)).zero_()[:, :tokens] = memory(x, (tokens, cols)).T
 
-    def gather_linear(**options: Any) -> tuple[str, str, int, int]:
-        calls.append(options)
-        return "sparse_linear", TILES[options["config"]], 1, 384
+    def gather_linear(**options: Any) -> SimpleNamespace:
+        def launch(x: int, turned: int, bias: int, y: int, stream: int) -> tuple[str, str, int, int]:
+            calls.append({**options, "x": x, "turned": turned, "bias": bias, "y": y, "stream": stream})
+            return "sparse_linear", TILES[options["config"]], 1, 384
+
+        return SimpleNamespace(launch=launch)
 
     module = SimpleNamespace(
-        transpose=transpose, gather_linear=gather_linear, GATHER_TILES=TILES, prepacked_bytes=lambda rows, cols: 4608
+        transpose=transpose, GatherLinear=gather_linear, GATHER_TILES=TILES, prepacked_bytes=lambda rows, cols: 4608
     )
     monkeypatch.setattr(_ext, "load", lambda: module)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(matmul, "raw_stream", lambda device: 7)
     return calls
 
 
@@ -251,8 +270,8 @@ def test_what_is_launched(gen: torch.Generator, native: list[dict[str, Any]], to
     (told,) = native
     addresses = {name: given[name].data_ptr() for name in ("x", "columns", "packed", "y")}
     wanted = {
-        "bias": 0, "rows": 64, "cols": 12, "tokens": tokens, "x_stride": -(-tokens // 8) * 8, "v": 64, "m": 16,
-        "type": 0, "activation": 1, "feature_y": False, "config": 1, "stream": 7,
+        "turned": 0, "bias": 0, "rows": 64, "cols": 12, "tokens": tokens, "x_stride": -(-tokens // 8) * 8, "v": 64,
+        "m": 16, "type": 0, "activation": 1, "feature_y": False, "config": 1, "stream": 7,
     }  # fmt: skip
     assert {name: told[name] for name in (*addresses, *wanted)} == addresses | wanted
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from obs_kernels import _ext
 from obs_kernels.cuda_calls import prepacked
 
 
@@ -28,6 +29,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
     monkeypatch.setattr(prepacked, "_is_capturing", lambda device: False)
     monkeypatch.setattr(prepacked, "prepack", prepack)
+    monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(prepacked_bytes=lambda rows, cols: 4))
     monkeypatch.setattr(prepacked, "_PREPACKED", {})
     return packed
 
@@ -46,14 +48,22 @@ def test_packed_once(made: list[Tensor], gen: torch.Generator) -> None:
     assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 1
 
 
+def test_without_columns_packed_once(made: list[Tensor], gen: torch.Generator) -> None:
+    """The empty tensor in their place is another one in each call."""
+    values, codes, _ = parts(gen)
+    first = prepacked.prepacked(values, codes, codes.new_empty(0), "2:4")
+    gc.collect()
+    assert prepacked.prepacked(values, codes, codes.new_empty(0), "2:4") is first and len(made) == 1
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_write_packs_into_the_same_memory(made: list[Tensor], gen: torch.Generator, part: int) -> None:
     """A graph that was captured before reads that memory."""
     weight = parts(gen)
-    first = prepacked.prepacked(*weight, "8:2:4")
+    first = prepacked.prepacked(*weight, "8:2:4").packed
     weight[part].add_(1)
-    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 2
-    assert prepacked.prepacked(*weight, "8:2:4") is first and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4").packed is first and len(made) == 2
+    assert prepacked.prepacked(*weight, "8:2:4").packed is first and len(made) == 2
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])

@@ -22,22 +22,42 @@ from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 
 
 @dataclass
-class _Prepacked:
+class Prepacked:
     """A weight in the order of the product, and what it was made of."""
 
     sources: tuple[StorageWeakRef, ...]
     version: tuple[int, ...]
     packed: Tensor
-    stream: int
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None
+    """After the packing; None in a graph, whose pool has the memory, filled by each replay."""
+    joined: set[int]
+    """Streams that come after it: the one that packed, and those that waited."""
+
+    def expired(self) -> bool:
+        """Whether what it was made of is gone, and its addresses may belong to another weight."""
+        return any(source.expired() for source in self.sources)
+
+    def join(self) -> None:
+        """Let torch's current stream wait for the packing."""
+        if self.done is None or _is_capturing(self.packed.device):  # torch.cuda.graph begins with a sync
+            return
+        stream = torch.cuda.current_stream(self.packed.device)
+        stream.wait_event(self.done)
+        self.packed.record_stream(stream)
+        self.joined.add(stream.cuda_stream)
 
 
-_PREPACKED: dict[tuple[Any, ...], _Prepacked] = {}
+_PREPACKED: dict[tuple[Any, ...], Prepacked] = {}
 """By addresses and layout of values, codes and columns. Global, as ops of torch.library take tensors and no objects."""
 _LOCK = threading.Lock()
 
 
-def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Tensor:
+def versions(parts: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """How often each was written to, as far as torch counts: 0 for inference tensors."""
+    return tuple(0 if part.is_inference() else part._version for part in parts)
+
+
+def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Prepacked:
     """``prepack``, or what an earlier call made of the same tensors, unless they were written to since.
 
     Kept until the storage of the values dies. A weight that changed is packed into the same memory, so that graphs that
@@ -46,30 +66,30 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> T
     """
     parts = (values, codes, columns)
     stream = torch.cuda.current_stream(values.device)
-    capturing = _is_capturing(values.device)
     key = (pattern, values.dtype, values.shape, values.stride(), *(part.data_ptr() for part in parts))
-    version = tuple(0 if part.is_inference() else part._version for part in parts)
+    version = versions(parts)
     found = _PREPACKED.get(key)
-    if found is not None and any(source.expired() for source in found.sources):
+    if found is not None and found.expired():
         found = None
     if found is not None and found.version == version:
-        if found.stream != stream.cuda_stream and not capturing:  # torch.cuda.graph begins with a sync
-            stream.wait_event(found.done)
-            found.packed.record_stream(stream)
-        return found.packed
-    if capturing:
-        return prepack(*parts, pattern)  # memory of the graph's pool, filled by each replay
+        if stream.cuda_stream not in found.joined:
+            found.join()
+        return found
+    # not of the empty tensor that stands for no columns: it dies with the call
+    storages = [storage for part in parts if (storage := part.untyped_storage()).nbytes()]
+    sources = tuple(StorageWeakRef(storage) for storage in storages)
+    if _is_capturing(values.device):
+        return Prepacked(sources, version, prepack(*parts, pattern), None, {stream.cuda_stream})
     with _LOCK:
-        if found is not None:
+        if found is not None and found.done is not None:
             stream.wait_event(found.done)
         packed = prepack(*parts, pattern, out=_lasting_memory(parts, pattern) if found is None else found.packed)
         done = torch.cuda.Event()
         done.record(stream)
-        sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
-        _PREPACKED[key] = _Prepacked(sources, version, packed, stream.cuda_stream, done)
+        made = _PREPACKED[key] = Prepacked(sources, version, packed, done, {stream.cuda_stream})
         if found is None:
             weakref.finalize(values.untyped_storage(), _PREPACKED.pop, key, None).atexit = False
-    return packed
+    return made
 
 
 def _lasting_memory(parts: tuple[Tensor, Tensor, Tensor], pattern: str) -> Tensor:

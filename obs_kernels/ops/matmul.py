@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
-from obs_kernels.ops.dispatch import kernel, no_autocast, resolve
+from obs_kernels.ops.dispatch import MODULES, kernel, no_autocast, resolve
 from obs_kernels.ops.sparse_weight import SparseWeight
 from obs_kernels.reference.matmul import activation_gradient
 
@@ -54,6 +56,14 @@ def sparse_linear(
     weight, 0.56 of the dense bytes for all columns and 4/m of that for the kept ones, which lives as long as
     ``sparse.values``.
     """
+    values, codes = sparse.values, sparse.codes
+    heard = is_heard(x, values, codes, sparse.columns, bias)
+    plans = None if heard or not x.is_cuda else _product_plan()
+    if plans is not None:
+        asked = (activation, x_layout, y_layout, backend, os.environ.get("OBS_KERNELS_BACKEND"), sparse.shape)
+        plan = plans.find(x, values, codes, sparse.columns, bias, sparse.pattern_text, asked)
+        if plan is not None and not values.requires_grad:
+            return plan(x, bias)
     checks.check_choice("x_layout", x_layout, checks.LAYOUTS)
     checks.check_choice("y_layout", y_layout, checks.LAYOUTS)
     if activation is not None:
@@ -85,22 +95,25 @@ def sparse_linear(
     flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
     columns = sparse.columns_or_empty()
     chosen = resolve("sparse_linear", backend, x, sparse.pattern)
-    if is_heard(x, sparse.values, sparse.codes, columns, bias):
+    if heard:
         product: Any = partial(torch.ops.obs_kernels.sparse_linear, backend=chosen)
     else:
         product = kernel("sparse_linear", chosen)
-    y: Tensor = product(
-        flat,
-        sparse.values,
-        sparse.codes,
-        columns,
-        bias,
-        str(sparse.pattern),
-        activation=activation or "",
-        x_layout=x_layout,
-        y_layout=y_layout,
-    )
-    return y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
+    options = {"activation": activation or "", "x_layout": x_layout, "y_layout": y_layout}
+    y: Tensor = product(flat, values, codes, columns, bias, str(sparse.pattern), **options)
+    y = y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
+    if plans is not None and chosen == "cuda" and (flat is x or x.is_contiguous()):
+        weight = values, codes, sparse.columns, bias, sparse.pattern_text
+        plan = plans.find(flat, *weight, tuple(options.values()))
+        if plan is not None and (flat is x or plan.prepare is None):
+            plans.keep(x, *weight, asked, plan.giving(tuple(y.shape)))
+    return y
+
+
+@cache
+def _product_plan() -> Any:
+    """``find`` and ``keep``, what earlier calls of the cuda backend left: such a call is decided by one look."""
+    return import_module(f"{MODULES['cuda']}.product_plan")
 
 
 def _unpacked(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -135,16 +148,21 @@ def is_heard(*tensors: Tensor | None) -> bool:
     """Whether anything listens to ops: gradients, a compiler, a mode, a kind of tensor of its own, a profiler. If not,
     the kernel is called without the dispatcher, whose way through Python takes the host 40 us a call.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or _get_current_dispatch_mode() is not None
         or torch.autograd._profiler_enabled()
-        or any(type(t) not in _PLAIN for t in tensors)
-        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-    )
+    ):
+        return True
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return True
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))

@@ -98,6 +98,7 @@ class SparseLinear(nn.Module):
         self.bias = bias
         self._dispatch = "auto"
         self._cast: _Cast | None = None
+        self._made: SparseWeight | None = None
 
     @property
     def dispatch(self) -> str:
@@ -121,8 +122,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``activation(x W^T + bias)``, x [..., C] -> [..., R]."""
-        if self.dense is not None and self.takes_dense(x):
-            y = F.linear(x, self.dense, self.bias)
+        dense = self._buffers["dense"]  # as an attribute it costs ten times as much
+        if dense is not None and self.takes_dense(x):
+            y = F.linear(x, dense, self.bias)
             return y if self.activation is None else DENSE_ACTIVATIONS[self.activation](y)
         x, values, bias = self._as_autocast(x)
         if self.y_layout == "token" and (x.dim() < 2 or x.is_contiguous()):
@@ -159,17 +161,30 @@ class SparseLinear(nn.Module):
         return self._dispatch == "dense"
 
     def _sparse_with(self, values: Tensor) -> SparseWeight:
-        return SparseWeight(values, self.codes, self.columns, self.pattern, (self.out_features, self.in_features))
+        """Of these values; that of the last call, if it was made of the same tensors."""
+        codes: Any = self._buffers["codes"]
+        columns, shape = self._buffers["columns"], (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():  # what it keeps would become a guard
+            return SparseWeight(values, codes, columns, self.pattern, shape)
+        kept = self._made
+        if kept is None or kept.values is not values or kept.codes is not codes or kept.columns is not columns:
+            kept = self._made = SparseWeight(values, codes, columns, self.pattern, shape)
+        return kept
 
     def _as_autocast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x, values, bias) in the dtype that autocast asks for here; as they are without it."""
-        kind = x.device.type
+        values: Any = self._buffers["values"]
+        bias = self._parameters.get("bias")
+        if bias is None:
+            bias = self.bias
+        kind = "cuda" if x.is_cuda else x.device.type
         if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-            return x, self.values, self.bias
+            return x, values, bias
         dtype = torch.get_autocast_dtype(kind)
         if x.dtype in _AUTOCAST_FROM:
             x = x.to(dtype)
-        bias = self.bias if self.bias is None or self.bias.dtype not in _AUTOCAST_FROM else self.bias.to(dtype)
+        if bias is not None and bias.dtype in _AUTOCAST_FROM:
+            bias = bias.to(dtype)  # type: ignore[assignment]
         return x, self._values_as(dtype), bias
 
     def _values_as(self, dtype: torch.dtype) -> Tensor:
@@ -208,9 +223,14 @@ class SparseLinear(nn.Module):
         if self.dense is not None:
             self.dense = self.sparse.to_dense()
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; what was made of the tensors before does not keep their memory."""
+        self._cast = self._made = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def __getstate__(self) -> dict[str, Any]:
-        """Without the copy for autocast, which the next call makes anew."""
-        return {**self.__dict__, "_cast": None}
+        """Without what the next call makes anew."""
+        return {**self.__dict__, "_cast": None, "_made": None}
 
     @classmethod
     def from_linear(

@@ -31,6 +31,7 @@ from test_matmul_gpu import (
 from torch import Tensor
 
 from obs_kernels import _ext, parse_pattern
+from obs_kernels.cuda_calls.product_plan import ProductPlan
 from obs_kernels.errors import ConfigError, DeviceMismatchError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.ops import SparseWeight, pack, sparse_linear, unpack
 
@@ -349,16 +350,17 @@ def test_transposition_stays_inside(gen, tokens, cols):
 
 
 @pytest.fixture
-def launches(matmul: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The layout of y of each launch that gathers."""
-    seen: list[str] = []
-    original = matmul.launch_gather_linear
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[ProductPlan]:
+    """The plan of each launch that gathers."""
+    seen: list[ProductPlan] = []
+    original = ProductPlan.run
 
-    def counted(*args, **options):
-        seen.append(options["y_layout"])
-        return original(*args, **options)
+    def counted(plan, *args):
+        if isinstance(plan.launch.__self__, _ext.load().GatherLinear):
+            seen.append(plan)
+        return original(plan, *args)
 
-    monkeypatch.setattr(matmul, "launch_gather_linear", counted)
+    monkeypatch.setattr(ProductPlan, "run", counted)
     return seen
 
 
@@ -398,7 +400,7 @@ def test_the_op_gathers_where_that_is_faster(gen, matmul, launches, x_layout):
             y = sparse_linear(
                 as_given(x, layout), sparse, bias, activation="gelu", x_layout=layout, y_layout=y_layout, backend="cuda"
             )
-            assert launches[before:] == [y_layout] * gathering
+            assert len(launches) - before == gathering
             check(y if y_layout == "token" else y.T.contiguous(), x, dense, bias, "gelu")
 
 
@@ -430,6 +432,28 @@ def test_the_op_takes_any_strides(gen, matmul, launches):
         assert_exact(sparse_linear(x.T, sparse, x_layout="feature", backend="cuda"), x, dense, None, name)
         assert torch.equal(x, before), f"{name}: x was changed"
     assert len(launches) == 2 * len(views)
+
+
+@pytest.mark.parametrize("x_layout", ["feature", "token"])
+def test_an_equal_call_launches_alone(gen, matmul, launches, x_layout):
+    """Nothing is packed again, and no memory taken but for y and the transposed x; results are those of new inputs."""
+    tokens, rows, cols, text = LARGE
+    sparse, dense = integer_weight(rows, cols, text, torch.float16)
+    options = {"x_layout": x_layout, "backend": "cuda"}
+    for call in range(3):
+        x, bias = integers(gen, 7, (tokens, cols), torch.float16), integers(gen, 7, (rows,), torch.float16)
+        given = as_given(x, x_layout)
+        before = taken()
+        y = sparse_linear(given, sparse, bias, **options)
+        launched, allocated = (now - then for now, then in zip(taken(), before, strict=True))
+        assert_exact(y, x, dense, bias, call)
+        assert call == 0 or launched == allocated == (2 if x_layout == "token" else 1)
+    assert len(launches) == 3 and launches[1] is launches[2]
+
+
+def taken() -> tuple[int, int]:
+    """(our launches, allocations) so far."""
+    return _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
 
 
 def test_columns_off_their_alignment(gen, matmul, launches):

@@ -8,6 +8,7 @@ import torch
 from test_matmul_gpu import DEVICE, assert_exact, hopper, integer_weight, integers, matmul
 from torch import Tensor
 
+from obs_kernels import _ext
 from obs_kernels.ops import SparseWeight, sparse_linear
 from obs_kernels.ops.self_check import check_ops
 
@@ -43,6 +44,46 @@ def fresh_weight(rows: int, cols: int) -> tuple[SparseWeight, Tensor]:
     """One that no call has packed yet."""
     sparse, dense = integer_weight(rows, cols, "2:4", torch.bfloat16)
     return SparseWeight(sparse.values.clone(), sparse.codes.clone(), None, sparse.pattern, sparse.shape), dense
+
+
+def test_an_equal_call_launches_once(gen):
+    """No weight is packed again, and only y takes memory; a write and other inputs are seen all the same."""
+    sparse, dense = fresh_weight(72, 64)
+    bias = integers(gen, 7, (72,), torch.bfloat16)
+    for call in range(6):
+        x = integers(gen, 7, (2, 9, 64), torch.bfloat16)
+        if call == 3:
+            sparse.values.mul_(2)
+            dense = 2 * dense
+        before = _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
+        y = sparse_linear(x, sparse, bias)
+        after = _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
+        assert_exact(y.flatten(0, 1), x.flatten(0, 1), dense, bias, call)
+        assert call in (0, 3) or (after[0] - before[0], after[1] - before[1]) == (1, 1)
+
+
+def test_equal_calls_in_a_graph_and_on_other_streams(gen):
+    """What an earlier call decided is taken by a capture, and by a stream that has to wait for its packing."""
+    sparse, dense = fresh_weight(72, 64)
+    x = integers(gen, 7, (16, 64), torch.bfloat16)
+    assert_exact(sparse_linear(x, sparse), x, dense)  # loads the kernels
+    torch.cuda.synchronize()
+    found = []
+    for cycles in (100_000_000, 0, 0):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(cycles)
+            if cycles:
+                sparse.values.mul_(2)
+            found.append(sparse_linear(x, sparse))
+    torch.cuda.synchronize()
+    for y in found:
+        assert_exact(y, x, 2 * dense)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse_linear(x, sparse)
+    x.copy_(integers(gen, 7, (16, 64), torch.bfloat16))
+    graph.replay()
+    assert_exact(y, x, 2 * dense)
 
 
 @pytest.mark.parametrize("warm", [True, False])

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products that were decided and checked once, kept for equal calls: what is left of those is memory and a launch.
+
+A plan belongs to a weight, by the addresses and layout of its tensors as in ``prepacked``, until one of them is written
+to or dies, and among its plans to everything that was asked of x, bias and the options.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from obs_kernels.cuda_calls.device import raw_stream
+from obs_kernels.cuda_calls.prepacked import Prepacked, versions
+
+MAX_PLANS = 512
+"""Plans of a weight; beyond them the oldest goes. Numbers of tokens may come without end."""
+
+
+class ProductPlan:
+    """One product for x and bias of one layout, on one weight."""
+
+    __slots__ = ("device", "launch", "prepare", "turned_shape", "weight", "y_shape")
+
+    def __init__(
+        self,
+        weight: Prepacked,
+        launch: Callable[..., Any],
+        y_shape: tuple[int, ...],
+        device: int,
+        *,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        turned_shape: tuple[int, int] | None = None,
+    ) -> None:
+        """Of ``launch`` of a product of the compiled module.
+
+        Args:
+            weight: what it multiplies by.
+            y_shape: of the result.
+            device: index of the GPU.
+            prepare: a copy of x as the product takes it; None if x itself is.
+            turned_shape: memory for x turned to feature-major, where the product gathers of a token-major one.
+        """
+        self.weight = weight
+        self.launch = launch
+        self.y_shape = y_shape
+        self.device = device
+        self.prepare = prepare
+        self.turned_shape = turned_shape
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y."""
+        return self.run(x if self.prepare is None else self.prepare(x), bias, x.new_empty(self.y_shape))
+
+    def run(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+        """``y``, filled from an ``x`` that is prepared."""
+        stream = raw_stream(self.device)
+        if stream not in self.weight.joined:
+            self.weight.join()
+        bias = None if bias is None else bias.contiguous()
+        bias_address = 0 if bias is None else bias.data_ptr()
+        if self.turned_shape is None:
+            self.launch(x.data_ptr(), bias_address, y.data_ptr(), stream)
+        else:
+            turned = x.new_empty(self.turned_shape)
+            self.launch(x.data_ptr(), turned.data_ptr(), bias_address, y.data_ptr(), stream)
+        return y
+
+    def giving(self, y_shape: tuple[int, ...]) -> ProductPlan:
+        """The same with y of another shape and as many elements."""
+        return ProductPlan(
+            self.weight,
+            self.launch,
+            y_shape,
+            self.device,
+            prepare=self.prepare,
+            turned_shape=self.turned_shape,
+        )
+
+
+class _Weight:
+    """Plans of a weight as it was at ``version``."""
+
+    __slots__ = ("is_counted", "plans", "sources", "version")
+
+    def __init__(self, parts: tuple[Tensor, ...], version: tuple[int, ...]) -> None:
+        self.sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
+        self.version = version
+        self.is_counted = not any(part.is_inference() for part in parts)
+        self.plans: dict[Hashable, ProductPlan] = {}
+
+    def is_of(self, values: Tensor, codes: Tensor, columns: Tensor | None) -> bool:
+        """Whether the weight that lies at these addresses now is still the one of the plans."""
+        for source in self.sources:
+            if _expired(source.cdata):
+                return False
+        if self.is_counted:
+            try:
+                return self.version == (values._version, codes._version, 0 if columns is None else columns._version)
+            except RuntimeError:  # an inference tensor on the same memory
+                return False
+        return self.version == (*versions((values, codes)), *((0,) if columns is None else versions((columns,))))
+
+
+_expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
+_WEIGHTS: dict[Hashable, _Weight] = {}
+_LOCK = threading.Lock()
+
+
+def find(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    pattern: str,
+    options: Hashable,
+) -> ProductPlan | None:
+    """What ``keep`` was given for an equal product of the same weight; None if that was written to since.
+
+    Args:
+        columns: None without panels.
+        options: whatever else the plan depends on.
+    """
+    weight = _WEIGHTS.get(_place(values, codes, columns, pattern))
+    if weight is None or not weight.is_of(values, codes, columns):
+        return None
+    try:
+        return weight.plans.get(_question(x, bias, options))
+    except TypeError:  # options that cannot be hashed are bad ones, and the caller says so
+        return None
+
+
+def keep(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    pattern: str,
+    options: Hashable,
+    plan: ProductPlan,
+) -> None:
+    """Let ``find`` return ``plan``, until the storage of the values dies."""
+    if plan.weight.done is None:  # memory of a graph
+        return
+    place, question = _place(values, codes, columns, pattern), _question(x, bias, options)
+    try:
+        hash(question)
+    except TypeError:  # such as a shape that is a list
+        return
+    with _LOCK:
+        weight = _WEIGHTS.get(place)
+        if weight is None:
+            weakref.finalize(values.untyped_storage(), _WEIGHTS.pop, place, None).atexit = False
+        if weight is None or weight.version != plan.weight.version or not weight.is_of(values, codes, columns):
+            parts = (values, codes) if columns is None else (values, codes, columns)
+            weight = _WEIGHTS[place] = _Weight(parts, plan.weight.version)
+        while len(weight.plans) >= MAX_PLANS:
+            del weight.plans[next(iter(weight.plans))]
+        weight.plans[question] = plan
+
+
+def _place(values: Tensor, codes: Tensor, columns: Tensor | None, pattern: str) -> Hashable:
+    """As the key of ``prepacked``."""
+    return (
+        pattern,
+        values.dtype,
+        values.shape,
+        values.stride(),
+        values.data_ptr(),
+        codes.data_ptr(),
+        0 if columns is None else columns.data_ptr(),
+    )
+
+
+def _question(x: Tensor, bias: Tensor | None, options: Hashable) -> Hashable:
+    """What decides about a product, but for the weight."""
+    own = (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, options)
+    return own if bias is None else (own, bias.shape, bias.dtype, bias.device)
