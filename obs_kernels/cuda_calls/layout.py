@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from obs_kernels import _ext
+from obs_kernels.cuda_calls.matmul import as_gathered
 from obs_kernels.cuda_calls.wgmma import TYPES, WIDTH
 from obs_kernels.patterns import NMPattern, VNMPattern
 
@@ -19,17 +19,7 @@ def feature_major(x: Tensor) -> Tensor:
     tokens = lead.numel()
     if x.dtype not in TYPES or cols % WIDTH or tokens % WIDTH or x.data_ptr() % 16 or not x.is_contiguous():
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
-    out = x.new_empty(cols, *lead)
-    _ext.load().transpose(
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        tokens=tokens,
-        cols=cols,
-        out_stride=tokens,
-        device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )
-    return out.movedim(0, -1)
+    return as_gathered(x.view(tokens, cols), "token").view(cols, *lead).movedim(0, -1)
 
 
 def sharing_gains(weights: Iterable[tuple[int, NMPattern]], cols: int, tokens: int, device: int) -> bool:

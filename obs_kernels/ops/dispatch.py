@@ -237,7 +237,7 @@ def _no_module() -> str | None:
     return _ext.reason()
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _no_triton(device_type: str) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # runs on tensors of any device
     if device_type != "cuda" and not interpreted:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from obs_kernels import _ext, parse_pattern
 from obs_kernels.errors import BackendUnavailableError
-from obs_kernels.ops import SparseWeight, pack, sparse_linear
+from obs_kernels.ops import SparseWeight, feature_major, pack, sparse_linear
+from obs_kernels.ops.layout import NEVER, shared_from
 from obs_kernels.patterns import NMPattern, VNMPattern
 
 pytestmark = pytest.mark.gpu
@@ -433,3 +434,27 @@ def test_beyond_31_bits(gen, rows, cols, y_layout):
     for start in (0, 2**31 // 8200 - 50, tokens - 100):
         part = slice(start, start + 100)
         check(y[part].contiguous(), x[part], dense, None, None)
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (2, 20, 72), (3, 77, 64), (16, 12), (0, 64)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_feature_major_changes_the_layout_alone(gen, shape, dtype):
+    """By the kernel where tokens and columns are multiples of 8, by torch elsewhere; the product reads it in place."""
+    x = normal(gen, shape, torch.float32).to(dtype)
+    y = feature_major(x)
+    assert torch.equal(x, y) and y.movedim(-1, 0).is_contiguous() and same_layout(feature_major(y), y)
+
+
+def same_layout(one: Tensor, other: Tensor) -> bool:
+    return one.stride() == other.stride() and torch.equal(one, other)
+
+
+def test_three_layers_share_an_input_where_they_gain(gen):
+    """From few tokens to many the answer changes once, and shared products are those of their own."""
+    key = ((1024,) * 3, ("128:2:16",) * 3, 1024, "cuda", 0)
+    start = shared_from(*key)
+    assert 64 < start < NEVER and shared_from((64,), ("2:4",), 64, "cuda", 0) == NEVER
+    sparse, dense = normal_weight(gen, 1024, 1024, "128:2:16", torch.bfloat16)
+    x = normal(gen, (start, 1024), torch.bfloat16)
+    shared = feature_major(x)
+    check(product(shared.T, sparse, x_layout="feature"), x, dense, None, None)
