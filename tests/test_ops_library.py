@@ -127,6 +127,11 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         linear_arguments("2:2:8", activation="silu", x_layout="feature", grad=True),
         linear_arguments("2:8", x_layout="feature", y_layout="feature", grad=True),
     ],
+    "feature_major": [
+        ((randn(3, 16),), REFERENCE),
+        ((randn(2, 3, 16).requires_grad_(),), REFERENCE),
+        ((randn(16, 2, 3).half().movedim(0, -1),), REFERENCE),
+    ],
 }
 
 
@@ -190,6 +195,7 @@ COMPILED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "pack": (lambda w, m: parts(ops.pack(w, m, "2:2:8")), (WEIGHT, MASK)),
     "unpack": (lambda w: w * ops.unpack(PANELS), (WEIGHT,)),
     "sparse_linear": (lambda x: ops.sparse_linear(x, PANELS, activation="gelu") * 2, (randn(3, 16),)),
+    "feature_major": (lambda x: ops.feature_major(x) * 2, (randn(3, 16),)),
 }
 
 
@@ -361,6 +367,7 @@ def call_with(name: str, backend: str | None) -> Any:
         "pack": lambda: ops.pack(WEIGHT, MASK, "2:8", backend=backend),
         "unpack": lambda: ops.unpack(PANELS, backend=backend),
         "sparse_linear": lambda: ops.sparse_linear(randn(3, 16), PANELS, backend=backend),
+        "feature_major": lambda: ops.feature_major(randn(3, 16), backend=backend),
     }
     return calls[name]()
 
