@@ -2,7 +2,8 @@
 """Runs Triton kernels under the interpreter, in a process of its own: ``python interpreted.py CASES RESULTS``.
 
 TRITON_INTERPRET changes what ``triton.jit`` makes at import, and which backend the dispatch chooses, so it must not
-leak into the tests. CASES is a list of (function of triton_kernels, tensors, options), RESULTS a list of tensors.
+leak into the tests. CASES is a list of (function of triton_kernels or around it, tensors, options), RESULTS a list of
+what they return or have changed.
 """
 
 from __future__ import annotations
@@ -19,25 +20,35 @@ from torch import Tensor
 Case = tuple[str, tuple[Tensor, ...], dict[str, Any]]
 
 
-def interpret(cases: list[Case], folder: Path) -> list[Tensor]:
+def interpret(cases: list[Case], folder: Path) -> list[Any]:
     """The result of each case, computed by the interpreter on the CPU."""
     torch.save(cases, folder / "cases.pt")
     command = [sys.executable, __file__, str(folder / "cases.pt"), str(folder / "results.pt")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    results: list[Tensor] = torch.load(folder / "results.pt")
+    results: list[Any] = torch.load(folder / "results.pt")
     return results
 
 
 def _run(given: str, wanted: str) -> None:
     from obs_kernels import triton_kernels
+    from obs_kernels.reference import resolve
     from obs_kernels.triton_kernels import fisher
-    from obs_kernels.triton_kernels.tuning import FisherConfig
+    from obs_kernels.triton_kernels.resolve import GradientRows, launch_gradients
+    from obs_kernels.triton_kernels.tuning import FisherConfig, GradientsConfig
 
-    results = []
+    results: list[Any] = []
     for name, tensors, options in torch.load(given):
-        if "config" in options:
+        if name == "launch_gradients":  # weights, product, then the fields of the rows
+            weights, product, *state = tensors
+            config = None if options["block"] is None else GradientsConfig(options["block"], warps=1)
+            launch_gradients(GradientRows(*state), weights, None if options["first"] else product, config)
+            results.append(tuple(state))
+        elif name == "resolve_rows":
+            resolve.MAX_CHOLESKY_WIDTH = -1
+            results.append(resolve.resolve_rows(*tensors, triton_kernels.conjugate_gradients))
+        elif "config" in options:
             options["config"] = FisherConfig(**options["config"])
             fisher.launch_accumulate_fisher(*tensors, **options)
             results.append(tensors[0])

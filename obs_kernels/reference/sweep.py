@@ -38,7 +38,7 @@ from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets
 from obs_kernels.reference.fisher import chunks, invert_spd
 from obs_kernels.reference.hessian import damp_hessian, upper_factor
 from obs_kernels.reference.precision import exact_products
-from obs_kernels.reference.resolve import resolve_rows
+from obs_kernels.reference.resolve import Gradients, conjugate_gradients, resolve_rows
 from obs_kernels.reference.search import as_mask, choose_panels, fewest_dead
 from obs_kernels.reference.sparsegpt import sweep_columns, without_dead_inputs
 from obs_kernels.row_checks import check_scale_values
@@ -92,8 +92,9 @@ def sweep_rows_by(
     mask: Tensor | None,
     num_columns: int,
     resolve: bool,
+    gradients: Gradients = conjugate_gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``sweep_rows`` around the ``sweep_groups`` of any backend: what comes before and after is the same for all."""
+    """``sweep_rows`` around the ``sweep_groups`` and ``conjugate_gradients`` of any backend: the rest is the same."""
     check_finite("weight", weight)
     check_finite("hessian", hessian)
     check_damp_values(damp)
@@ -116,7 +117,7 @@ def sweep_rows_by(
         own, curvature, unit = diagonal_groups(factor, parsed.m)
         kept, new, saliency, columns = sweep(live, factor, own, curvature, unit, parsed, scale, alive, num_columns)
     if resolve:
-        new = resolve_rows(live, new, shared, kept)
+        new = resolve_rows(live, new, shared, kept, gradients)
     return kept, new.to(weight.dtype), saliency, columns
 
 

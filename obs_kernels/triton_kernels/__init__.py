@@ -5,5 +5,6 @@ Imported inside functions only: it needs triton. Under ``TRITON_INTERPRET=1`` th
 """
 
 from obs_kernels.triton_kernels.fisher import accumulate_fisher_
+from obs_kernels.triton_kernels.resolve import conjugate_gradients as conjugate_gradients  # a step, not in __all__
 
 __all__ = ["accumulate_fisher_"]
