@@ -231,9 +231,9 @@ def stacked_halves(hessian: Tensor) -> Tensor:
 
 def product_of_halves(directions: Tensor, halves: Tensor) -> Tensor:
     """[r, C] f32: ``directions`` [r, 3 C] times ``halves`` [3 C, C]."""
-    cols = halves.shape[1]
-    length = 3 * cols if cols <= LONGEST_SUM else LONGEST_SUM
-    first, *more = zip(directions.split(length, 1), halves.split(length), strict=True)
+    if halves.shape[1] <= LONGEST_SUM:
+        return _product_in_f32(directions, halves)
+    first, *more = zip(directions.split(LONGEST_SUM, 1), halves.split(LONGEST_SUM), strict=True)
     product = _product_in_f32(*first)
     for part, of_hessian in more:
         product.add_(_product_in_f32(part, of_hessian))
