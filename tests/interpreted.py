@@ -2,8 +2,8 @@
 """Runs Triton kernels under the interpreter, in a process of its own: ``python interpreted.py CASES RESULTS``.
 
 TRITON_INTERPRET changes what ``triton.jit`` makes at import, and which backend the dispatch chooses, so it must not
-leak into the tests. CASES is a list of (function of triton_kernels, tensors, options), RESULTS a list of tensors, and
-of steps that change several (what it returned, tensors).
+leak into the tests. CASES is a list of (function of triton_kernels or around it, tensors, options), RESULTS a list of
+what they return or have changed; of steps that change several both.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def interpret(cases: list[Case], folder: Path) -> list[Any]:
 
 def _run(given: str, wanted: str) -> None:
     from obs_kernels import triton_kernels
+    from obs_kernels.reference import resolve
     from obs_kernels.triton_kernels import fisher, hessian
-    from obs_kernels.triton_kernels.tuning import FisherConfig, HessianConfig
+    from obs_kernels.triton_kernels.resolve import GradientRows, launch_gradients
+    from obs_kernels.triton_kernels.tuning import FisherConfig, GradientsConfig, HessianConfig
 
     launches: dict[str, tuple[Any, Any]] = {
         "accumulate_fisher_": (fisher.launch_accumulate_fisher, FisherConfig),
@@ -45,7 +47,15 @@ def _run(given: str, wanted: str) -> None:
     }
     results: list[Any] = []
     for name, tensors, options in torch.load(given):
-        if "config" in options:
+        if name == "launch_gradients":  # weights, product, then the fields of the rows
+            weights, product, *state = tensors
+            config = None if options["block"] is None else GradientsConfig(options["block"], warps=1)
+            launch_gradients(GradientRows(*state), weights, None if options["first"] else product, config)
+            results.append(tuple(state))
+        elif name == "resolve_rows":
+            resolve.MAX_CHOLESKY_WIDTH = -1
+            results.append(resolve.resolve_rows(*tensors, triton_kernels.conjugate_gradients))
+        elif "config" in options:
             launch, record = launches[name]
             options["config"] = record(**options["config"])
             launch(*tensors, **options)

@@ -444,6 +444,10 @@ def test_backends_have_the_signatures_of_the_reference(module):
         assert hasattr(backend, name) == (kind in dispatch.TABLE[op]), f"{module}.{name} against dispatch.TABLE"
         if hasattr(backend, name):
             assert parameters(getattr(backend, name)) == parameters(getattr(reference, name)), name
+    for name, where in dispatch.INNER_STEPS.items():
+        assert hasattr(backend, name) == (kind == where)
+        if kind == where:
+            assert parameters(getattr(backend, name)) == parameters(getattr(reference, name)), name
 
 
 @pytest.mark.parametrize("name", reference.__all__)

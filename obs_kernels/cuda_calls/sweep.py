@@ -183,10 +183,16 @@ def _panel_tables(tables: SweepTables) -> dict[str, int]:
     }
 
 
+@lru_cache(maxsize=32)
+def _kept_sets(n: int, m: int, device: torch.device) -> Tensor:
+    """[sets, n]: all sets of n of m."""
+    return torch.tensor(list(combinations(range(m), n))).to(device)
+
+
 def _check_kept_sets(curvature: Tensor, pattern: NMPattern, width: int) -> None:
     """Raise as the reference does unless S_KK of every kept set has an inverse; one read of the host."""
     n, m = pattern.n, pattern.m
-    sets = torch.tensor(list(combinations(range(m), n)), device=curvature.device)
+    sets = _kept_sets(n, m, curvature.device)
     kept = curvature[:, sets[:, :, None], sets[:, None, :]].view(-1, n, n)
     info = torch.empty(kept.shape[0], dtype=torch.int32, device=kept.device)
     launch_invert_spd(kept, kept.new_zeros(1), kept, info)

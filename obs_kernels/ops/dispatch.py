@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from shutil import which
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ TABLE: dict[str, tuple[str, ...]] = {
 """Backends of each op in the order of preference."""
 STEPS = {"sweep_rows": ("sweep_rows_by", "sweep_groups")}
 """Ops that are a function of the reference around a step; a backend has the step only."""
+INNER_STEPS = {"conjugate_gradients": "triton"}
+"""Steps of functions of the reference that callers name no backend for, and which other backend has them."""
 
 
 def _accumulate_limit(fisher: Tensor, grads: Tensor) -> str | None:
@@ -246,9 +249,17 @@ def _no_triton(device_type: str) -> str | None:
         return "triton is not installed; pip install triton"
     if interpreted:
         return None
+    if not _has_c_compiler():
+        return "triton finds no C compiler; install gcc or clang, or name one by CC"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < TRITON_CAPABILITY:
         return f"it needs compute capability {TRITON_CAPABILITY[0]}.{TRITON_CAPABILITY[1]} or newer"
     return None
+
+
+@lru_cache(maxsize=1)
+def _has_c_compiler() -> bool:
+    """Whether Triton can build what launches its kernels, as it looks for it."""
+    return bool(os.environ.get("CC") or which("gcc") or which("clang"))
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
@@ -259,7 +270,10 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     module = import_module(MODULES[backend])
     if op in STEPS and backend != "reference":
         frame, step = STEPS[op]
-        function = partial(getattr(import_module(MODULES["reference"]), frame), getattr(module, step))
+        around = getattr(import_module(MODULES["reference"]), frame)
+        # a backend of sweep_rows that is not the reference takes f32 on a GPU
+        gradients = inner_step("conjugate_gradients", "cuda", torch.float32)
+        function = partial(around, getattr(module, step), gradients=gradients)
     else:
         function = getattr(module, op)
 
@@ -268,6 +282,16 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
+
+
+def inner_step(step: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function of an inner step for such tensors: of its backend where that can run, else of the reference."""
+    backend = INNER_STEPS[step]
+    reason = f"it takes float32, got {dtype}" if dtype != torch.float32 else _no_triton(device_type)
+    if os.environ.get("OBS_KERNELS_BACKEND") == "reference":
+        reason = "OBS_KERNELS_BACKEND names the reference"
+    _log_step_once(step, device_type, backend, reason)
+    return cast(Callable[..., Any], getattr(import_module(MODULES["reference" if reason else backend]), step))
 
 
 @contextmanager
@@ -284,3 +308,9 @@ def no_autocast() -> Iterator[None]:
 def _log_once(op: str, backend: str, device_type: str) -> None:
     others = [f"{b}: {r}" for b in TABLE[op] if (r := unavailable(op, b, device_type)) is not None]
     log.info("%s on %s runs on the %s backend%s", op, device_type, backend, f" ({'; '.join(others)})" if others else "")
+
+
+@lru_cache(maxsize=256)
+def _log_step_once(step: str, device_type: str, backend: str, reason: str | None) -> None:
+    text = f"reference backend ({backend}: {reason})" if reason else f"{backend} backend"
+    log.info("%s on %s runs on the %s", step, device_type, text)

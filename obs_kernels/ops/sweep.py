@@ -11,6 +11,7 @@ from obs_kernels.ops import dispatch
 from obs_kernels.ops.fisher import damp_tensor
 from obs_kernels.ops.search import Selection
 from obs_kernels.patterns import NMPattern, Pattern, VNMPattern
+from obs_kernels.reference import resolve as reference_resolve
 from obs_kernels.reference.blocks import compute_dtype
 from obs_kernels.reference.sweep import BLOCK
 
@@ -87,6 +88,12 @@ def sweep_rows(
         backend=dispatch.resolve("sweep_rows", backend, weight, hessian, row_scale, parsed, method),
     )
     return Selection(chosen, saliency, columns if isinstance(parsed, VNMPattern) else None, new)
+
+
+def resolve_rows(weight: Tensor, swept: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    """``reference.resolve.resolve_rows`` with the conjugate gradients of the backend that has them; no public op."""
+    gradients = dispatch.inner_step("conjugate_gradients", hessian.device.type, hessian.dtype)
+    return reference_resolve.resolve_rows(weight, swept, hessian, mask, gradients)
 
 
 @torch.library.custom_op("obs_kernels::sweep_rows", mutates_args=())

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from obs_kernels import ops
 from obs_kernels.errors import SingularBlockError
+from obs_kernels.ops.sweep import resolve_rows
 from obs_kernels.patterns import NMPattern, Pattern, VNMPattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.fused_step import DAMP_GROWTH, MAX_RAISES, LayerStep
 from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.reference.hessian import damp_hessian, row_loss
-from obs_kernels.reference.resolve import best_rows, resolve_rows
+from obs_kernels.reference.resolve import best_rows
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from obs_kernels.reference.hessian import weigh_tokens_ as weigh_tokens_
 from obs_kernels.reference.matmul import feature_major, sparse_linear
 from obs_kernels.reference.packing import pack, unpack
 from obs_kernels.reference.prune import prune_nm, prune_vnm
+from obs_kernels.reference.resolve import conjugate_gradients as conjugate_gradients  # a step, as sweep_groups
 from obs_kernels.reference.search import search_nm, search_vnm
 from obs_kernels.reference.sweep import sweep_groups as sweep_groups  # a step, no op: not in __all__
 from obs_kernels.reference.sweep import sweep_rows

@@ -8,6 +8,8 @@ sweep was good, and rounding is relative to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,53 @@ MOST_PRODUCTS = 300
 CHECK_EVERY = 8
 """Iterations between two looks at the residuals, each of which waits for a GPU."""
 
+Gradients = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, int]]
+"""``conjugate_gradients``, of this or of another backend."""
+
+
+def conjugate_gradients(
+    residual: Tensor, hessian: Tensor, mask: Tensor, target: Tensor, most: int
+) -> tuple[Tensor, int]:
+    """Step [r, C] with ``H_KK step_K = residual`` and products by H used, at most ``most``.
+
+    ``residual`` [r, C] is 0 where ``mask`` [r, C] is False, and so is the step. Preconditioned by the diagonal; rows
+    leave as their residual, by the recursion, reaches half of ``target`` [r].
+    """
+    step = torch.zeros_like(residual)
+    rows = torch.arange(residual.shape[0], device=residual.device)
+    weights = hessian.diagonal().reciprocal()
+    x, left = torch.zeros_like(residual), residual.clone()
+    direction = left * weights
+    slope = (left * direction).sum(1)
+    for iteration in range(most):
+        if iteration % CHECK_EVERY == 0:
+            going = norm_of_rows(left) > 0.5 * target
+            if not bool(going.all()):
+                step[rows] = x
+                rows, x, left, direction, slope = (t[going] for t in (rows, x, left, direction, slope))
+                mask, target = mask[going], target[going]
+                if not rows.numel():
+                    return step, iteration
+        image = (direction @ hessian).masked_fill_(~mask, 0.0)
+        curvature = (direction * image).sum(1)
+        length = torch.where(curvature > 0, slope / curvature, 0.0)[:, None]
+        x += length * direction
+        left -= length * image
+        scaled = left * weights
+        before, slope = slope, (left * scaled).sum(1)
+        direction = scaled + torch.where(before > 0, slope / before, 0.0)[:, None] * direction
+    step[rows] = x
+    return step, most
+
 
 @exact_products()
-def resolve_rows(weight: Tensor, swept: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+def resolve_rows(
+    weight: Tensor, swept: Tensor, hessian: Tensor, mask: Tensor, gradients: Gradients = conjugate_gradients
+) -> Tensor:
     """[R, C]: the weights at the entries of ``mask`` that minimise ``1/2 dw^T H dw`` against ``weight``, 0 elsewhere.
 
     All of one dtype; ``hessian`` is damped, ``swept`` [R, C] is the start and 0 where ``mask`` is False. By Cholesky
-    where no row keeps more than ``MAX_CHOLESKY_WIDTH`` entries, else by conjugate gradients, whose residual is
+    where no row keeps more than ``MAX_CHOLESKY_WIDTH`` entries, else by conjugate ``gradients``, whose residual is
     ``RESIDUAL`` unless ``MOST_PRODUCTS`` or rounding end them before. Either way the loss of a row, as computed, is
     never above that of ``swept``: a row that does not gain keeps its swept weights.
     """
@@ -44,8 +86,8 @@ def resolve_rows(weight: Tensor, swept: Tensor, hessian: Tensor, mask: Tensor) -
     if int(mask.sum(1).max()) <= MAX_CHOLESKY_WIDTH:
         step = _step_by_cholesky(gradient, hessian, mask)
     else:
-        target = RESIDUAL[weight.dtype] * _norm((weight @ hessian).masked_fill(~mask, 0.0))
-        step = _step_by_gradients(gradient, hessian, mask, target)
+        target = RESIDUAL[weight.dtype] * norm_of_rows((weight @ hessian).masked_fill(~mask, 0.0))
+        step = _step_by_gradients(gradient, hessian, mask, target, gradients)
     moved = change + step
     better = ((moved @ hessian) * moved).sum(1) <= (gradient * change).sum(1)  # False for NaN
     return torch.where(better[:, None], swept + step, swept)
@@ -78,60 +120,31 @@ def _step_by_cholesky(gradient: Tensor, hessian: Tensor, mask: Tensor) -> Tensor
     return step
 
 
-def _step_by_gradients(gradient: Tensor, hessian: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+def _step_by_gradients(gradient: Tensor, hessian: Tensor, mask: Tensor, target: Tensor, gradients: Gradients) -> Tensor:
     """The same by conjugate gradients over all rows at once, down to a residual of ``target`` [R].
 
-    The residual that the recursion carries drifts from the true one in f32: it is computed anew when the recursion is
-    done, and rows that are not there yet start again from where they are, while that halves their residual.
+    The residual that the recursion carries drifts from the true one in f32, and by what the products of a backend lack
+    to f32. So it is computed anew when the recursion is done, and rows that are not there yet start again from where
+    they are, while that halves their residual.
     """
     step = torch.zeros_like(gradient)
     residual = gradient.neg().masked_fill_(~mask, 0.0)
-    norm = _norm(residual)
+    norm = norm_of_rows(residual)
     rows = (norm > target).nonzero().flatten()
     residual = residual[rows]
     products = 0
     while rows.numel() and products < MOST_PRODUCTS:
-        found, used = _conjugate_gradients(residual, hessian, mask[rows], target[rows], MOST_PRODUCTS - products)
+        found, used = gradients(residual, hessian, mask[rows], target[rows], MOST_PRODUCTS - products)
         step[rows] += found
         products += used + 1
         residual = (gradient[rows] + step[rows] @ hessian).neg_().masked_fill_(~mask[rows], 0.0)
-        before, now = norm[rows], _norm(residual)
+        before, now = norm[rows], norm_of_rows(residual)
         norm[rows] = now
         going = (now > target[rows]) & (now <= 0.5 * before)
         rows, residual = rows[going], residual[going]
     return step
 
 
-def _conjugate_gradients(
-    residual: Tensor, hessian: Tensor, mask: Tensor, target: Tensor, most: int
-) -> tuple[Tensor, int]:
-    """Step [r, C] and products by H used, preconditioned by the diagonal; rows leave as they reach half ``target``."""
-    step = torch.zeros_like(residual)
-    rows = torch.arange(residual.shape[0], device=residual.device)
-    weights = hessian.diagonal().reciprocal()
-    x, left = torch.zeros_like(residual), residual.clone()
-    direction = left * weights
-    slope = (left * direction).sum(1)
-    for iteration in range(most):
-        if iteration % CHECK_EVERY == 0:
-            going = _norm(left) > 0.5 * target
-            if not bool(going.all()):
-                step[rows] = x
-                rows, x, left, direction, slope = (t[going] for t in (rows, x, left, direction, slope))
-                mask, target = mask[going], target[going]
-                if not rows.numel():
-                    return step, iteration
-        image = (direction @ hessian).masked_fill_(~mask, 0.0)
-        curvature = (direction * image).sum(1)
-        length = torch.where(curvature > 0, slope / curvature, 0.0)[:, None]
-        x += length * direction
-        left -= length * image
-        scaled = left * weights
-        before, slope = slope, (left * scaled).sum(1)
-        direction = scaled + torch.where(before > 0, slope / before, 0.0)[:, None] * direction
-    step[rows] = x
-    return step, most
-
-
-def _norm(rows: Tensor) -> Tensor:
+def norm_of_rows(rows: Tensor) -> Tensor:
+    """[r]: the length of each of ``rows`` [r, C]."""
     return torch.linalg.vector_norm(rows, dim=1)

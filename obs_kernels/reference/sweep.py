@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ from obs_kernels.reference.candidates import dead_in_sets, gain_table, kept_sets
 from obs_kernels.reference.fisher import chunks, invert_spd
 from obs_kernels.reference.hessian import damp_hessian, upper_factor
 from obs_kernels.reference.precision import exact_products
-from obs_kernels.reference.resolve import resolve_rows
+from obs_kernels.reference.resolve import Gradients, conjugate_gradients, resolve_rows
 from obs_kernels.reference.search import as_mask, choose_panels, fewest_dead
 from obs_kernels.reference.sparsegpt import sweep_columns, without_dead_inputs
 from obs_kernels.row_checks import check_scale_values
@@ -92,15 +93,12 @@ def sweep_rows_by(
     mask: Tensor | None,
     num_columns: int,
     resolve: bool,
+    gradients: Gradients = conjugate_gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``sweep_rows`` around the ``sweep_groups`` of any backend: what comes before and after is the same for all."""
-    check_finite("weight", weight)
-    check_finite("hessian", hessian)
-    check_damp_values(damp)
-    if row_scale is not None:
-        check_scale_values(row_scale)
+    """``sweep_rows`` around the ``sweep_groups`` and ``conjugate_gradients`` of any backend: the rest is the same."""
+    all_alive = _check_values(weight, hessian, damp, row_scale, mask)
     dtype = compute_dtype(weight, hessian, row_scale)
-    alive = None if mask is None or bool(mask.all()) else mask
+    alive = None if all_alive else mask
     live = weight.to(dtype) if alive is None else weight.to(dtype).masked_fill(~alive, 0.0)
     shared = hessian.to(dtype)
     if method == "sparsegpt":
@@ -116,8 +114,29 @@ def sweep_rows_by(
         own, curvature, unit = diagonal_groups(factor, parsed.m)
         kept, new, saliency, columns = sweep(live, factor, own, curvature, unit, parsed, scale, alive, num_columns)
     if resolve:
-        new = resolve_rows(live, new, shared, kept)
+        new = resolve_rows(live, new, shared, kept, gradients)
     return kept, new.to(weight.dtype), saliency, columns
+
+
+def _check_values(weight: Tensor, hessian: Tensor, damp: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether ``mask`` has no dead entry; raises for what is wrong with the values of the others.
+
+    Where nothing is, a GPU is waited for once: the largest of all sizes is finite, and nothing is negative.
+    """
+    valued = [t for t in (weight, hessian, damp, row_scale) if t is not None and t.numel()]
+    largest = [torch.linalg.vector_norm(t, torch.inf).to(torch.float64) for t in valued]
+    least = [t.amin().to(torch.float64) for t in (damp, row_scale) if t is not None and t.numel()]
+    dead = [] if mask is None else [mask.logical_not().any().to(torch.float64)]
+    read = [*largest, *least, *dead]
+    found = torch.stack(read).tolist() if read else []
+    sizes, lowest = found[: len(largest)], found[len(largest) : len(largest) + len(least)]
+    if not (all(map(isfinite, sizes)) and all(value >= 0 for value in lowest)):
+        check_finite("weight", weight)
+        check_finite("hessian", hessian)
+        check_damp_values(damp)
+        if row_scale is not None:
+            check_scale_values(row_scale)
+    return not (dead and found[-1])
 
 
 def diagonal_groups(factor: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,5 +8,6 @@ from obs_kernels.triton_kernels.fisher import accumulate_fisher_
 from obs_kernels.triton_kernels.hessian import accumulate_hessian_
 from obs_kernels.triton_kernels.hessian import accumulate_inputs_ as accumulate_inputs_  # a step, no op: not in __all__
 from obs_kernels.triton_kernels.hessian import weigh_tokens_ as weigh_tokens_
+from obs_kernels.triton_kernels.resolve import conjugate_gradients as conjugate_gradients
 
 __all__ = ["accumulate_fisher_", "accumulate_hessian_"]

@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 
 from obs_kernels.errors import ConfigError
 
-__all__ = ["FISHER_CONFIGS", "HESSIAN_CONFIG", "FisherConfig", "HessianConfig", "fisher_config", "hessian_config"]
+__all__ = [
+    "FISHER_CONFIGS",
+    "HESSIAN_CONFIG",
+    "FisherConfig",
+    "GradientsConfig",
+    "HessianConfig",
+    "fisher_config",
+    "gradients_config",
+    "hessian_config",
+]
 
 MIN_TILE = 16
 """Smallest side of a tensor-core product in Triton."""
@@ -69,6 +78,28 @@ def fisher_config(block_size: int, num_samples: int, *, config: FisherConfig | N
     chosen = FISHER_CONFIGS[side]
     # one gradient must not pay for 32
     return replace(chosen, samples=MIN_TILE) if num_samples <= MIN_TILE else chosen
+
+
+MAX_GRADIENTS_BLOCK = 4096
+"""Widest block of ``conjugate_gradients``: at 16 columns a thread, the five tensors of a row fit the registers."""
+
+
+@dataclass(frozen=True)
+class GradientsConfig:
+    """How a program of ``conjugate_gradients`` goes through its row."""
+
+    block: int
+    """Columns at once, a power of two; a row that fits one block is read once, a longer one three times."""
+    warps: int
+
+    def __str__(self) -> str:
+        return f"block={self.block} warps={self.warps}"
+
+
+def gradients_config(cols: int) -> GradientsConfig:
+    """The record for rows of ``cols`` weights."""
+    block = min(max(slot_width(cols), 128), MAX_GRADIENTS_BLOCK)
+    return GradientsConfig(block, warps=min(max(block // 256, 1), 8))
 
 
 def slot_width(block_size: int) -> int:
