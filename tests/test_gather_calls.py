@@ -127,6 +127,7 @@ def test_the_product_goes_that_way(
 
     def product(name: str) -> Any:
         def launch(*addresses: int) -> None:
+            assert len(addresses) == (5 if name.startswith("gather") else 4)
             planned[-1][-1]["addresses"] = addresses
 
         def make(*args: Any, **options: Any) -> SimpleNamespace:
@@ -147,7 +148,7 @@ def test_the_product_goes_that_way(
     assert y.shape == (16, 128)
     ((name, args, options),) = planned
     assert args[0] is x and args[-1] is y and (options["rows"], options["cols"]) == (128, 48)
-    assert options["addresses"] == (x.data_ptr(), 0, y.data_ptr(), 7)
+    assert options["addresses"] == (x.data_ptr(), *([0] if gathering else []), 0, y.data_ptr(), 7)  # turned x, bias
     if gathering:
         assert packed == [(0, "2:4")] and (name, options["v"]) == ("gather_product", 64)
         assert torch.equal(args[1], columns) and args[1].data_ptr() % 4 == 0

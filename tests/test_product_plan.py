@@ -10,7 +10,7 @@ import gc
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -49,14 +49,18 @@ class Played:
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     made = Played()
 
-    def product(**fields: Any) -> SimpleNamespace:
-        made.counts["product"] += 1
+    def product(count: int) -> Callable[..., SimpleNamespace]:
+        def make(**fields: Any) -> SimpleNamespace:
+            made.counts["product"] += 1
 
-        def launch(*addresses: int) -> None:
-            made.counts["launch"] += 1
-            made.addresses = addresses
+            def launch(*addresses: int) -> None:
+                assert len(addresses) == count
+                made.counts["launch"] += 1
+                made.addresses = addresses
 
-        return SimpleNamespace(launch=launch)
+            return SimpleNamespace(launch=launch)
+
+        return make
 
     def counted(name: str, result: Any) -> Any:
         def call(**options: Any) -> Any:
@@ -71,8 +75,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     module = SimpleNamespace(
         SPARSE_TILES=("a",),
         GATHER_TILES=("b",),
-        SparseLinear=product,
-        GatherLinear=product,
+        SparseLinear=product(4),
+        GatherLinear=product(5),  # x, turned x, bias, y, stream
         prepack=counted("prepack", None),
         gather_is_faster=counted("question", True),
         prepacked_bytes=lambda rows, cols: 16,

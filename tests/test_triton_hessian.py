@@ -258,7 +258,7 @@ def test_parts_hold_all_tokens(config: Any) -> None:
         parts, length = config.split(tokens)
         assert parts * length >= tokens > (parts - 1) * length - parts * config.tokens
         assert length <= config.part and length % config.tokens == 0
-    assert HESSIAN_CONFIG.split(12_288) == (2, 6144)
+    assert HESSIAN_CONFIG.split(12_288) == (3, 4096)
 
 
 @pytest.mark.parametrize("change", [{"side": 48}, {"tokens": 0}, {"strip": 16}, {"part": 16}, {"parts": 0}])

@@ -17,7 +17,14 @@ def feature_major(x: Tensor) -> Tensor:
     """``x`` [..., C], lying in memory as [C, ...]; by the kernel for 16-bit values, C and tokens multiples of 8."""
     lead, cols = x.shape[:-1], x.shape[-1]
     tokens = lead.numel()
-    if x.dtype not in TYPES or cols % WIDTH or tokens % WIDTH or x.data_ptr() % 16 or not x.is_contiguous():
+    if (
+        x.dtype not in TYPES
+        or cols % WIDTH
+        or tokens % WIDTH
+        or not x.numel()
+        or x.data_ptr() % 16
+        or not x.is_contiguous()
+    ):
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
     return as_gathered(x.view(tokens, cols), "token").view(cols, *lead).movedim(0, -1)
 

@@ -130,9 +130,10 @@ def plan_gather(
         y_layout=y_layout,
     )  # fmt: skip
     prepare = None if given is x else lambda x: as_copied(x, x_layout)[0] if turns else as_gathered(x, x_layout)
+    launch = product.launch if turns else lambda x, bias, y, stream: product.launch(x, 0, bias, y, stream)
     plan = ProductPlan(
         packed,
-        product.launch,
+        launch,
         tuple(y.shape),
         x.device.index,
         prepare=prepare,

@@ -38,10 +38,12 @@ class ProductPlan:
         prepare: Callable[[Tensor], Tensor] | None = None,
         turned_shape: tuple[int, int] | None = None,
     ) -> None:
-        """Of ``launch`` of a product of the compiled module.
+        """Of a product of the compiled module.
 
         Args:
             weight: what it multiplies by.
+            launch: takes the addresses of x, bias and y and the stream; that of turned x after the first, if there is
+                a ``turned_shape``.
             y_shape: of the result.
             device: index of the GPU.
             prepare: a copy of x as the product takes it; None if x itself is.

@@ -151,7 +151,7 @@ HESSIAN_CONFIG = HessianConfig(
     sum_cols=32,
     side=32,  # 300 programs for the triangle of 768 columns
     strip=1024,  # a strip fills the GPU; the narrower, the less is computed left of the diagonal
-    part=8192,  # tensor cores cut off what a sum cannot hold, a bias that grows with the length of the sum
+    part=4096,  # tensor cores cut off what a sum cannot hold, a bias of 3e-5 of it at 8,192 tokens that grows with them
     parts=4,
 )
 

@@ -47,6 +47,11 @@ def wanted(hessian: Tensor, x: Tensor, options: dict[str, Any]) -> tuple[Tensor,
     return total, sums, sizes
 
 
+def within(tokens: int) -> float:
+    """Half a unit of each low half, 2^-16, on both factors, and the square of two low halves; many tokens level it."""
+    return HESSIAN_HALVES if tokens > 100 else 3 * 2.0**-16
+
+
 def rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
@@ -63,7 +68,7 @@ def test_against_float64(on_gpu, tokens, cols, kind):
     expected, _, _ = wanted(hessian, x, options)
     result = ops.accumulate_hessian_(hessian.clone(), x, **options)
     assert torch.equal(result, result.T)
-    assert rms(result - expected) <= HESSIAN_HALVES * rms(expected)
+    assert rms(result - expected) <= within(tokens) * rms(expected)
     # added to zeros, where nothing hides what single entries miss
     alone, given = ops.accumulate_hessian_(torch.zeros_like(hessian), x, **options), expected - hessian.double()
     size = given.diagonal().sqrt()
@@ -77,7 +82,7 @@ def test_sums_of_the_same_pass(on_gpu, tokens, cols):
     expected, sums, sizes = wanted(hessian, x, options | {"scale": 1.0})
     total = torch.zeros(cols + 4, dtype=F64, device="cuda")
     accumulate_inputs_(hessian, total, x, **kept)
-    assert rms(hessian - expected) <= HESSIAN_HALVES * rms(expected)
+    assert rms(hessian - expected) <= within(tokens) * rms(expected)
     assert (total[cols:-1] == 0).all()
     assert ((torch.cat([total[:cols], total[-1:]]) - sums).abs() <= TOKEN_SUMS * sizes).all()
 
