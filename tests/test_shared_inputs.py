@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import obs_kernels as obs
+from obs_kernels import parse_pattern
+from obs_kernels.cuda_calls import layout as cuda_layout
 from obs_kernels.errors import DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.ops import feature_major, layout
 from obs_kernels.sparse import attention, compress_, decompress_
@@ -212,3 +214,48 @@ def test_cross_attention_and_unknown_blocks_stay(asked: list[Any], inputs: list[
 
     own = nn.Sequential(Mine())
     assert compress_(pruned(own)).shared == []
+
+
+# what decides
+
+
+class Cycles:
+    """Stands for the compiled module: a product takes 10 cycles a row token-major, 4 feature-major if it has panels."""
+
+    def __init__(self, transposition: int) -> None:
+        self.transposition = transposition
+        self.asked: list[tuple[int, int, bool]] = []
+
+    def transposition_cycles(self, *, tokens: int, cols: int) -> int:
+        return self.transposition
+
+    def product_cycles(self, *, rows: int, cols: int, tokens: int, v: int, m: int, feature_x: bool, device: int) -> int:
+        self.asked.append((v, m, feature_x))
+        return rows * (4 if feature_x and v else 10)
+
+
+@pytest.mark.parametrize(("transposition", "gains"), [(1535, True), (1536, False)])
+def test_sharing_gains_where_what_it_saves_is_more_than_a_transposition(
+    transposition: int, gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 and 128 rows of panels save 6 cycles each; rows of their own, and panels that no tile takes, save nothing."""
+    native = Cycles(transposition)
+    monkeypatch.setattr(cuda_layout._ext, "load", lambda: native)
+    weights = [(rows, parse_pattern(text)) for rows, text in ((128, "128:2:16"), (128, "64:2:8"), (64, "2:4"))]
+    assert cuda_layout.sharing_gains([*weights, (32, parse_pattern("32:2:8"))], 64, 512, 0) is gains
+    assert {asked[:2] for asked in native.asked} == {(128, 16), (64, 8), (0, 4), (0, 8)}
+    assert len(native.asked) == 8 and sum(feature for _, _, feature in native.asked) == 4
+
+
+@pytest.mark.parametrize(("gaining", "start"), [((96, 1 << 24), 96), ((64, 128), layout.NEVER), ((0, 0), layout.NEVER)])
+def test_the_fewest_tokens_from_which_on_it_gains(
+    gaining: tuple[int, int], start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gain at few tokens that many lose again is none."""
+    monkeypatch.setattr(layout, "unavailable", lambda *asked: None)
+    monkeypatch.setattr(
+        cuda_layout, "sharing_gains", lambda w, cols, tokens, device: gaining[0] <= tokens <= gaining[1]
+    )
+    layout.shared_from.cache_clear()
+    assert layout.shared_from((64,), ("2:4",), 64, "cuda", 0) == start
+    layout.shared_from.cache_clear()
