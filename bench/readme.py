@@ -56,10 +56,7 @@ LESS = {
     ("loss_increase", "cuda"): "D up to 128, not f64",
     ("sparse_linear", "cuda"): "sm_90a; f16 bf16; n up to 2, m a multiple of 4",
     ("feature_major", "cuda"): "all of it; the kernel: f16 bf16, multiples of 8",
-    (
-        "sweep_rows",
-        "cuda",
-    ): "n up to 2: m up to 16, panels up to 256 rows; n above: m up to 8, no panels; combinatorial, not f64",
+    ("sweep_rows", "cuda"): "m up to 16 for n up to 2, else 8; panels up to 256 rows; combinatorial, not f64",
 }
 
 

@@ -81,7 +81,13 @@ py::tuple sweep_columns(uintptr_t live,
 }  // namespace
 
 void bind_sweep(py::module_& module) {
-  module.attr("MAX_SWEEP_COLUMNS") = obs_kernels::kMaxSweepColumns;
+  module.def("sweep_width",
+             &obs_kernels::sweep_width,
+             "Most columns of a step.",
+             py::kw_only(),
+             py::arg("v"),
+             py::arg("n"),
+             py::arg("m"));
   module.def("sweep_columns",
              &sweep_columns,
              "(op, path, blocks, threads) of the launch; see obs_kernels/sweep.h.",

@@ -112,6 +112,37 @@ FAULTS = (
     Fault("higher set wins ties", "sweep/sweep.cuh", "other_set < set)", "other_set > set)", SWEEP),
     Fault("errors not passed on", "sweep/sweep.cuh", "pushed[i] = fmaf(four.at[e]", "pushed[i] = fmaf(0.0f", SWEEP),
     Fault("scale of a row left out", "sweep/panels.cu", "if (p.row_scale != nullptr)", "if (false)", SWEEP),
+    Fault(
+        "sums of a panel taken off",
+        "sweep/panel_sets.cu",
+        "total = __fadd_rn(total, best",
+        "total = __fsub_rn(total, best",
+        SWEEP,
+    ),
+    Fault("dead members gain too", "sweep/panel_sets.cu", "dead ? -INFINITY", "false ? -INFINITY", SWEEP),
+    Fault(
+        "sums of the last rows alone",
+        "sweep/panel_sets.cu",
+        "float total = panel.total[set];",
+        "float total = 0.0f;",
+        SWEEP,
+    ),
+    Fault("tables of other rows", "sweep/panel_sets.cu", "    row -= tables.lines;", "    row = 0;", SWEEP),
+    Fault("short rows keep a dead entry", "sweep/panel_sets.cu", "all ? left : bits & live", "bits & live", SWEEP),
+    Fault(
+        "unused columns first",
+        "sweep/panels.cuh",
+        "== static_cast<unsigned>(turn)",
+        "!= static_cast<unsigned>(turn)",
+        SWEEP,
+    ),
+    Fault(
+        "sign of the shared elimination",
+        "sweep/sets.cuh",
+        "fmaf(-lower[i][k], rest[j][k]",
+        "fmaf(lower[i][k], rest[j][k]",
+        SWEEP,
+    ),
     # update
     Fault(
         "sign of the elimination",

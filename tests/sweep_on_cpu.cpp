@@ -54,8 +54,9 @@ int main(int, char** argv) {
   Buffer unit(size(wide) * sizeof(float), 4);
   Buffer pushed(weights * sizeof(float), 4);
   Buffer inner(size(tables.num_inner) * sizeof(unsigned), 0);
-  Buffer sets(size(tables.num_sets) * sizeof(unsigned), 0);
-  Buffer derived(size(tables.num_derived) * 3 * sizeof(short), 0);
+  const bool smaller = params.n > 2;  // sets behind the kept ones, in place of derived entries
+  Buffer sets(size(tables.num_sets + (smaller ? tables.num_derived : 0)) * sizeof(unsigned), 0);
+  Buffer derived(smaller ? 0 : size(tables.num_derived) * 3 * sizeof(short), 0);
   Buffer lists(size(tables.length * tables.num_column_sets) * sizeof(short), 0);
   Buffer members(size(tables.num_column_sets * params.num_columns), 0);
   for (Buffer* buffer : {&live,

@@ -13,12 +13,12 @@ from emulation import SANITIZERS, build
 from torch import Tensor
 
 from obs_kernels import reference
-from obs_kernels.cuda_calls.sweep import sweep_tables
+from obs_kernels.cuda_calls.sweep import panel_sizes, sweep_tables
 from obs_kernels.patterns import NMPattern, VNMPattern, parse_pattern
 from obs_kernels.reference.hessian import row_loss, upper_factor
 from obs_kernels.reference.sweep import diagonal_groups
 
-SOURCES = ["sweep/rows.cu", "sweep/panels.cu", "sweep/sweep.cpp"]
+SOURCES = ["sweep/rows.cu", "sweep/panels.cu", "sweep/panel_sets.cu", "sweep/sweep.cpp"]
 WIDTH = 32
 """Columns of a step here: a quarter of the threads."""
 LOSS = 1e-4
@@ -64,14 +64,15 @@ class Emulation:
         v, c = (pattern.v, num_columns) if isinstance(pattern, VNMPattern) else (0, 0)
         tables = sweep_tables(pattern.n, m, c, torch.device("cpu"))
         panel = [] if tables.panels is None else [tables.sets, *tables.panels]
-        sizes = [0] * 4 if not v else [panel[0].numel(), panel[1].shape[1], *panel[2].shape]
+        sizes = list(panel_sizes(tables).values()) if v else [0] * 4
         fixed = [factor, own, curvature, unit]
         optional = [t for t in (alive, row_scale) if t is not None]
         shapes = [(rows, cols), (rows, cols), (rows, cols // m), None, (rows // max(v, 1), cols // m, c)]
         dtypes = [torch.uint8, torch.float32, torch.float32, torch.float32, torch.uint8]
         kept, new = torch.zeros(rows, cols, dtype=torch.bool), torch.zeros(rows, cols)
         loss, columns = torch.zeros(rows, cols // m), torch.zeros(shapes[4], dtype=torch.uint8)
-        pushed, width = torch.zeros(rows, cols), WIDTH // m * m
+        most = WIDTH // 2 if v > 128 and pattern.n > 2 else WIDTH
+        pushed, width = torch.zeros(rows, cols), most // m * m
         for start in range(0, cols, width):
             stop = min(start + width, cols)
             numbers = [rows, cols, start, stop - start, v, pattern.n, m, c, alive is not None, row_scale is not None]
@@ -199,6 +200,53 @@ def test_panels(
     assert_is_reference(program, weight, hessian, pattern, path, mask=mask, **(options | {"row_scale": None}))
 
 
+SETS = [
+    ("1:5:8", 2, 16, 7, "sets16"), ("1:3:8", 2, 8, 8, "sets16"), ("3:5:8", 6, 40, 7, "sets16"),
+    ("3:4:8", 6, 40, 6, "sets16"), ("3:3:8", 6, 40, 4, "sets16"), ("16:4:8", 16, 16, 5, "sets16"),
+    ("3:5:8", 3, 16, 5, "sets16"), ("3:4:8", 3, 16, 8, "sets16"), ("3:3:8", 3, 16, 3, "sets16"),
+    ("3:6:8", 3, 16, 7, "sets16"), ("3:7:8", 3, 16, 8, "sets16"), ("4:3:4", 8, 36, 3, "sets16"),
+    ("5:3:7", 5, 21, 5, "sets16"), ("64:5:8", 64, 16, 7, "sets64"), ("64:4:8", 64, 16, 6, "sets64"),
+    ("64:3:8", 64, 16, 4, "sets64"), ("17:6:8", 17, 8, 7, "sets64"), ("128:5:8", 128, 8, 7, "sets128"),
+    ("128:4:8", 128, 8, 6, "sets128"), ("127:3:8", 127, 8, 4, "sets128"), ("256:5:8", 256, 8, 7, "sets256"),
+    ("256:4:8", 256, 24, 6, "sets256"), ("250:3:8", 250, 8, 4, "sets256"), ("129:7:8", 129, 8, 8, "sets256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "rows", "cols", "num_columns", "path"), SETS)
+def test_panels_of_more_than_two(
+    program: Path, gen: torch.Generator, pattern: str, rows: int, cols: int, num_columns: int, path: str
+) -> None:
+    """As above; panels of more rows than the tables hold at a time, and steps of half the width."""
+    test_panels(program, gen, pattern, rows, cols, num_columns, path)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("n", "num_columns"), [(5, 7), (4, 6), (3, 4), (3, 3), (6, 8)])
+def test_ties_of_panels(program: Path, gen: torch.Generator, n: int, num_columns: int, masked: bool) -> None:
+    """Groups and entries that know nothing of each other, small integers: the very choice of the reference."""
+    for v in (1, 5, 70):
+        weight = torch.randint(-2, 3, (2 * v, 16), generator=gen).float()
+        mask = live_mask(gen, 2 * v, 16, 8) if masked else None
+        scale = 2.0 ** torch.randint(-1, 2, (2 * v,), generator=gen)
+        options = {"num_columns": num_columns, "row_scale": scale, "mask": mask}
+        found, best = (
+            sweep(by, weight, 0.25 * torch.eye(16), f"{v}:{n}:8", **options)
+            for by in (Emulation(program), reference.sweep_groups)
+        )
+        for mine, wanted in zip(found, best, strict=True):
+            assert torch.equal(mine, wanted)
+
+
+def test_a_ladder_of_panels(program: Path, gen: torch.Generator) -> None:
+    """The stages of gradual pruning: rows short of n in some column sets, and columns dead in all rows."""
+    weight, hessian = problem(gen, 24, 16)
+    mask, live = None, weight
+    for n, num_columns, path in ((5, 7, "sets16"), (4, 6, "sets16"), (3, 4, "sets16"), (2, 4, "panels16")):
+        options = {"mask": mask, "num_columns": num_columns}
+        mask, live, _, _ = assert_is_reference(program, live, hessian, f"12:{n}:8", path, **options)
+        assert mask.view(24, 2, 8).sum(2).max() == n
+
+
 def test_panels_with_dead_columns(program: Path, gen: torch.Generator) -> None:
     """Fewer used columns than may be kept: the lowest dead ones fill up; a panel without any live entry too."""
     weight, hessian = problem(gen, 12, 16)
@@ -206,13 +254,14 @@ def test_panels_with_dead_columns(program: Path, gen: torch.Generator) -> None:
     for panel, dead in enumerate(([0, 2, 4], [0, 1, 2, 3, 4, 6], list(range(8)))):
         mask[4 * panel : 4 * panel + 4, dead] = False
         mask[4 * panel : 4 * panel + 4, [8 + (7 - column) for column in dead]] = False
-    for num_columns in (2, 4):
+    for n, num_columns in ((2, 2), (2, 4), (3, 4), (4, 5)):
         options = {"mask": mask, "num_columns": num_columns}
-        columns = assert_is_reference(program, weight, hessian, "4:2:8", "panels16", **options)[3]
+        path = "panels16" if n == 2 else "sets16"
+        columns = assert_is_reference(program, weight, hessian, f"4:{n}:8", path, **options)[3]
         assert columns[2].tolist() == [list(range(num_columns))] * 2
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "2:16", "4:8", "4:2:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "2:16", "4:8", "4:2:8", "4:3:8"])
 def test_zeros(program: Path, pattern: str) -> None:
     """Nothing to tell apart: the lowest entries stay."""
     m, n = parse_pattern(pattern).m, parse_pattern(pattern).n
@@ -225,7 +274,7 @@ def test_zeros(program: Path, pattern: str) -> None:
 def test_extreme_scales(program: Path, gen: torch.Generator, exponent: int) -> None:
     """A power of two in H changes nothing but the loss."""
     weight, hessian = problem(gen, 4, 16)
-    for pattern in ("2:8", "4:2:8"):
+    for pattern in ("2:8", "4:2:8", "4:3:8"):
         plain = sweep(Emulation(program), weight, hessian, pattern)
         scaled = sweep(Emulation(program), weight, hessian * 4.0**exponent, pattern)
         assert torch.equal(plain[0], scaled[0]) and torch.equal(plain[1], scaled[1])
@@ -234,7 +283,7 @@ def test_extreme_scales(program: Path, gen: torch.Generator, exponent: int) -> N
 
 def test_the_same_bits_again(program: Path, gen: torch.Generator) -> None:
     weight, hessian = problem(gen, 8, 40)
-    for pattern in ("2:8", "4:2:8"):
+    for pattern in ("2:8", "4:2:8", "4:3:8"):
         first, second = (sweep(Emulation(program), weight, hessian, pattern) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from obs_kernels.errors import SingularBlockError
-from obs_kernels.ops import sweep_rows
+from obs_kernels.ops import dispatch, sweep_rows
 from obs_kernels.patterns import VNMPattern, parse_pattern
 from obs_kernels.reference import sweep
 from obs_kernels.reference.blocks import Groups
@@ -127,6 +127,20 @@ def test_no_group_waits_for_the_host(pattern: str, masked: bool) -> None:
             reference_sweep(weight, hessian, pattern, num_columns=6, resolve=False, **given)
         counts.append(sum(reads.names.values()))
     assert 0 < counts[1] == counts[2] < 12
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("2:16", None), ("7:8", None), ("64:2:16", None), ("64:5:8", None), ("256:4:8", None), ("128:3:8", None),
+        ("9:16", "it takes m <= 16 with n <= 2, and m <= 8 with any n, got 9:16"), ("64:3:9", "m <= 8 with any n"),
+        ("2:2:17", "m <= 16 with n <= 2"), ("257:4:8", "at most 256 rows"), ("257:2:8", "at most 256 rows"),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_takes(pattern: str, reason: str | None) -> None:
+    weight, hessian = oracle.row_problem(2, 16, torch.float32)
+    found = dispatch.LIMITS["sweep_rows", "cuda"](weight, hessian, None, parse_pattern(pattern), "combinatorial")
+    assert found is None if reason is None else found is not None and reason in found
 
 
 def test_gains_of_a_tree_are_those_of_each_set() -> None:

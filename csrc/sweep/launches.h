@@ -9,6 +9,7 @@
 namespace obs_kernels::sweep {
 
 LaunchPlan launch_rows(const SweepParams& params, cudaStream_t stream);
-LaunchPlan launch_panels(const SweepParams& params, cudaStream_t stream);
+LaunchPlan launch_panels(const SweepParams& params, cudaStream_t stream);      // n <= 2
+LaunchPlan launch_panel_sets(const SweepParams& params, cudaStream_t stream);  // n > 2
 
 }  // namespace obs_kernels::sweep

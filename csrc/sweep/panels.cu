@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// v:n:m: a panel of rows takes the columns with the largest sum of gains, then each row its best
-// set inside them.
+// v:n:m of n <= 2: a panel of rows takes the columns with the largest sum of gains, then each row
+// its best set inside them.
+#include "sweep/panels.cuh"
+
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -22,12 +24,9 @@ struct PanelStage {
   // Column sets of a thread at a time; one where its rows fill the registers: then tables are made
   // anew for every kThreads of the 1,820 sets of four of 16.
   static constexpr int kSets = kM == 8 || Config::kRowsOfThread > 16 ? 1 : 4;
-  static constexpr int kWarps = Config::kThreads / kWarp;
   float table[kTableRows * kCapacity];
   uint32_t sets[kMaxSets];
-  float gain[kWarps];
-  int set[kWarps];
-  uint64_t places;
+  PanelChoice<Config> choice;
 };
 
 // A gain in the table of a row, so that the largest entry is the best of those that hold the fewest
@@ -48,27 +47,6 @@ __device__ __forceinline__ float without_dead(float entry) {
   return size > kDeadTop ? 0.0f : __uint_as_float(kDeadTop - size);
 }
 
-// Columns with a live entry in the panel come first, ascending, then the others: sets are visited
-// in that order. By the first warp.
-template <typename Config, int kM>
-__device__ __forceinline__ void order_columns(
-    int rows, int m, int thread, const uint32_t* live, PanelStage<Config, kM>& panel) {
-  if (thread >= kWarp) return;
-  uint32_t used = 0u;
-  for (int row = thread; row < rows; row += kWarp) used |= live[row];
-  used = __reduce_or_sync(kAllLanes, used);
-  if (thread != 0) return;
-  uint64_t places = 0u;
-  int at = 0;
-  for (int turn = 0; turn < 2; ++turn) {
-    for (int column = 0; column < m; ++column) {
-      if ((used >> column & 1u) == static_cast<unsigned>(turn)) continue;
-      places |= static_cast<uint64_t>(column) << 4 * at++;
-    }
-  }
-  panel.places = places;
-}
-
 // Tables of `lines` rows from `row` on: gains of kept sets, then the derived entries.
 template <typename Config, int kM>
 __device__ __forceinline__ void fill_tables(const SweepParams& p,
@@ -81,7 +59,7 @@ __device__ __forceinline__ void fill_tables(const SweepParams& p,
   const int n = static_cast<int>(p.n);
   const bool masked = p.alive != nullptr;
   const int base = static_cast<int>(p.tables.num_sets);
-  const uint64_t places = masked ? panel.places : kEveryColumn;
+  const uint64_t places = masked ? panel.choice.places : kEveryColumn;
   for (int item = thread; item < lines * base; item += Config::kThreads) {
     const int line = item / base;
     const int entry = item - line * base;
@@ -150,7 +128,7 @@ __device__ __forceinline__ void choose_columns(const SweepParams& p,
   const int num_sets = static_cast<int>(p.tables.num_column_sets);
   __syncthreads();  // all rows are prepared
   if (p.alive != nullptr) {
-    order_columns(place.rows, static_cast<int>(p.m), thread, stage.live, panel);
+    order_columns(place.rows, static_cast<int>(p.m), thread, stage.live, panel.choice);
   }
   float best = -INFINITY;
   int best_set = INT_MAX;
@@ -176,40 +154,7 @@ __device__ __forceinline__ void choose_columns(const SweepParams& p,
       }
     }
   }
-  best_of<kWarp>(best, best_set);
-  if (thread % kWarp == 0) {
-    panel.gain[thread / kWarp] = best;
-    panel.set[thread / kWarp] = best_set;
-  }
-  __syncthreads();
-  if (thread == 0) {
-    for (int warp = 1; warp < panel.kWarps; ++warp) {
-      const float other = panel.gain[warp];
-      const int other_set = panel.set[warp];
-      if (other > best || (other == best && other_set < best_set)) {
-        best = other;
-        best_set = other_set;
-      }
-    }
-    const int chosen = best_set == INT_MAX ? 0 : best_set;  // no sum is a number: any set will do
-    const int num_columns = static_cast<int>(p.num_columns);
-    const uint64_t places = p.alive != nullptr ? panel.places : kEveryColumn;
-    uint32_t bits = 0u;
-    for (int i = 0; i < num_columns; ++i) {
-      bits |= 1u << (places >> 4 * p.tables.columns[chosen * num_columns + i] & 15u);
-    }
-    const int64_t at = int64_t{blockIdx.x} * (p.cols / p.m) + place.group;
-    uint8_t* target = p.columns + at * num_columns;
-    uint64_t columns = 0u;
-    int found = 0;
-    for (int column = 0; column < kM; ++column) {
-      if ((bits >> column & 1u) == 0u) continue;
-      columns |= static_cast<uint64_t>(column) << 4 * found++;
-      *target++ = static_cast<uint8_t>(column);
-    }
-    stage.columns = columns;
-  }
-  __syncthreads();
+  take_columns(p, place, best, best_set, thread, panel.choice, stage);
 }
 
 template <typename Config, int kM>
@@ -221,8 +166,11 @@ __global__ __launch_bounds__(Config::kThreads,
   for (int set = thread; set < static_cast<int>(p.tables.num_sets); set += Config::kThreads) {
     panel.sets[set] = p.tables.sets[set];
   }
-  sweep_step<Config, kM, 2, true>(
-      p, stage, [&](const Place& place) { choose_columns(p, place, stage, panel); });
+  const auto choose = [&](const Place& place) { choose_columns(p, place, stage, panel); };
+  const auto pick = [&](uint64_t columns, uint32_t open, int row, int lane) {
+    return best_inside<Config, kM, 2>(p, columns, open, row, lane, stage);
+  };
+  sweep_step<Config, kM, 2, true>(p, stage, choose, pick);
 }
 
 template <typename Config, int kM>

@@ -16,7 +16,10 @@ namespace {
 template <typename Config, int kM, int kN>
 __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void rows_kernel(SweepParams p) {
   __shared__ Stage<Config, kM> stage;
-  sweep_step<Config, kM, kN, false>(p, stage, [](const Place&) {});
+  const auto pick = [&](uint64_t columns, uint32_t open, int row, int lane) {
+    return best_inside<Config, kM, kN>(p, columns, open, row, lane, stage);
+  };
+  sweep_step<Config, kM, kN, false>(p, stage, [](const Place&) {}, pick);
 }
 
 template <typename Config, int kM, int kN>

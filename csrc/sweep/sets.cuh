@@ -39,6 +39,15 @@ struct Members {
       at[k] = static_cast<int>(columns >> 4 * place & 15u);
     }
   }
+  // Of a set with a bit a column.
+  __device__ __forceinline__ explicit Members(uint32_t bits) {
+    const int first = max(__ffs(static_cast<int>(bits)) - 1, 0);
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      at[k] = bits != 0u ? __ffs(static_cast<int>(bits)) - 1 : first;
+      bits &= bits - 1u;
+    }
+  }
   __device__ __forceinline__ uint32_t bits() const {
     uint32_t all = 0u;
 #pragma unroll
@@ -138,5 +147,54 @@ __device__ __forceinline__ void weights_of(const RowProblem<kStride>& row,
     for (int i = k + 1; i < kN; ++i) weights[k] = fmaf(-lower[i][k], weights[i], weights[k]);
   }
 }
+
+// S_KK = L D L^T of a set of at most kN for all rows in which no member is dead, in the arithmetic
+// of `eliminate`; filled up like there.
+template <int kN>
+struct Factored {
+  Members<kN> set;
+  int n;
+  float lower[kN][kN];  // below the diagonal
+  float inverse[kN];    // of D
+
+  __device__ __forceinline__ Factored(const float* curvature, int stride, uint32_t bits)
+      : set(bits) {
+    n = __popc(bits);
+    float rest[kN][kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      rest[i][i] = i < n ? curvature[set.at[i] * stride + set.at[i]] : 1.0f;
+#pragma unroll
+      for (int j = 0; j < i; ++j) {
+        rest[i][j] = i < n ? curvature[set.at[j] * stride + set.at[i]] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      inverse[k] = 1.0f / rest[k][k];
+#pragma unroll
+      for (int i = k + 1; i < kN; ++i) {
+        lower[i][k] = rest[i][k] * inverse[k];
+#pragma unroll
+        for (int j = k + 1; j <= i; ++j) rest[i][j] = fmaf(-lower[i][k], rest[j][k], rest[i][j]);
+      }
+    }
+  }
+
+  // Of a row with u in `linear`.
+  __device__ __forceinline__ float gain(const float* linear) const {
+    float values[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) values[i] = i < n ? linear[set.at[i]] : 0.0f;
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      sum = fmaf(values[k] * values[k], inverse[k], sum);
+#pragma unroll
+      for (int i = k + 1; i < kN; ++i) values[i] = fmaf(-lower[i][k], values[k], values[i]);
+    }
+    return sum;
+  }
+};
 
 }  // namespace obs_kernels::sweep

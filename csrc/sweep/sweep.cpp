@@ -18,17 +18,15 @@ namespace {
 void check_sizes(const SweepParams& params) {
   const bool panels = params.v > 0;
   OBS_CHECK(params.n >= 1 && params.n < params.m && params.m <= kMaxSweepSize &&
-                (params.n <= 2 || (params.m <= kMaxSweepWideSize && !panels)),
+                (params.n <= 2 || params.m <= kMaxSweepWideSize),
             "n and m must be 0 < n < m <= ",
             kMaxSweepSize,
-            ", for n > 2 no panels and m <= ",
+            ", for n > 2 m <= ",
             kMaxSweepWideSize,
             ", got n = ",
             params.n,
             ", m = ",
-            params.m,
-            ", v = ",
-            params.v);
+            params.m);
   OBS_CHECK(params.v >= 0 && params.v <= kMaxSweepRows,
             "v must be 0 to ",
             kMaxSweepRows,
@@ -41,7 +39,8 @@ void check_sizes(const SweepParams& params) {
             params.v,
             ", got ",
             params.rows);
-  OBS_CHECK(params.first >= 0 && params.count >= 0 && params.count <= kMaxSweepColumns &&
+  const int64_t width = sweep_width(params.v, params.n, params.m);
+  OBS_CHECK(params.first >= 0 && params.count >= 0 && params.count <= width &&
                 params.first % params.m == 0 && params.count % params.m == 0 &&
                 params.cols % params.m == 0 && params.first + params.count <= params.cols,
             "first and count must be multiples of m = ",
@@ -49,7 +48,7 @@ void check_sizes(const SweepParams& params) {
             " inside cols = ",
             params.cols,
             ", count at most ",
-            kMaxSweepColumns,
+            width,
             ", got ",
             params.first,
             " and ",
@@ -77,7 +76,7 @@ void check_tables(const SweepParams& params) {
             tables.num_inner);
   if (params.v == 0) return;
   OBS_CHECK(tables.sets && tables.lists && tables.columns &&
-                (tables.derived || tables.num_derived == 0) && params.columns,
+                (tables.derived || tables.num_derived == 0 || params.n > 2) && params.columns,
             "tables and columns must not be null for panels of ",
             params.v);
   OBS_CHECK(tables.num_sets >= 1 && tables.num_sets <= kMaxSets && tables.length >= 1 &&
@@ -95,6 +94,12 @@ void check_tables(const SweepParams& params) {
 }
 
 }  // namespace
+
+int64_t sweep_width(int64_t v, int64_t n, int64_t m) {
+  OBS_CHECK(m >= 1, "m must be at least 1, got ", m);
+  const int64_t most = n > 2 && v > SweepSets128::kRows ? kTallWidth : kSweepWidth;
+  return most / m * m;
+}
 
 LaunchPlan sweep_columns(const SweepParams& params, int device, cudaStream_t stream) {
   check_sizes(params);
@@ -123,7 +128,9 @@ LaunchPlan sweep_columns(const SweepParams& params, int device, cudaStream_t str
   check_tables(params);
   OBS_CHECK(device >= 0, "device must be an index, got ", device);
   const DeviceGuard guard(device);
-  return params.v > 0 ? sweep::launch_panels(params, stream) : sweep::launch_rows(params, stream);
+  if (params.v == 0) return sweep::launch_rows(params, stream);
+  return params.n > 2 ? sweep::launch_panel_sets(params, stream)
+                      : sweep::launch_panels(params, stream);
 }
 
 }  // namespace obs_kernels

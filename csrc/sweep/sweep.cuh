@@ -137,24 +137,25 @@ __device__ __forceinline__ void prepare_row(
   __syncwarp();
 }
 
-// The best set of a row inside `columns` and what comes of it; leaves the change in `stage.line`.
+// What a row keeps of a group: `count` members, and those of them that live as a bit a column.
+template <int kN>
+struct Kept {
+  Members<kN> members;
+  int count;
+  uint32_t bits;
+};
+
+// The best set of a row inside `columns`, those of `open`, by the lanes of the row.
 template <typename Config, int kM, int kN>
-__device__ __forceinline__ void settle_row(const SweepParams& p,
-                                           const Place& place,
-                                           uint64_t columns,
-                                           uint32_t open,
-                                           float unit,
-                                           int row,
-                                           int lane,
-                                           Stage<Config, kM>& stage) {
-  constexpr int kStride = Stage<Config, kM>::kStride;
-  constexpr int kParts = (kM + kRowLanes - 1) / kRowLanes;
-  const int m = static_cast<int>(p.m);
+__device__ __forceinline__ Kept<kN> best_inside(const SweepParams& p,
+                                                uint64_t columns,
+                                                uint32_t open,
+                                                int row,
+                                                int lane,
+                                                const Stage<Config, kM>& stage) {
   const int n = static_cast<int>(p.n);
-  const bool real = row < place.rows;
-  float* const line = stage.line + row * kM;
-  const float* const now = stage.now + row * kM;
-  const RowProblem<kStride> problem{stage.curvature, line, stage.live[row]};
+  const RowProblem<Stage<Config, kM>::kStride> problem{
+      stage.curvature, stage.line + row * kM, stage.live[row]};
   const int most = min(n, __popc(problem.live & open));  // live entries that can be kept
 
   float best = -INFINITY;
@@ -171,9 +172,27 @@ __device__ __forceinline__ void settle_row(const SweepParams& p,
   best_of<kRowLanes>(best, best_set);
   // no set has a gain that is a number: any will do
   const Members<kN> kept(stage.inner[best_set == INT_MAX ? 0 : best_set], columns, n);
+  return {kept, n, kept.bits() & problem.live};
+}
+
+// What comes of the set that a row keeps; leaves the change in `stage.line`.
+template <typename Config, int kM, int kN>
+__device__ __forceinline__ void settle_row(const SweepParams& p,
+                                           const Place& place,
+                                           const Kept<kN>& kept,
+                                           float unit,
+                                           int row,
+                                           int lane,
+                                           Stage<Config, kM>& stage) {
+  constexpr int kStride = Stage<Config, kM>::kStride;
+  constexpr int kParts = (kM + kRowLanes - 1) / kRowLanes;
+  const int m = static_cast<int>(p.m);
+  const bool real = row < place.rows;
+  float* const line = stage.line + row * kM;
+  const float* const now = stage.now + row * kM;
+  const RowProblem<kStride> problem{stage.curvature, line, stage.live[row]};
   float weights[kN];
-  weights_of(problem, kept, n, weights);
-  const uint32_t bits = kept.bits() & problem.live;
+  weights_of(problem, kept.members, kept.count, weights);
   __syncwarp();  // u has been read
 
   const int64_t global_row = place.first_row + row;
@@ -187,11 +206,11 @@ __device__ __forceinline__ void settle_row(const SweepParams& p,
     float value = 0.0f;
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
-      left = fmaf(-weights[k], stage.own[kept.at[k] * kStride + j], left);
-      if (kept.at[k] == j) value += weights[k];
+      left = fmaf(-weights[k], stage.own[kept.members.at[k] * kStride + j], left);
+      if (kept.members.at[k] == j) value += weights[k];
     }
     loss = fmaf(left, left, loss);
-    const bool keep = (bits >> j & 1u) != 0u;
+    const bool keep = (kept.bits >> j & 1u) != 0u;
     value = keep ? value : 0.0f;
     const bool inside = real && j < m;
     const float change = inside ? value - p.live[at + j] : 0.0f;
@@ -205,17 +224,19 @@ __device__ __forceinline__ void settle_row(const SweepParams& p,
   if (real && lane == 0) p.loss[global_row * (p.cols / m) + place.group] = 0.5f * unit * loss;
 }
 
-// choose(place, stage): the columns of the panel into stage.columns, between two barriers.
-template <typename Config, int kM, int kN, bool kPanels, typename Choose>
+// choose(place): the columns of the panel into stage.columns, between two barriers. pick(columns,
+// open, row, lane): what a row keeps of them, asked of all lanes of the row.
+template <typename Config, int kM, int kN, bool kPanels, typename Choose, typename Pick>
 __device__ __forceinline__ void sweep_step(const SweepParams& p,
                                            Stage<Config, kM>& stage,
-                                           const Choose& choose) {
+                                           const Choose& choose,
+                                           const Pick& pick) {
   constexpr int kRowsOfThread = Config::kRowsOfThread;
   constexpr int kSlots = Config::kSlots;
   constexpr bool kAhead = kRowsOfThread <= 16;  // else the registers are full
   const int thread = static_cast<int>(threadIdx.x);
-  const int column = thread % kSweepWidth;
-  const int slot = thread / kSweepWidth;
+  const int column = thread % Config::kWidth;
+  const int slot = thread / Config::kWidth;
   const int m = static_cast<int>(p.m);
   const int count = static_cast<int>(p.count);
   const int64_t height = kPanels ? p.v : Config::kRows;
@@ -269,12 +290,14 @@ __device__ __forceinline__ void sweep_step(const SweepParams& p,
         open |= 1u << (stage.columns >> 4 * i & 15u);
       }
       for_each_row<Config>(place.rows, thread, [&](int row, int lane) {
-        settle_row<Config, kM, kN>(p, place, stage.columns, open, unit, row, lane, stage);
+        const Kept<kN> kept = pick(stage.columns, open, row, lane);
+        settle_row<Config, kM, kN>(p, place, kept, unit, row, lane, stage);
       });
     } else {
       for_each_row<Config>(place.rows, thread, [&](int row, int lane) {
         prepare_row(p, place, row, lane, stage);
-        settle_row<Config, kM, kN>(p, place, kEveryColumn, kAllLanes, unit, row, lane, stage);
+        const Kept<kN> kept = pick(kEveryColumn, kAllLanes, row, lane);
+        settle_row<Config, kM, kN>(p, place, kept, unit, row, lane, stage);
       });
     }
     __syncthreads();

@@ -25,6 +25,11 @@ class ColumnTables(NamedTuple):
     """[column sets, num_columns] uint8, lexicographic."""
 
 
+def listed_sets(n: int, m: int) -> Tensor:
+    """[comb(m, n), n] kept sets in the order in which ``lists`` number them."""
+    return _combinations(m, n) if n <= 2 else _kept_sets(n, m)
+
+
 @lru_cache(maxsize=16)
 def column_tables(n: int, m: int, num_columns: int, device: torch.device) -> ColumnTables:
     """Tables for a panel of n of m with ``num_columns`` columns; up to 500,000 entries, which 1 MB holds."""

@@ -15,21 +15,26 @@ from torch import Tensor
 
 from obs_kernels import _ext
 from obs_kernels.checks import check_info
-from obs_kernels.cuda_calls.column_tables import ColumnTables, column_tables
+from obs_kernels.cuda_calls.column_tables import ColumnTables, column_tables, listed_sets
 from obs_kernels.cuda_calls.device import check_gpu, check_on_cuda
 from obs_kernels.cuda_calls.inverse import launch_invert_spd
 from obs_kernels.errors import DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.patterns import NMPattern, VNMPattern
 
+NAMED = 128
+"""Columns that an error of a kept set names together, as the reference does."""
+
 
 class SweepTables(NamedTuple):
-    """Kept sets for the kernel (``obs_kernels/sweep.h``): 4 bits a member in an int32."""
+    """Kept sets for the kernel (``obs_kernels/sweep.h``): 4 bits a member in an int32, where nothing else is said."""
 
     inner: Tensor
     """[inner sets]: among the columns of a panel, without panels among the m of a group."""
     sets: Tensor
-    """[sets]: among the m of a group."""
+    """[sets]: among the m of a group. For panels of n > 2 a bit a member, and after the kept sets all smaller ones."""
+    num_kept: int
+    """How many of ``sets`` have n members."""
     panels: ColumnTables | None
 
 
@@ -61,8 +66,8 @@ def sweep_groups(
     columns = torch.empty((units, cols // m, num_columns) if panels else 0, dtype=torch.uint8, device=device)
     if live.numel() == 0:
         return kept, new, loss.new_zeros(units, cols // m), columns
-    width = _ext.load().MAX_SWEEP_COLUMNS // m * m
-    _check_kept_sets(curvature, pattern, width)
+    width = _ext.load().sweep_width(v=pattern.v if isinstance(pattern, VNMPattern) else 0, n=pattern.n, m=m)
+    _check_kept_sets(curvature, pattern)
     tables = sweep_tables(pattern.n, m, num_columns if panels else 0, device)
     groups = own.contiguous(), curvature.contiguous(), unit.contiguous()
     scale = None if row_scale is None else row_scale.contiguous()
@@ -154,9 +159,12 @@ def launch_sweep_columns(
 @lru_cache(maxsize=32)
 def sweep_tables(n: int, m: int, num_columns: int, device: torch.device) -> SweepTables:
     """Tables of n of m; ``num_columns`` is 0 without panels."""
+    kept = _packed_sets(n, m)
+    sets = _subsets(n, m) if num_columns and n > 2 else kept
     return SweepTables(
         _packed_sets(n, num_columns or m).to(device),
-        _packed_sets(n, m).to(device),
+        sets.to(device),
+        kept.numel(),
         column_tables(n, m, num_columns, device) if num_columns else None,
     )
 
@@ -166,21 +174,31 @@ def _packed_sets(n: int, m: int) -> Tensor:
     return torch.tensor(sets, dtype=torch.int32)
 
 
+def _subsets(n: int, m: int) -> Tensor:
+    """Bits of all sets of n of m in the order of ``ColumnTables.lists``, then of all smaller ones."""
+    smaller = [sum(1 << member for member in kept) for size in range(n) for kept in combinations(range(m), size)]
+    return torch.cat([(1 << listed_sets(n, m)).sum(1), torch.tensor(smaller)]).to(torch.int32)
+
+
+def panel_sizes(tables: SweepTables) -> dict[str, int]:
+    """Sizes of the tables of panels, as the kernel takes them."""
+    assert tables.panels is not None
+    derived, lists, _ = tables.panels
+    return {
+        "num_sets": tables.num_kept,
+        "num_derived": derived.shape[1] + tables.sets.numel() - tables.num_kept,
+        "length": lists.shape[0],
+        "num_column_sets": lists.shape[1],
+    }
+
+
 def _panel_tables(tables: SweepTables) -> dict[str, int]:
     if tables.panels is None:
         names = ("sets", "derived", "lists", "column_sets", "num_sets", "num_derived", "length", "num_column_sets")
         return dict.fromkeys(names, 0)
     derived, lists, columns = tables.panels
-    return {
-        "sets": tables.sets.data_ptr(),
-        "derived": derived.data_ptr(),
-        "lists": lists.data_ptr(),
-        "column_sets": columns.data_ptr(),
-        "num_sets": tables.sets.numel(),
-        "num_derived": derived.shape[1],
-        "length": lists.shape[0],
-        "num_column_sets": lists.shape[1],
-    }
+    pointers = {"sets": tables.sets, "derived": derived, "lists": lists, "column_sets": columns}
+    return {name: tensor.data_ptr() for name, tensor in pointers.items()} | panel_sizes(tables)
 
 
 @lru_cache(maxsize=32)
@@ -189,9 +207,10 @@ def _kept_sets(n: int, m: int, device: torch.device) -> Tensor:
     return torch.tensor(list(combinations(range(m), n))).to(device)
 
 
-def _check_kept_sets(curvature: Tensor, pattern: NMPattern, width: int) -> None:
+def _check_kept_sets(curvature: Tensor, pattern: NMPattern) -> None:
     """Raise as the reference does unless S_KK of every kept set has an inverse; one read of the host."""
     n, m = pattern.n, pattern.m
+    width = NAMED // m * m
     sets = _kept_sets(n, m, curvature.device)
     kept = curvature[:, sets[:, :, None], sets[:, None, :]].view(-1, n, n)
     info = torch.empty(kept.shape[0], dtype=torch.int32, device=kept.device)

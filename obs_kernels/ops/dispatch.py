@@ -47,7 +47,7 @@ EXACT_SEARCH_METHODS = ("combinatorial", "pairwise")
 MAX_SWEEP_SIZE = 16
 """Largest m of the cuda kernels of ``sweep_rows`` for n <= 2."""
 MAX_SWEEP_SETS_SIZE = 8
-"""Largest m of the same for n > 2, which panels do not have."""
+"""Largest m of the same for n > 2."""
 MAX_SWEEP_ROWS = 256
 """Tallest panel of the same."""
 MAX_UPDATE_SIZE = 128
@@ -129,12 +129,8 @@ def _sweep_limit(
         return f"it sweeps by method='combinatorial' only, got {method!r}"
     if any(t is not None and t.dtype == torch.float64 for t in (weight, hessian, row_scale)):
         return "it takes a float32 hessian, and a weight and a row_scale of at most 32 bits, got float64 among them"
-    panels = isinstance(pattern, VNMPattern)
-    if pattern.m > MAX_SWEEP_SIZE or (pattern.n > 2 and (panels or pattern.m > MAX_SWEEP_SETS_SIZE)):
-        return (
-            f"it takes m <= {MAX_SWEEP_SIZE} with n <= 2, and without panels m <= {MAX_SWEEP_SETS_SIZE} with any n, "
-            f"got {pattern}"
-        )
+    if pattern.m > (MAX_SWEEP_SIZE if pattern.n <= 2 else MAX_SWEEP_SETS_SIZE):
+        return f"it takes m <= {MAX_SWEEP_SIZE} with n <= 2, and m <= {MAX_SWEEP_SETS_SIZE} with any n, got {pattern}"
     if isinstance(pattern, VNMPattern) and pattern.v > MAX_SWEEP_ROWS:
         return f"it takes panels of at most {MAX_SWEEP_ROWS} rows, got {pattern}"
     return None

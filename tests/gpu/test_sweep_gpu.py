@@ -19,6 +19,9 @@ DEVICE = "cuda"
 SHAPES = [(768, 768), (3072, 768), (768, 3072)]
 PATTERNS = ["2:4", "2:8", "4:8", "64:2:8", "128:2:8", "64:2:16"]
 OTHERS = ["1:4", "2:3", "1:16", "2:12", "3:8", "5:8", "7:8", "16:2:4", "16:1:8", "5:2:8", "256:2:8", "256:2:16"]
+SETS = [f"{v}:{n}:8" for v in (3, 64, 128, 256) for n in (5, 4, 3)]
+"""Panels of n > 2, of each kernel."""
+OTHER_SETS = ["1:5:8", "1:3:8", "16:4:8", "5:3:7", "4:3:4", "16:6:8", "64:6:8", "128:7:8", "250:6:8"]
 LOSS = 1e-4
 """Relative; reported losses against those of the weights."""
 CHOICE = 5e-3
@@ -50,7 +53,14 @@ def sweep(weight: Tensor, hessian: Tensor, pattern: str, *, backend: str = "cuda
     return ops.sweep_rows(weight, hessian, pattern, backend=backend, **given)  # type: ignore[arg-type]
 
 
-def assert_is_reference(weight: Tensor, hessian: Tensor, pattern: str, **options: object) -> None:
+def usual(pattern: str) -> dict[str, int]:
+    """The columns that a stage of this pattern keeps."""
+    parsed = parse_pattern(pattern)
+    return {"num_columns": parsed.num_columns} if isinstance(parsed, VNMPattern) else {}
+
+
+def assert_is_reference(weight: Tensor, hessian: Tensor, pattern: str, **options: object) -> ops.Selection:
+    options = usual(pattern) | options
     found = sweep(weight, hessian, pattern, **options)
     best = sweep(weight.double(), hessian.double(), pattern, backend="reference", **options)
     parsed, mask, scale = parse_pattern(pattern), options.get("mask"), options.get("row_scale")
@@ -67,16 +77,17 @@ def assert_is_reference(weight: Tensor, hessian: Tensor, pattern: str, **options
     assert mask is None or not (found.mask & ~mask).any()  # type: ignore[operator]
     assert not found.weight[~found.mask].any()  # type: ignore[index]
     parsed.validate_mask(found.mask)
+    return found
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "64:5:8", "64:4:8", "128:3:8", "256:5:8"])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_loss_is_that_of_the_reference(gen: torch.Generator, pattern: str, rows: int, cols: int) -> None:
     weight, hessian = problem(gen, rows, cols)
     assert_is_reference(weight, hessian, pattern)
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, *OTHERS])
+@pytest.mark.parametrize("pattern", [*PATTERNS, *OTHERS, *SETS, *OTHER_SETS])
 def test_dead_entries_scales_and_odd_sizes(gen: torch.Generator, pattern: str) -> None:
     parsed = parse_pattern(pattern)
     v = parsed.v if isinstance(parsed, VNMPattern) else 1
@@ -90,14 +101,48 @@ def test_dead_entries_scales_and_odd_sizes(gen: torch.Generator, pattern: str) -
 
 
 @pytest.mark.parametrize("num_columns", [2, 3, 5, 6, 8])
-@pytest.mark.parametrize("pattern", ["64:2:8", "16:2:16"])
+@pytest.mark.parametrize("pattern", ["64:2:8", "16:2:16", "64:3:8", "16:4:8", "128:5:8"])
 def test_any_number_of_columns(gen: torch.Generator, pattern: str, num_columns: int) -> None:
+    if num_columns < parse_pattern(pattern).n:
+        pytest.skip("fewer columns than are kept")
     weight, hessian = problem(gen, 128, 160)
     found = sweep(weight, hessian, pattern, num_columns=num_columns)
     best = sweep(weight.double(), hessian.double(), pattern, num_columns=num_columns, backend="reference")
     assert found.columns is not None and found.columns.shape[2] == num_columns
     assert (found.columns.diff(dim=2).to(torch.int8) > 0).all() if num_columns > 1 else True
     assert abs(float(found.saliency.double().sum() / best.saliency.sum()) - 1) <= CHOICE
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pattern", [*SETS, "1:4:8", "16:6:8"])
+def test_ties_of_panels(gen: torch.Generator, pattern: str, masked: bool) -> None:
+    """Groups and entries that know nothing of each other, small integers: the very choice of the reference."""
+    parsed = parse_pattern(pattern)
+    assert isinstance(parsed, VNMPattern)
+    rows, cols = 2 * parsed.v, 160
+    weight = torch.randint(-2, 3, (rows, cols), generator=gen, device=DEVICE).float()
+    hessian = 0.25 * torch.eye(cols, device=DEVICE)
+    options = {
+        "num_columns": parsed.num_columns,
+        "mask": live_mask(gen, rows, cols, 8) if masked else None,
+        "row_scale": 2.0 ** torch.randint(-1, 2, (rows,), generator=gen, device=DEVICE),
+        "damp": 0.0,
+    }
+    found, best = (sweep(weight, hessian, pattern, backend=backend, **options) for backend in ("cuda", "reference"))
+    assert torch.equal(found.mask, best.mask) and torch.equal(found.columns, best.columns)  # type: ignore[arg-type]
+    assert torch.equal(found.weight, best.weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.saliency, best.saliency, rtol=LOSS, atol=0.0)
+
+
+@pytest.mark.parametrize("v", [16, 64, 128, 256])
+def test_a_ladder_of_panels(gen: torch.Generator, v: int) -> None:
+    """The stages of gradual pruning: each goes on from what the one before has left."""
+    weight, hessian = problem(gen, 256, 512)
+    mask, count = None, 5
+    while count >= 2:
+        found = assert_is_reference(weight, hessian, f"{v}:{count}:8", mask=mask)
+        assert found.mask.view(256, 64, 8).sum(2).max() == count
+        mask, weight, count = found.mask, found.weight, count - 1
 
 
 def test_resolve_and_dtypes(gen: torch.Generator) -> None:
@@ -114,8 +159,9 @@ def test_bad_values_raise(gen: torch.Generator) -> None:
     ):  # fmt: skip
         before = tensor.clone()
         tensor[place] = -100.0 if error is SingularBlockError else torch.nan
-        with pytest.raises(error):
-            sweep(weight, hessian, "2:4")
+        for pattern in ("2:4", "16:4:8"):
+            with pytest.raises(error):
+                sweep(weight, hessian, pattern)
         tensor.copy_(before)
     sweep(weight, hessian, "2:4")
 
@@ -124,7 +170,8 @@ def test_kernel_is_preferred_where_it_runs(gen: torch.Generator) -> None:
     weight, hessian = problem(gen, 4, 64)
     for pattern, method, wanted in (
         ("2:4", "combinatorial", "cuda"), ("2:4", "sparsegpt", "reference"), ("9:16", "combinatorial", "reference"),
-        ("2:32", "combinatorial", "reference"),
+        ("2:32", "combinatorial", "reference"), ("4:5:8", "combinatorial", "cuda"),
+        ("4:3:9", "combinatorial", "reference"),
     ):  # fmt: skip
         arguments = (weight, hessian, None, parse_pattern(pattern), method)
         assert dispatch.resolve("sweep_rows", None, *arguments) == wanted
@@ -133,10 +180,12 @@ def test_kernel_is_preferred_where_it_runs(gen: torch.Generator) -> None:
     assert sweep(weight[:0], hessian, "2:4").mask.shape == (0, 64)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "16:5:8", "64:5:8", "64:4:8", "128:3:8", "256:4:8"])
 def test_the_same_bits_again_and_on_a_side_stream(gen: torch.Generator, pattern: str) -> None:
     weight, hessian = problem(gen, 256, 512)
-    first, second = (sweep(weight, hessian, pattern) for _ in range(2))
+    mask = live_mask(gen, 256, 512, 8) if "3:8" in pattern else None
+    options = {"mask": mask, **usual(pattern)}
+    first, second = (sweep(weight, hessian, pattern, **options) for _ in range(2))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     late = torch.zeros_like(weight)
@@ -144,8 +193,9 @@ def test_the_same_bits_again_and_on_a_side_stream(gen: torch.Generator, pattern:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(weight)
-        third = sweep(late, hessian, pattern)
+        third = sweep(late, hessian, pattern, **options)
     stream.synchronize()
     for other in (second, third):
         assert torch.equal(first.mask, other.mask) and torch.equal(first.saliency, other.saliency)
         assert torch.equal(first.weight, other.weight)
+        assert first.columns is None or torch.equal(first.columns, other.columns)

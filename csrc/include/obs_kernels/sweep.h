@@ -12,10 +12,9 @@
 
 namespace obs_kernels {
 
-inline constexpr int64_t kMaxSweepSize = 16;      // m
-inline constexpr int64_t kMaxSweepWideSize = 8;   // m for n > 2, which panels do not have
-inline constexpr int64_t kMaxSweepRows = 256;     // v
-inline constexpr int64_t kMaxSweepColumns = 128;  // of a step
+inline constexpr int64_t kMaxSweepSize = 16;     // m
+inline constexpr int64_t kMaxSweepWideSize = 8;  // m for n > 2
+inline constexpr int64_t kMaxSweepRows = 256;    // v
 
 // Sets have 4 bits a member, the lowest member lowest; ascending and lexicographic. Made once for
 // each (n, m, num_columns).
@@ -25,8 +24,10 @@ struct SweepTables {
   // The rest for panels only: a row has a table of gains, those of its kept sets among m, then
   // `num_derived` more, each the largest of three kept sets. The best gain inside a column set is
   // the largest of `length` entries.
-  const uint32_t* sets;     // [num_sets]: kept sets among m
-  const uint16_t* derived;  // [3, num_derived]: numbers of kept sets
+  // For n > 2 the `num_derived` more are those of all smaller sets, which follow the kept sets in
+  // `sets`; there a set has a bit a member and they have any order.
+  const uint32_t* sets;     // [num_sets], for n > 2 [num_sets + num_derived]: kept sets among m
+  const uint16_t* derived;  // [3, num_derived]: numbers of kept sets; n <= 2 only
   const uint16_t* lists;    // [length, num_column_sets]: entries of the table
   const uint8_t* columns;   // [num_column_sets, num_columns], ascending, lexicographic
   int64_t num_sets;
@@ -55,13 +56,16 @@ struct SweepParams {
   int64_t rows;
   int64_t cols;
   int64_t first;  // column that the step begins with, a multiple of m
-  int64_t count;  // columns of the step, a multiple of m, at most kMaxSweepColumns
+  int64_t count;  // columns of the step, a multiple of m, at most sweep_width
   int64_t change_stride;
   int64_t v;  // rows of a panel; 0 = no panels
   int64_t n;
   int64_t m;
   int64_t num_columns;  // n to m; panels only
 };
+
+// Most columns of a step, a multiple of m; v as in SweepParams.
+int64_t sweep_width(int64_t v, int64_t n, int64_t m);
 
 // Writes mask, new_weight, loss and columns of the step's columns, and change; reads what the steps
 // before have pushed. Ties go to the lower index. Runs on `stream` of `device`, without waiting.
