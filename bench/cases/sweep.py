@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ SHAPES = {
     "ffn-down": (768, 3072),
 }
 """Rows and columns; ffn-up and ffn-down are those of BERT-base."""
-PATTERNS = ("2:4", "2:8", "64:2:8")
+PATTERNS = ("2:4", "2:8", "64:2:8", "64:4:8")
 CPU_SHARE = 16
 """A CPU takes one of so many rows and columns."""
 DAMP = 0.01
@@ -100,9 +101,15 @@ def _variant(name: str, run: Sweep, pattern: NMPattern, config: dict[str, str], 
 
 
 def _by(selection: Selection, backend: str, pattern: NMPattern, *, resolve: bool) -> Sweep:
-    options = {"row_scale": None, "method": "combinatorial", "mask": None, "num_columns": 4, "resolve": resolve}
+    options: dict[str, Any] = {"row_scale": None, "method": "combinatorial", "mask": None, "resolve": resolve}
+    options["num_columns"] = num_columns(pattern)
     run, damp = kernel(OP, backend), torch.full((1,), DAMP, device=selection.device)
     return lambda weight, hessian: run(weight, hessian, str(pattern), damp=damp, **options)
+
+
+def num_columns(pattern: NMPattern) -> int:
+    """What the op takes for it; of no account without panels."""
+    return pattern.num_columns if isinstance(pattern, VNMPattern) else 4
 
 
 def _public(pattern: str, backend: str, weight: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
@@ -144,8 +151,9 @@ def check_sweep(run: Sweep, inputs: Inputs, *, pattern: NMPattern) -> Check:
     found = run(inputs["weight"], inputs["hessian"])
     weight, hessian = inputs["weight"][:CHECKED_ROWS].double(), inputs["hessian"].double()
     damp = torch.full((1,), DAMP, dtype=torch.float64, device=weight.device)
-    options = {"row_scale": None, "method": "combinatorial", "mask": None, "num_columns": 4, "resolve": False}
-    best = reference.sweep_rows(weight, hessian, str(pattern), damp=damp, **options)[2].sum()  # type: ignore[arg-type]
+    options: dict[str, Any] = {"row_scale": None, "method": "combinatorial", "mask": None, "resolve": False}
+    options["num_columns"] = num_columns(pattern)
+    best = reference.sweep_rows(weight, hessian, str(pattern), damp=damp, **options)[2].sum()
     mine = found[2][: CHECKED_ROWS // (pattern.v if isinstance(pattern, VNMPattern) else 1)].double().sum()
     return Check(float((mine / best - 1).abs()), LOSS)
 
