@@ -113,7 +113,8 @@ def num_columns(pattern: NMPattern) -> int:
 
 
 def _public(pattern: str, backend: str, weight: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
-    found = ops.sweep_rows(weight, hessian, pattern, damp=DAMP, resolve=False, backend=backend)
+    count = num_columns(parse_pattern(pattern))
+    found = ops.sweep_rows(weight, hessian, pattern, damp=DAMP, num_columns=count, resolve=False, backend=backend)
     assert found.weight is not None
     return found.mask, found.weight, found.saliency
 

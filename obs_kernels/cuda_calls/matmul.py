@@ -130,13 +130,13 @@ def plan_gather(
         y_layout=y_layout,
     )  # fmt: skip
     prepare = None if given is x else lambda x: as_copied(x, x_layout)[0] if turns else as_gathered(x, x_layout)
-    launch = product.launch if turns else lambda x, bias, y, stream: product.launch(x, 0, bias, y, stream)
     plan = ProductPlan(
         packed,
-        launch,
+        product.launch,
         tuple(y.shape),
         x.device.index,
         prepare=prepare,
+        gathers=True,
         turned_shape=turned_shape(given) if turns else None,
     )
     return plan, given

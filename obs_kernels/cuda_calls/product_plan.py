@@ -26,7 +26,7 @@ MAX_PLANS = 512
 class ProductPlan:
     """One product for x and bias of one layout, on one weight."""
 
-    __slots__ = ("device", "launch", "prepare", "turned_shape", "weight", "y_shape")
+    __slots__ = ("device", "gathers", "launch", "prepare", "turned_shape", "weight", "y_shape")
 
     def __init__(
         self,
@@ -36,17 +36,17 @@ class ProductPlan:
         device: int,
         *,
         prepare: Callable[[Tensor], Tensor] | None = None,
+        gathers: bool = False,
         turned_shape: tuple[int, int] | None = None,
     ) -> None:
-        """Of a product of the compiled module.
+        """Of ``launch`` of a product of the compiled module.
 
         Args:
             weight: what it multiplies by.
-            launch: takes the addresses of x, bias and y and the stream; that of turned x after the first, if there is
-                a ``turned_shape``.
             y_shape: of the result.
             device: index of the GPU.
             prepare: a copy of x as the product takes it; None if x itself is.
+            gathers: whether ``launch`` takes an address of turned x after that of x, 0 where x is feature-major.
             turned_shape: memory for x turned to feature-major, where the product gathers of a token-major one.
         """
         self.weight = weight
@@ -54,6 +54,7 @@ class ProductPlan:
         self.y_shape = y_shape
         self.device = device
         self.prepare = prepare
+        self.gathers = gathers
         self.turned_shape = turned_shape
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,11 +68,11 @@ class ProductPlan:
             self.weight.join()
         bias = None if bias is None else bias.contiguous()
         bias_address = 0 if bias is None else bias.data_ptr()
-        if self.turned_shape is None:
+        if not self.gathers:
             self.launch(x.data_ptr(), bias_address, y.data_ptr(), stream)
-        else:
-            turned = x.new_empty(self.turned_shape)
-            self.launch(x.data_ptr(), turned.data_ptr(), bias_address, y.data_ptr(), stream)
+            return y
+        turned = None if self.turned_shape is None else x.new_empty(self.turned_shape)
+        self.launch(x.data_ptr(), 0 if turned is None else turned.data_ptr(), bias_address, y.data_ptr(), stream)
         return y
 
     def giving(self, y_shape: tuple[int, ...]) -> ProductPlan:
@@ -82,6 +83,7 @@ class ProductPlan:
             y_shape,
             self.device,
             prepare=self.prepare,
+            gathers=self.gathers,
             turned_shape=self.turned_shape,
         )
 
