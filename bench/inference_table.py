@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole encoders in one Markdown table, from a result of ``bench.run --op inference``.
+"""Whole encoders in one Markdown table, from results of ``bench.run --op inference``.
 
-python -m bench.inference_table [bench/results/inference.json]
+python -m bench.inference_table [bench/results/inference.json ...]
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ from typing import Any
 
 from obs_kernels.report.values import MISSING, number
 
-RESULT = Path(__file__).parent / "results" / "inference.json"
+RESULTS = Path(__file__).parent / "results"
 
 
-def inference_table(doc: Mapping[str, Any]) -> str:
+def stored_results() -> list[Path]:
+    """Files of whole encoders."""
+    return sorted(RESULTS.glob("inference*.json"))
+
+
+def inference_table(docs: Sequence[Mapping[str, Any]]) -> str:
     """Speed-up of each pattern over the best dense model, and in brackets what the kernel rows let expect.
 
     Args:
-        doc: the JSON of the result. Losing cells stay, as ratios below 1.
+        docs: the JSON of each result. Losing cells stay, as ratios below 1; a run that was cut off says so.
     """
-    rows = [row for row in doc["rows"] if row["op"] == "encoder"]
+    rows = [row for doc in docs for row in doc["rows"] if row["op"] == "encoder"]
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
     cells: dict[tuple[str, int, int], dict[str, Any]] = {}
     for row in rows:
         key = (row["name"], row["shape"]["B"], row["shape"]["L"])
         cells.setdefault(key, {})[row["pattern"] or "dense"] = row
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
+    device, commit = (", ".join(dict.fromkeys(doc["env"][key] for doc in docs)) for key in ("device", "commit"))
+    cut = "" if all(doc["env"]["complete"] for doc in docs) else "; other cells were not reached"
     lines = [
-        f"{doc['env']['device']}, commit {doc['env']['commit']}, {dtypes}: x the best dense time (x by kernel rows); "
-        f"dense is the fastest of eager, CUDA graph, compiled, and both:",
+        f"{device}, commit {commit}, {dtypes}: x the best dense time (x by kernel rows); "
+        f"dense is the fastest of eager, CUDA graph, compiled, and both{cut}:",
         "",
         f"| model | batch x length | dense, ms | {' | '.join(patterns)} |",
         f"|---|---:|---:{'|---:' * len(patterns)}|",
@@ -54,8 +61,8 @@ def _ratio(row: Mapping[str, Any] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    path = Path(arguments[0]) if arguments else RESULT
-    print(inference_table(json.loads(path.read_text(encoding="utf-8"))))
+    paths = [Path(argument) for argument in arguments] or stored_results()
+    print(inference_table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import choices_squad, squad_gradual
 from bench.gradual_rows import GRADUAL
-from bench.inference_table import inference_table
+from bench.inference_table import inference_table, stored_results
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import devices_of, summary_table
 from obs_kernels.files import write_text
@@ -244,7 +244,7 @@ def passes_line() -> str:
 
 def encoder_table() -> str:
     """Whole encoders, sparse beside the best dense."""
-    return inference_table(json.loads((RESULTS.parent / "inference.json").read_text()))
+    return inference_table([json.loads(path.read_text()) for path in stored_results()])
 
 
 PARTS = {

@@ -300,10 +300,16 @@ def test_the_table_of_the_bench() -> None:
     }  # fmt: skip
     rows = case.cell_rows(cell, "bert-large", "bf16", gpu=True)
     assert [row["pattern"] for row in rows] == [None, "64:2:8", "128:2:8"]
-    lines = inference_table({"env": {"device": "a GPU", "commit": "abc"}, "rows": rows}).splitlines()
+    lines = inference_table(
+        [{"env": {"device": "a GPU", "commit": "abc", "complete": True}, "rows": rows}]
+    ).splitlines()
     assert lines[0].startswith("a GPU, commit abc, bf16")
     assert lines[2] == "| model | batch x length | dense, ms | 64:2:8 | 128:2:8 |"
     assert lines[4] == "| bert-large | 32 x 512 | 20.00 (compiled graph) | 1.25 (1.30) | 0.80 (–) |"
+    cut = {"env": {"device": "a GPU", "commit": "def", "complete": False}, "rows": rows}
+    both = inference_table([{**cut, "env": {**cut["env"], "commit": "abc", "complete": True}}, cut]).splitlines()
+    assert both[0].startswith("a GPU, commit abc, def, bf16") and both[0].endswith("other cells were not reached:")
+    assert "not reached" not in lines[0] and both[2:] == lines[2:]
 
 
 def test_no_mask_reaches_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
