@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from cubins import assert_no_spills
 from interpreted import Case, interpret
 from tolerances import FISHER_RMS_PER_SQRT_SAMPLE
 from torch import Tensor
@@ -200,15 +201,7 @@ def compiled(size: int, dtype: str, target: int) -> Any:
 def test_compiles_to_tensor_cores_without_spills(size: int, dtype: str, target: int, tmp_path: Path) -> None:
     kernel = compiled(size, dtype, target)
     assert re.search(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", kernel.asm["ptx"]), "no tensor-core instruction"
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        pytest.skip("this triton ships no cuobjdump")
-    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    assert (found[2], found[4]) == ("0", "0"), f"spills: {usage}"
+    assert_no_spills(kernel, tmp_path)
 
 
 def test_every_kernel_casts_its_program_id() -> None:

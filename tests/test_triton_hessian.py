@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cubins import assert_no_spills
 from interpreted import Case, interpret
 from tolerances import FISHER_RMS_PER_SQRT_SAMPLE, HESSIAN_HALVES_CUT, TOKEN_SUMS
 from torch import Tensor
@@ -325,15 +326,7 @@ def test_compiles_without_spills(name: str, target: int, tmp_path: Path) -> None
     options = {"num_warps": warps, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     assert name == "sums" or re.search(r"ld\.global\S*\.v[48]", kernel.asm["ptx"]), "no load of 16 bytes"
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        pytest.skip("this triton ships no cuobjdump")
-    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    assert (found[2], found[4]) == ("0", "0"), f"spills: {usage}"
+    assert_no_spills(kernel, tmp_path)
 
 
 # Dispatch

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from cubins import assert_no_spills
 from interpreted import Case, interpret
 from oracle import numpy
 from torch import Tensor
@@ -235,14 +234,7 @@ def test_compiles_without_spills(cols: int, first: bool, target: int, tmp_path: 
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     if cols % 4 == 0:
         assert "ld.global.v4.b32" in kernel.asm["ptx"], "no wide loads"
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        pytest.skip("this triton ships no cuobjdump")
-    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None and found.groups() == ("0", "0"), f"spills: {usage}"
+    assert_no_spills(kernel, tmp_path)
 
 
 # Dispatch
