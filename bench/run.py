@@ -12,8 +12,10 @@ JSON into tables and plots.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             selected,
             selection,
             seconds=args.seconds,
+            minutes=args.minutes,
             commit=args.commit,
             command=_command(arguments),
             targets=targets,
@@ -72,6 +75,7 @@ def run(
     selection: Selection,
     *,
     seconds: float | None = None,
+    minutes: float | None = None,
     commit: str | None = None,
     command: str = "",
     targets: dict[str, Path] | None = None,
@@ -79,6 +83,7 @@ def run(
     """Measure the cases and return a document for each; ``targets`` gives files by topic, the same one for several."""
     torch.backends.cuda.matmul.allow_tf32 = False  # peers in f32 are f32
     device = selection.device
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     clock = make_clock(device)
     _say("ceilings")
     first = best = measure_ceilings(device, clock)
@@ -115,7 +120,7 @@ def run(
         docs(best, complete=False)
 
     for case in selected:
-        context = Context(selection, clock, first, budget, _say, save)
+        context = Context(selection, clock, first, budget, _say, save, deadline)
         contexts.append((case, context))
         context.run_case(case)
     last = measure_ceilings(device, clock)
@@ -143,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:n]")
     parser.add_argument("--json", type=Path, help="a .json file for all ops, or a folder for one <op>.json each")
     parser.add_argument("--seconds", type=float, help="budget of a row; default 0.5 on a GPU, 0.05 on a CPU")
+    parser.add_argument("--minutes", type=float, help="after so many no further problem begins; the result names them")
     parser.add_argument("--sweep", action="store_true", help="also the tuning records near the chosen one")
     parser.add_argument("--no-peers", action="store_true", help="only our own rows")
     parser.add_argument("--commit", help="commit of this tree, where there is no git; says that it is clean")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -202,6 +202,23 @@ def test_committed_results_keep_the_schema(path: Path):
 
 
 # checks before times
+
+
+def test_after_the_deadline_no_problem_begins(monkeypatch: pytest.MonkeyPatch):
+    """It is named as left out; what was measured before stays."""
+    found = context()
+    first = problem(variant("good"))
+
+    def problems(selection: Selection) -> Iterator[Problem]:
+        yield first
+        found.deadline = 0.0
+        yield first
+
+    found.run_case(Case(topic="t", op=first.op, summary="", shapes=(), problems=problems))
+    assert len(found.rows) == 1
+    assert [(entry["variant"], entry["why"]) for entry in found.skipped] == [
+        ("all", "not reached in the minutes given")
+    ]
 
 
 def test_a_red_check_makes_no_row():

@@ -64,6 +64,8 @@ def run(context: Context) -> list[Row]:
             lengths, batches = selection.lengths or LENGTHS, selection.samples or BATCHES
             cells = [(b, n) for n in lengths for b in batches] if gpu else [CPU_CELL]
             for batch, length in cells:
+                if context.is_over(ROW_OP, {"B": batch, "L": length}, name):
+                    continue
                 context.say(f"{name}, batch {batch}, length {length}, {dtype}")
                 try:
                     cell = measure_cell(dense, batch, length, plan, context.clock, say=context.say, twins=twins)

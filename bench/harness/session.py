@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +37,8 @@ class Context:
     say: Callable[[str], None] = _silent
     on_rows: Callable[[], None] = lambda: None
     """Called after every problem, so that what was measured is kept whatever comes."""
+    deadline: float = math.inf
+    """``time.monotonic()`` from which on no further problem begins."""
     rows: list[Row] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     """Variants whose check was red: they have no row."""
@@ -51,11 +55,20 @@ class Context:
         self.skipped.append({"op": op, "shape": dict(shape), "variant": variant, "why": why})
         self.say(f"  skipped {variant}: {why}")
 
+    def is_over(self, op: str, shape: Mapping[str, int], variant: str) -> bool:
+        """Whether the deadline has passed; what is then not measured is noted."""
+        if time.monotonic() < self.deadline:
+            return False
+        self.skip(op, shape, variant, "not reached in the minutes given")
+        return True
+
     def run_case(self, case: Case) -> None:
         """All rows of a case. One problem's failure does not take the others' rows with it."""
         if case.run is not None:
             self.add(case.run(self))
         for problem in case.problems(self.selection) if case.problems is not None else ():
+            if self.is_over(problem.op, problem.shape, "all"):
+                continue
             self.say(problem.label)
             self.add(self.measure(problem))
             gc.collect()
