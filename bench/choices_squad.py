@@ -56,7 +56,6 @@ ROW_CHANGES: dict[str, dict[str, Any]] = {
     "8,192 questions": {"num_grads": 8192},
     "two clusters": {"row_clusters": 2},
     "four clusters": {"row_clusters": 4},
-    "norms refit": {"refit_norms": True},
 }
 FIGURES = {"predicted_loss": "{:.4f}", "f1": "{:.2f}"}
 DIAGONAL_SIZE = 64

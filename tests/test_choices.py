@@ -30,27 +30,27 @@ def test_every_cell_has_settings() -> None:
 
 def test_only_what_is_asked_for_in_that_order() -> None:
     """A pattern is not taken for the end of another: 2:8 is not 64:2:8."""
-    cells = choices_squad.chosen_cells(["row"], 1, ["2:8/norms refit", "64:2:8/8,192 questions", "norms refit"])
+    cells = choices_squad.chosen_cells(["row"], 1, ["2:8/four clusters", "64:2:8/8,192 questions", "four clusters"])
     assert [(cell["pattern"], cell["value"]) for cell in cells] == [
-        ("2:8", "norms refit"),
+        ("2:8", "four clusters"),
         ("64:2:8", "8,192 questions"),
-        ("2:4", "norms refit"),
-        ("64:2:8", "norms refit"),
+        ("2:4", "four clusters"),
+        ("64:2:8", "four clusters"),
     ]
     assert {cell["value"] for cell in choices_squad.chosen_cells(STUDIES, 1, ["4:8"])} == {choices_squad.AS_IT_IS}
     assert choices_squad.chosen_cells(STUDIES, 2) == list(choices_squad._cells(STUDIES, 2))
-    with pytest.raises(ConfigError, match=r"--only must be PATTERN.*got 'norm refit'; values: as it is; .*norms refit"):
-        choices_squad.chosen_cells(["row"], 1, ["norm refit"])
+    with pytest.raises(ConfigError, match=r"--only must be PATTERN.*got 'four cluster'; values: as it is; .*clusters"):
+        choices_squad.chosen_cells(["row"], 1, ["four cluster"])
 
 
 def test_changes_that_were_not_run_are_said() -> None:
     """Of the row study every change has a line, run or not; a pattern that is no part of a change is not run."""
-    cell = {"study": "row", "pattern": "2:8", "D": "row", "value": "norms refit", "seed": 0, "f1": 61.0}
+    cell = {"study": "row", "pattern": "2:8", "D": "row", "value": "four clusters", "seed": 0, "f1": 61.0}
     cell |= {"predicted_loss": 0.25, "device": "cpu", "commit": "abc"}
     header = {"num_grads": 64, "dampening_frac": 0.01, "every": 1}
     text = choices_squad.to_markdown({"header": header, "dense_f1": 76.0, "cells": {"x": cell}})
-    line = next(line for line in text.splitlines() if line.startswith("| norms refit |"))
-    places = [i for i, part in enumerate(line.split("|")) if part.strip() not in ("", "norms refit", "not run")]
+    line = next(line for line in text.splitlines() if line.startswith("| four clusters |"))
+    places = [i for i, part in enumerate(line.split("|")) if part.strip() not in ("", "four clusters", "not run")]
     assert len(places) == 2 and " 0.2500 " in line and " 61.00 " in line
     heads = next(line for line in text.splitlines() if line.startswith("| | predicted")).split("|")
     assert [heads[i].strip() for i in places] == ["predicted loss, 2:8", "F1, 2:8"]

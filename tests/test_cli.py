@@ -406,7 +406,7 @@ def test_plan_takes_the_options_of_prune():
         for c in (plan, prune)
     )
     assert of_plan == {name: value for name, value in of_prune.items() if name != "dry_run"}
-    studies = {"refit_bias", "row_clusters", "refit_norms", "sweep_order"}  # by --config only
+    studies = {"refit_bias", "row_clusters", "sweep_order"}  # by --config only
     assert {field.name for field in dataclasses.fields(OBSConfig)} - studies <= set(of_plan)
 
 

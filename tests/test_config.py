@@ -35,7 +35,6 @@ FIELDS = {
     "sequential": False,
     "refit_bias": True,
     "row_clusters": 1,
-    "refit_norms": False,
     "sweep_order": "given",
 }
 
@@ -277,6 +276,7 @@ def test_pattern_keeps_every_digit_of_its_sparsity(target):
         ("num_recomputations", ["num_recomputations", "recomputations"]),
         ("block_size", ["block_size", "fisher_block_size"]),
         ("params", ["params", "targets"]),
+        ("refit_norms", ["refit_norms", "nothing any more", "lowered the accuracy"]),
     ],
 )
 def test_unknown_keys(key, words):
@@ -284,6 +284,11 @@ def test_unknown_keys(key, words):
         OBSConfig.from_dict({"pattern": "2:4", key: 1})
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+def test_a_removed_setting_that_changed_nothing_is_left_out():
+    cfg = OBSConfig(pattern="2:4", curvature="row", sequential=True)
+    assert OBSConfig.from_dict(cfg.to_dict() | {"refit_norms": False}) == cfg
 
 
 def test_missing_pattern():

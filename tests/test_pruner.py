@@ -1278,6 +1278,21 @@ def test_state_of_another_config_is_refused(change):
     assert equal(before, bits(pruner))
 
 
+def test_a_state_of_before_refit_norms_went_is_taken():
+    """It says that there was none; one of norms that were fitted is refused."""
+    source = collected(mlp(), config("2:8"))
+    state = source.state_dict()
+    assert "norms" not in state
+    older = state | {"config": state["config"] | {"refit_norms": False}, "norms": []}
+    pruner = OBSPruner(mlp(), config("2:8"))
+    pruner.load_state_dict(saved(older))
+    assert equal(bits(source), bits(pruner))
+    before = bits(pruner)
+    with pytest.raises(ResumeMismatchError, match=r"unknown key 'refit_norms'; here it is nothing any more"):
+        pruner.load_state_dict(older | {"config": older["config"] | {"refit_norms": True}, "norms": [{"name": "0"}]})
+    assert equal(before, bits(pruner))
+
+
 def test_state_of_another_model_is_refused():
     state = collected(mlp(), config("2:8")).state_dict()
     with pytest.raises(ResumeMismatchError, match="other layers or shapes"):

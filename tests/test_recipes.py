@@ -378,6 +378,10 @@ def test_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
     assert load_recipe(path) == recipe and recipe_from_dict(recipe.to_dict()) == recipe
     assert yaml.safe_load(recipe.to_yaml()) == json.loads(json.dumps(recipe.to_dict())), "any other reader too"
     assert hash(recipe) == hash(load_recipe(name))
+    older = recipe.to_dict()
+    if recipe.pruning is not None:
+        older["pruning"] |= {"refit_norms": False}
+    assert recipe_from_dict(older) == recipe
 
 
 def test_a_file_as_people_write_it(tmp_path: Path) -> None:
@@ -492,6 +496,7 @@ def test_overrides_that_are_refused(overrides: dict[str, str], words: str) -> No
         ({"pruning": {"patern": "2:8"}}, "pruning.patern; did you mean 'pattern'"),
         ({"pruning": {"pattern": "2:8", "mask_structure": "2:4"}}, "pruning.mask_structure; here it is.*keeps n of m"),
         ({"pruning": {"pattern": "2:8", "num_recomputations": 4}}, "pruning.recomputations"),
+        ({"pruning": {"pattern": "2:8", "refit_norms": True}}, "pruning.refit_norms; here it is nothing any more"),
         ({"pruning": {}}, "pruning: pattern is missing"),
         ({"schedule": {"start_epoch": 0}}, "schedule: end_epoch is missing"),
         ({"schedule": {"start_epoch": 0, "end_epoch": 1, "inter_func": "cubic"}}, "here it is schedule.shape"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -418,6 +419,12 @@ def test_bad_input_of_the_loop() -> None:
         with pytest.raises(ResumeMismatchError):
             gradual.load_state_dict(state)
     assert gradual.position == 1
+    state = gradual.state_dict()
+    for fitted in (True, False):  # of before refit_norms went: only without it
+        for settings in (state["identity"]["config"], state["pruner"]["config"]):
+            settings["refit_norms"] = fitted
+        with pytest.raises(ResumeMismatchError, match=r"config\.refit_norms\)") if fitted else nullcontext():
+            gradual.load_state_dict(state)
 
 
 def test_gradients_at_pruned_places_leave_the_norm() -> None:

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
-from obs_kernels.pruning.output_watch import Enough, Watched, is_same_memory, tensors_in, until_enough
+from obs_kernels.pruning.output_watch import Enough, is_same_memory, tensors_in, until_enough
 
 log = logging.getLogger("obs_kernels")
 FREE_SHARE = 0.5
@@ -35,7 +36,7 @@ class Chain:
     bytes_per_batch: int
     """Of all that the blocks are called with, in the first batch."""
 
-    def place_of(self, layers: Sequence[Watched]) -> int | None:
+    def place_of(self, layers: Sequence[PrunedLayer]) -> int | None:
         """The block that holds all of ``layers``, if one does."""
         modules = {layer.module for layer in layers}
         holders = [i for i, block in enumerate(self.blocks) if not modules.isdisjoint(block.modules())]
@@ -123,7 +124,7 @@ class KeptActivations:
         self._place = 0
         self._kept: list[_Kept] = []
 
-    def batches(self, layers: Sequence[Watched]) -> Batches:
+    def batches(self, layers: Sequence[PrunedLayer]) -> Batches:
         """Every batch, for a run that reaches ``layers``; layers are asked for in the order they run."""
         found = next(((c, p) for c in self._chains if (p := c.place_of(layers)) is not None), None)
         if found is None or not self._go_to(*found):
@@ -164,7 +165,7 @@ class KeptActivations:
         """Forget what is kept: the model has changed elsewhere than from block to block."""
         self._chain, self._kept = None, []
 
-    def refuse(self, layers: Sequence[Watched]) -> None:
+    def refuse(self, layers: Sequence[PrunedLayer]) -> None:
         """Run the whole model for the chain that holds ``layers`` from now on."""
         self.drop()
         self._chains = [chain for chain in self._chains if chain.place_of(layers) is None]
@@ -212,7 +213,7 @@ class _BlockRun:
 
 
 @torch.no_grad()
-def find_chains(model: nn.Module, layers: Sequence[Watched], run: Callable[[], Any]) -> list[Chain]:
+def find_chains(model: nn.Module, layers: Sequence[PrunedLayer], run: Callable[[], Any]) -> list[Chain]:
     """Chains of blocks with any of ``layers`` inside, as one whole ``run()`` shows them."""
     targets = {layer.module for layer in layers}
     lists: list[nn.ModuleList] = []

@@ -30,7 +30,7 @@ ON_SINGULAR = ("raise", "increase_damp", "skip")
 ON_UNSUPPORTED = ("raise", "skip", "pad")
 ON_NONFINITE = ("raise", "skip_batch")
 
-# names of other tools, explained instead of accepted in silence
+# names of other tools and of older versions, explained instead of accepted in silence
 FOREIGN_KEYS = {
     "mask_structure": "pattern (note: mask_structure 'n:m' prunes n of m, pattern keeps n of m)",
     "mask_type": "pattern",
@@ -39,7 +39,10 @@ FOREIGN_KEYS = {
     "num_recomputations": "recomputations",
     "block_size": "fisher_block_size",
     "params": "targets",
+    "refit_norms": "nothing any more: norms fitted to the dense model's outputs lowered the accuracy",
 }
+REMOVED: dict[str, Any] = {"refit_norms": False}
+"""Settings of older versions, each with the value that changed nothing: so it still stands in their files."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,6 @@ class OBSConfig:
             leave them alone.
         row_clusters: Hessians a layer, each for a cluster of rows (whole panels for v:n:m) whose weights of tokens are
             alike, found by one more pass with gradients; a layer with fewer rows or panels has one for each. For "row".
-        refit_norms: fit weight and bias of every normalisation layer (``find_norms``) to the dense model's outputs,
-            channel by channel, in the order they run: with ``sequential`` before the layers after it are pruned, else
-            at the end. Takes the data anew for each of them.
         sweep_order: "given", the groups of columns from left to right; "diagonal", those with the largest curvature
             first. For "row" and "layer".
     """
@@ -112,7 +112,6 @@ class OBSConfig:
     sequential: bool = False
     refit_bias: bool = True
     row_clusters: int = 1
-    refit_norms: bool = False
     sweep_order: str = "given"
 
     def __post_init__(self) -> None:
@@ -133,7 +132,7 @@ class OBSConfig:
             raise ConfigError(
                 "damp must be greater than 0, got 0; an empirical Fisher of few samples is singular without it"
             )
-        for name in ("global_sparsity", "sequential", "refit_bias", "refit_norms"):
+        for name in ("global_sparsity", "sequential", "refit_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, choices in (
@@ -255,7 +254,7 @@ class OBSConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OBSConfig:
         """The inverse of ``to_dict``; an unknown key is an error that names the nearest known one."""
-        known = [f.name for f in fields(cls)]
+        values, known = without_removed(values), [f.name for f in fields(cls)]
         for key in values:
             if key in known:
                 continue
@@ -272,6 +271,11 @@ class OBSConfig:
     def fingerprint(self) -> str:
         """A text that is equal for equal settings."""
         return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values``, perhaps of an older version, less settings that are no more and changed nothing there."""
+    return {k: v for k, v in values.items() if k not in REMOVED or v != REMOVED[k]}
 
 
 def takes_row_curvature(pattern: Pattern) -> bool:

@@ -63,9 +63,8 @@ def distributed_step(
             only one process can do. What ``gradual_step`` raises in one process, every one raises; the model is then
             as before the call.
     """
-    for name, plain in (("refit_norms", False), ("row_clusters", 1)):  # each process would find others
-        if (value := getattr(pruner.config, name)) != plain:
-            raise ConfigError(f"{name} is for one process, got {value} with several; use {name}={plain}")
+    if (clusters := pruner.config.row_clusters) != 1:  # each process would find others
+        raise ConfigError(f"row_clusters is for one process, got {clusters} with several; use row_clusters=1")
     work = _Exchange(pruner)
     now = [(layer.weight.detach(), layer.bias, layer.mask) for layer in pruner.layers]
     work.require_same("before the step", now)

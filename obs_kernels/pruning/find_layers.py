@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights of a model a configuration selects, and which it leaves out and why; which norms it may refit."""
+"""Which weights of a model a configuration selects, and which it leaves out and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, NonFiniteError, ShapeNotSupportedError
 from obs_kernels.patterns import Pattern
 from obs_kernels.pruning.config import OBSConfig
-from obs_kernels.pruning.layer import Norm, PrunedLayer, SkippedLayer
+from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
 from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.sparse.linear import is_conv1d
 
@@ -80,37 +80,6 @@ def _set_shares(layers: list[PrunedLayer], cfg: OBSConfig) -> None:
                 )
             taken[layer.name] = rule
             layer.share = sparsity / cfg.parsed_pattern.sparsity
-
-
-def find_norms(model: nn.Module, cfg: OBSConfig) -> list[Norm]:
-    """Normalisation layers of ``model`` that ``cfg.refit_norms`` is for; none without it.
-
-    ``nn.LayerNorm``, ``nn.RMSNorm``, and any class whose name ends with RMSNorm, with a weight of one number a channel;
-    without those that ``cfg.ignore`` names, and those whose weight or bias another module also holds.
-
-    Raises:
-        ConfigError: there are none to refit.
-    """
-    if not cfg.refit_norms:
-        return []
-    modules = dict(model.named_modules())
-    owners = _weight_owners(modules)
-    found = []
-    for name, module in modules.items():
-        is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__.endswith("RMSNorm")
-        norm = Norm(name, module)
-        weight = getattr(module, "weight", None)
-        if not is_norm or not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not weight.numel():
-            continue
-        own = all(owners[_place_of(p)] == [name] for p in (norm.weight, norm.bias) if p is not None)
-        if own and not any(_matches(rule, name, module) for rule in cfg.ignore):
-            found.append(norm)
-    if not found:
-        raise ConfigError(
-            f"refit_norms needs normalisation layers with a weight of their own, got none in {type(model).__name__}; "
-            f"use refit_norms=False"
-        )
-    return found
 
 
 def _make_layer(

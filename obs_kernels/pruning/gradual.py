@@ -63,12 +63,10 @@ def gradual_step(
 @contextmanager
 def _unchanged_on_error(pruner: OBSPruner, *, parts: int) -> Iterator[None]:
     """Position, masks and weights of ``pruner`` as they were, if an error comes; what was collected is dropped."""
-    position = {
-        name: getattr(pruner, name) for name in ("stages", "stage", "_saliency", "_seconds", "_num_grads", "_norms")
-    }
+    position = {name: getattr(pruner, name) for name in ("stages", "stage", "_saliency", "_seconds", "_num_grads")}
     reports, masks = dict(pruner._reports), [layer.mask for layer in pruner.layers]
-    # a part that is whole is written before the next one, and the norms, begin; within one, nothing is written before
-    weights = Snapshot([*pruner.layers, *pruner.norms]) if parts > 1 or pruner.norms else None
+    # a part that is whole is written before the next one begins; within one, nothing is written before it is whole
+    weights = Snapshot(pruner.layers) if parts > 1 else None
     try:
         yield
     except BaseException:

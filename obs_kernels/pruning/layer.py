@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pruned weight: its mask and its Fisher sum; a weight that is left out; and a norm between pruned layers."""
+"""One pruned weight: its mask and its Fisher sum; and a weight that is left out."""
 
 from __future__ import annotations
 
@@ -183,24 +183,3 @@ class SkippedLayer:
     name: str
     shape: tuple[int, ...]
     reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A normalisation layer with a number a channel, and perhaps a bias."""
-
-    name: str
-    module: nn.Module
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """[C], looked up afresh as in ``PrunedLayer``."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """[C], if there is one."""
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, nn.Parameter) else None

@@ -26,7 +26,7 @@ from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.gradient_buffer import allocate_sums
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.modes import eval_mode
-from obs_kernels.pruning.output_watch import Expected, Seen, Watched, expected_of, watch
+from obs_kernels.pruning.output_watch import Expected, Seen, expected_of, watch
 from obs_kernels.pruning.phase_times import PhaseTimes, phase
 from obs_kernels.pruning.row_layer import RowLayer, require_row_layers
 from obs_kernels.pruning.samples import as_tokens
@@ -39,7 +39,7 @@ WAITING_BYTES = (1 << 25, 1 << 28)
 class Snapshot:
     """Weights and biases of layers as they are now, to be put back, or put in for a while."""
 
-    def __init__(self, layers: Sequence[Watched]) -> None:
+    def __init__(self, layers: Sequence[PrunedLayer]) -> None:
         found = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}  # each once
         self._saved = [(parameter, parameter.detach().clone()) for parameter in found.values()]
         self._inside: dict[nn.Module, list[int]] = {}
@@ -242,7 +242,7 @@ class DenseModel:
     def _whole(self) -> Batches:
         for index, batch, padding in device_batches(self._checked(self.loader), self.device, self.timings):
             if index in self.weights.counts:
-                yield index, padding, WholeRun(self.model, batch, self.loss_fn)
+                yield index, padding, _WholeRun(self.model, batch, self.loss_fn)
 
     def _marked(self, loader: Iterable[Any]) -> Iterator[Any]:
         for batch in loader:
@@ -263,7 +263,7 @@ class DenseModel:
 
 
 @dataclass(frozen=True, eq=False)
-class WholeRun:
+class _WholeRun:
     """All of a model on one batch, as a ``Run``."""
 
     model: nn.Module

@@ -12,26 +12,23 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from obs_kernels.pruning.capture import input_of
-from obs_kernels.pruning.layer import Norm, PrunedLayer
+from obs_kernels.pruning.layer import PrunedLayer
 
 ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-
-
-Watched: TypeAlias = PrunedLayer | Norm
 
 
 @dataclass(eq=False)
 class Seen:
     """One call of a layer's module."""
 
-    layer: Watched
+    layer: PrunedLayer
     input: Tensor
     output: Tensor
     """What the module gave, or the sum that it went into; a copy once no more of it is awaited."""
@@ -42,7 +39,7 @@ class Seen:
     """Tensors that the output went into, by id; an id may come back for another tensor, hence the reference."""
 
 
-Expected = Mapping[Watched, tuple[bool, ...]]
+Expected = Mapping[PrunedLayer, tuple[bool, ...]]
 """Of each layer, one entry a call: whether its output goes into an addition."""
 
 
@@ -65,7 +62,7 @@ class _Watch(TorchFunctionMode):
         """Whether functions are to be watched, at some microseconds of the host for each."""
         return self.expected is None or any(any(calls) for calls in self.expected.values())
 
-    def hook_of(self, layer: Watched) -> Callable[..., None]:
+    def hook_of(self, layer: PrunedLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             call = sum(found.layer is layer for found in self.seen)
             found = Seen(layer, self._copy(input_of(args, kwargs)), output.detach(), output._version)
@@ -158,7 +155,7 @@ def until_enough(run: Callable[[], Any]) -> None:
 
 @torch.no_grad()
 def watch(
-    layers: Sequence[Watched],
+    layers: Sequence[PrunedLayer],
     run: Callable[[], Any],
     expected: Expected | None = None,
     *,
@@ -181,7 +178,7 @@ def watch(
     return watching.seen
 
 
-def expected_of(layers: Sequence[Watched], seen: Sequence[Seen]) -> dict[Watched, tuple[bool, ...]]:
+def expected_of(layers: Sequence[PrunedLayer], seen: Sequence[Seen]) -> dict[PrunedLayer, tuple[bool, ...]]:
     """What a later pass can expect, from a whole one."""
     return {layer: tuple(found.is_sum for found in seen if found.layer is layer) for layer in layers}
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from obs_kernels.errors import MemoryBudgetError
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.pruning.gradient_buffer import MAX_ROWS, buffer_room, choose_rows, most_rows, row_bytes
-from obs_kernels.pruning.layer import Norm, PrunedLayer, SkippedLayer
+from obs_kernels.pruning.layer import PrunedLayer, SkippedLayer
 from obs_kernels.pruning.memory import free_bytes, readable
 from obs_kernels.pruning.row_layer import RowLayer
 
@@ -48,10 +48,6 @@ class PruningPlan:
     """Whether each group sees the model that the groups before it have pruned; rows are then in their order."""
     way: str = ""
     """In words: which passes over the calibration data there are."""
-    norms: tuple[str, ...] = ()
-    """Normalisation layers that are refit."""
-    held_bytes: int = 0
-    """Of the dense weights that are held for it until then."""
 
     @property
     def peak_bytes(self) -> int:
@@ -104,8 +100,6 @@ class PruningPlan:
             "num_weights": self.num_weights,
             "layer_by_layer": self.layer_by_layer,
             "way": self.way,
-            "norms": list(self.norms),
-            "held_bytes": self.held_bytes,
         }
 
     def to_markdown(self) -> str:
@@ -129,12 +123,6 @@ class PruningPlan:
                 f"{max(self.buffer_rows)} gradients buffered in {max(self.buffer_bytes) / 1e6:,.0f} MB; at most "
                 f"{self.peak_bytes / 1e6:,.0f} MB at once, beside the model and what a batch takes"
             )
-        if self.norms:
-            lines.append(
-                f"{len(self.norms)} norms refit, with a pass of the dense and one of the pruned model for "
-                f"each (of their block alone where blocks follow each other); {self.held_bytes / 1e6:,.0f} MB of dense "
-                f"weights held until then"
-            )
         return "\n".join(lines)
 
     __str__ = to_markdown
@@ -150,7 +138,6 @@ def make_plan(
     num_grads: int = MAX_ROWS,
     sequential: bool = False,
     order: Sequence[Sequence[str]] | None = None,
-    norms: Sequence[Norm] = (),
 ) -> PruningPlan:
     """Assign layers to groups whose Fisher sums fit ``budget`` bytes (None: a share of the free memory).
 
@@ -159,36 +146,7 @@ def make_plan(
         sequential: groups follow each other as they run, each on the model pruned so far.
         order: of ``execution_groups``, for ``sequential``; None takes the layers one by one in the order of their
             names in the model.
-        norms: that are refit.
     """
-    plan = _plan_groups(
-        layers,
-        skipped,
-        pattern,
-        needs_fisher=needs_fisher,
-        budget=budget,
-        num_grads=num_grads,
-        sequential=sequential,
-        order=order,
-    )
-    if not norms:
-        return plan
-    changed: list[PrunedLayer | Norm] = [*layers, *norms]
-    held = {id(p): p.nbytes for item in changed for p in (item.weight, item.bias) if p is not None}
-    return replace(plan, norms=tuple(norm.name for norm in norms), held_bytes=sum(held.values()))
-
-
-def _plan_groups(
-    layers: Sequence[PrunedLayer],
-    skipped: Sequence[SkippedLayer],
-    pattern: str,
-    *,
-    needs_fisher: bool,
-    budget: int | None,
-    num_grads: int,
-    sequential: bool,
-    order: Sequence[Sequence[str]] | None,
-) -> PruningPlan:
     device = layers[0].weight.device
     free = free_bytes(device)
     limit = budget if budget is not None else int(free * FREE_SHARE)

@@ -14,13 +14,13 @@ from obs_kernels.errors import ConfigError
 from obs_kernels.patterns import Pattern, parse_pattern
 from obs_kernels.pruning.calibration import LossFn, add_parameter_gradients, collect_gradients, find_row_clusters
 from obs_kernels.pruning.config import OBSConfig
-from obs_kernels.pruning.find_layers import find_layers, find_norms
+from obs_kernels.pruning.find_layers import find_layers
 from obs_kernels.pruning.gradient_buffer import GradientBuffer
 from obs_kernels.pruning.held import held_layer, require_at
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.plan import PruningPlan, check_fits, make_plan
-from obs_kernels.pruning.report import LayerReport, NormReport, PruningReport, merge_saliency
+from obs_kernels.pruning.report import LayerReport, PruningReport, merge_saliency
 from obs_kernels.pruning.schedule import EPSILON, check_reachable, recomputation_stages
 from obs_kernels.pruning.state import check_state, tables_of, take_tables
 from obs_kernels.pruning.step import StagedLayer, stage_step
@@ -48,8 +48,6 @@ class OBSPruner:
         self.model = model
         self.config = config
         self.layers, self.skipped = find_layers(model, config)
-        self.norms = find_norms(model, config)
-        """What ``sparsify_`` and ``gradual_step`` refit."""
         self.stages = recomputation_stages(config.parsed_pattern, config.recomputations)
         """Patterns on the way, the last one that of the config; ``prune(pattern)`` puts another in."""
         self.stage = 0
@@ -57,7 +55,6 @@ class OBSPruner:
         self._budget = memory_budget
         self._saliency = 0.0
         self._reports: dict[str, LayerReport] = {}
-        self._norms: tuple[NormReport, ...] = ()
         self._seconds = 0.0
         self._num_grads = 0
         self._buffer: GradientBuffer | None = None
@@ -78,7 +75,6 @@ class OBSPruner:
             num_grads=self.config.num_grads,
             sequential=self.config.sequential,
             order=order,
-            norms=self.norms,
         )
 
     def collect(
@@ -192,11 +188,6 @@ class OBSPruner:
             ConfigError: no gradients, all stages are done, or ``pattern`` is not on the way: of another kind, beyond
             the config's, or one that would open pruned weights. SingularBlockError: names layer and block.
         """
-        if self.config.refit_norms:
-            raise ConfigError(
-                "refit_norms needs the data again for every norm, got prune(), which has none; use sparsify_ or "
-                "gradual_step"
-            )
         before = self.stages
         if pattern is not None:
             self.aim_at(self.stages_to(pattern))
@@ -268,11 +259,6 @@ class OBSPruner:
         self.stage += 1
         return self.report()
 
-    def note_norms(self, norms: Sequence[NormReport]) -> None:
-        """Take what was refit last into the report."""
-        self._norms = tuple(norms)
-        self._seconds += sum(norm.seconds for norm in norms)
-
     def report(self) -> PruningReport:
         """The report as it stands."""
         return PruningReport(
@@ -285,7 +271,6 @@ class OBSPruner:
             seconds=self._seconds,
             skipped=tuple((s.name, s.reason) for s in self.skipped),
             environment={"torch": torch.__version__, "device": _device_name(self.layers[0].weight.device)},
-            norms=self._norms,
         )
 
     @torch.no_grad()
@@ -352,7 +337,6 @@ class OBSPruner:
             "reports": {
                 name: report.__dict__ | {"shape": list(report.shape)} for name, report in self._reports.items()
             },
-            "norms": [dict(vars(norm)) for norm in self._norms],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -366,7 +350,6 @@ class OBSPruner:
         self.stages, self.stage, self._saliency = stages, state["stage"], float(state["saliency"])
         self._seconds, self._num_grads = float(state["seconds"]), state["received"]
         self._reports = {k: LayerReport(**{**v, "shape": tuple(v["shape"])}) for k, v in state["reports"].items()}
-        self._norms = tuple(NormReport(**norm) for norm in state.get("norms", ()))
 
     def _named(self, names: Sequence[str] | None) -> list[PrunedLayer]:
         if names is None:

@@ -36,20 +36,6 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class NormReport:
-    """One normalisation layer of the last ``refit_norms``."""
-
-    name: str
-    error_before: float
-    """Mean square by which its outputs miss the dense model's, as a share of the variance of those."""
-    error_after: float
-    """The same with the fitted weight and bias, on the same inputs."""
-    refit: bool
-    """False where nothing was to be made up for, or no token came: weight and bias stay."""
-    seconds: float
-
-
-@dataclass(frozen=True)
 class PruningReport:
     """Result of ``OBSPruner.prune`` or ``sparsify_``: the layers as they are now, and sums over all stages."""
 
@@ -66,8 +52,6 @@ class PruningReport:
     skipped: tuple[tuple[str, str], ...] = ()
     """(layer, reason) of candidates that were left out."""
     environment: dict[str, str] = field(default_factory=dict)
-    norms: tuple[NormReport, ...] = ()
-    """Under ``refit_norms``, in the order they run."""
 
     @property
     def sparsity(self) -> float:
@@ -103,13 +87,6 @@ class PruningReport:
                 f"{row.outcome} | {row.seconds:.2f} |"
             )
         lines += [f"| {name} | | | | | left out: {reason} | |" for name, reason in self.skipped]
-        if self.norms:
-            lines += ["", "| norm | error before | error after | outcome | s |", "|---|---:|---:|---|---:|"]
-        for norm in self.norms:
-            outcome = "refit" if norm.refit else "as it was"
-            lines.append(
-                f"| {norm.name} | {norm.error_before:.4g} | {norm.error_after:.4g} | {outcome} | {norm.seconds:.2f} |"
-            )
         return "\n".join(lines) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:

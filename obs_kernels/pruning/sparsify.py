@@ -22,8 +22,6 @@ from obs_kernels.pruning.execution import execution_groups
 from obs_kernels.pruning.layer import PrunedLayer
 from obs_kernels.pruning.layerwise import DenseModel, Snapshot
 from obs_kernels.pruning.memory import readable
-from obs_kernels.pruning.norm_refit import NormRefit
-from obs_kernels.pruning.output_watch import Watched
 from obs_kernels.pruning.phase_times import PhaseTimes
 from obs_kernels.pruning.pruner import OBSPruner
 from obs_kernels.pruning.report import PruningReport
@@ -49,9 +47,7 @@ def sparsify_(
     on the grouping.
 
     Args:
-        model: pruned in place; unchanged if an error comes before the first stage is whole. Without
-            ``sequential``, norms are refit when the layers are whole, and an error there leaves the norms alone as they
-            were.
+        model: pruned in place; unchanged if an error comes before the first stage is whole.
         loader: batches, re-iterable where more than one pass is needed; None only where no gradient is
             (``cfg.needs_fisher``).
         loss_fn: ``loss_fn(model, batch)``, see ``OBSPruner.collect``.
@@ -101,13 +97,12 @@ def run_until(
     ``stage`` takes the place of ``pruner.stage_layers``, as where several processes share the work.
     """
     cfg = pruner.config
-    if (cfg.needs_fisher or cfg.refit_norms) and (loader is None or loss_fn is None):
+    if cfg.needs_fisher and (loader is None or loss_fn is None):
         raise ConfigError(
-            f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r} and refit_norms="
-            f"{cfg.refit_norms}, got None"
+            f"loader and loss_fn are needed for method={cfg.method!r} with update={cfg.update!r}, got None"
         )
     groups = require_groups(pruner)
-    if (cfg.sequential or cfg.refit_norms or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
+    if (cfg.sequential or len(groups) * (until - pruner.stage) > 1) and isinstance(loader, Iterator):
         raise ConfigError(
             "loader is an iterator, which can be used only once; pass a list, a DataLoader or another re-iterable"
         )
@@ -116,24 +111,15 @@ def run_until(
     with nullcontext() if work_dir is None else hold_folder(work_dir) as held:
         folder = None if held is None else _WorkDir(held, pruner, resume=resume)
         whole_rows = cfg.sequential and cfg.curvature == "row"
-        snapshot = Snapshot([*pruner.layers, *pruner.norms]) if whole_rows or cfg.refit_norms else None
         dense: DenseModel | None = None
-        if whole_rows and snapshot is not None and loader is not None and loss_fn is not None:
-            dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, snapshot, timings)
-        refit: NormRefit | None = None
-        if pruner.norms and snapshot is not None and loader is not None and loss_fn is not None:
-            given = pruner.model, pruner.layers, pruner.norms, loader, loss_fn, cfg, snapshot, timings
-            refit = NormRefit(*given)
+        if whole_rows and loader is not None and loss_fn is not None:
+            dense = DenseModel(pruner.model, pruner.layers, loader, loss_fn, cfg, Snapshot(pruner.layers), timings)
         while pruner.stage < until:
             staged: list[StagedLayer] = []
             if dense is not None:
                 dense.begin_stage()
-            if refit is not None:
-                refit.begin_stage()
-            with _restored_on_error([*pruner.layers, *pruner.norms]) if cfg.sequential else nullcontext():
+            with _restored_on_error(pruner) if cfg.sequential else nullcontext():
                 for names in groups:
-                    if refit is not None and cfg.sequential:
-                        refit.refit_before(pruner._named(names))
                     done = None if folder is None else folder.load(pruner, names)
                     if done is None:
                         if dense is not None:
@@ -149,19 +135,12 @@ def run_until(
                         for item in done:
                             item.write()
                     staged += done
-                if refit is not None and cfg.sequential:
-                    refit.refit_before()
             pruner.commit(staged)
-        if refit is not None:
-            if not cfg.sequential:  # all layers are written now
-                with _restored_on_error(pruner.norms):
-                    refit.refit_before()
-            pruner.note_norms(refit.reports)
 
 
 @contextmanager
-def _restored_on_error(changed: Sequence[Watched]) -> Iterator[None]:
-    before = Snapshot(changed)
+def _restored_on_error(pruner: OBSPruner) -> Iterator[None]:
+    before = Snapshot(pruner.layers)
     try:
         yield
     except BaseException:

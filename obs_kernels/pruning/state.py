@@ -15,7 +15,7 @@ from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.patterns import Pattern, parse_pattern
 from obs_kernels.pruning.config import OBSConfig
 from obs_kernels.pruning.layer import PrunedLayer
-from obs_kernels.pruning.report import LayerReport, NormReport
+from obs_kernels.pruning.report import LayerReport
 from obs_kernels.pruning.row_layer import RowLayer
 from obs_kernels.pruning.schedule import check_reachable
 
@@ -104,10 +104,6 @@ def check_state(state: Mapping[str, Any], config: OBSConfig, layers: Sequence[Pr
     for name, report in state["reports"].items():
         if name not in names or not isinstance(report, Mapping) or set(report) != keys:
             raise ResumeMismatchError(f"state['reports'][{name!r}] is damaged; save the state again")
-    keys = {field.name for field in fields(NormReport)}
-    norms = state.get("norms", [])  # states of before there was refit_norms have none
-    if not isinstance(norms, Sequence) or not all(isinstance(n, Mapping) and set(n) == keys for n in norms):
-        raise ResumeMismatchError("state['norms'] is damaged; save the state again")
     return stages
 
 

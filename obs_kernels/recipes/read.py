@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from obs_kernels.errors import ConfigError, MissingDependencyError
-from obs_kernels.pruning.config import FOREIGN_KEYS, OBSConfig
+from obs_kernels.pruning.config import FOREIGN_KEYS, REMOVED, OBSConfig, without_removed
 from obs_kernels.pruning.schedule import PruningSchedule
 from obs_kernels.recipes.model import (
     FORMAT_VERSION,
@@ -33,6 +33,7 @@ TEXTS = ("name", "description")
 # names of other tools, explained instead of accepted in silence
 FOREIGN = {
     **{key: f"pruning.{value}" for key, value in FOREIGN_KEYS.items()},
+    **{key: FOREIGN_KEYS[key] for key in REMOVED},
     "sparsity": "pruning.pattern, for example 'unstructured:0.9' or 'block4:0.8'",
     "training_modifiers": "section training",
     "pruning_modifiers": "sections pruning and schedule",
@@ -119,6 +120,8 @@ def _recipe(values: Any) -> Recipe:
             continue
         if not isinstance(section, Mapping):
             raise ConfigError(f"section {key} must be a mapping of its fields, got {section!r}")
+        if kind is OBSConfig:
+            section = without_removed(section)
         known = [field.name for field in fields(kind)]
         _check_keys(section, known, f"{key}.")
         try:

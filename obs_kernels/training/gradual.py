@@ -31,6 +31,7 @@ from torch import nn
 from obs_kernels.errors import ConfigError, ResumeMismatchError
 from obs_kernels.pruning import OBSPruner, PruningReport, gradual_step
 from obs_kernels.pruning.calibration import LossFn
+from obs_kernels.pruning.config import without_removed
 from obs_kernels.pruning.distributed import distributed_step, is_distributed
 from obs_kernels.pruning.held_masks import HeldMasks
 from obs_kernels.pruning.state import check_state, check_weights
@@ -202,7 +203,7 @@ def check_identity(theirs: Any, mine: Mapping[str, Any]) -> None:
 def _differing(theirs: Any, mine: Any, place: str) -> list[str]:
     if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
         found = []
-        for key in {*theirs, *mine}:
+        for key in {*without_removed(theirs), *mine}:
             found += _differing(theirs.get(key), mine.get(key), f"{place}.{key}" if place else str(key))
         return found
     return [] if _plain(theirs) == mine else [place]
