@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracle
 import pytest
 import torch
@@ -365,3 +367,33 @@ def test_after_search_and_update(gen):
     new = obs_update(weight, fisher, sel.mask, damp=0.1)
     x = torch.randn(5, 32, generator=gen)
     check(sparse_linear(x, pack(new, sel.mask, "4:2:8")), x, new, None, None)
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_which_op_a_compiler_sees(gen, grads, monkeypatch):
+    """The one with a formula where gradients may be wanted, else the one that costs the host less; both agree."""
+    monkeypatch.undo()  # dynamo does not trace the watched torch.empty
+    sparse, dense = make(gen, 8, 16, "2:4", torch.float32)
+    x = torch.randn(3, 16, generator=gen).requires_grad_(grads)
+    names: list[str] = []
+
+    def seen(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    run = torch.compile(lambda t: sparse_linear(t, sparse, activation="gelu"), backend=seen, fullgraph=True)
+    with torch.set_grad_enabled(grads):
+        y = run(x)
+    assert [name.rpartition(".")[2] for name in names if "sparse_linear" in name] == [
+        "sparse_linear" if grads else "sparse_linear_inference"
+    ]
+    torch.testing.assert_close(y, torch.nn.functional.gelu(x @ dense.T))
+    assert y.requires_grad == grads
+
+
+def test_tangents_stay_where_gradients_are_off(gen):
+    sparse, dense = make(gen, 8, 16, "2:4", torch.float32)
+    x = torch.randn(3, 16, generator=gen)
+    with torch.no_grad():
+        found = torch.func.jvp(lambda t: sparse_linear(t, sparse), (x,), (x,))[1]
+    torch.testing.assert_close(found, x @ dense.T)

@@ -127,6 +127,13 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         linear_arguments("2:2:8", activation="silu", x_layout="feature", grad=True),
         linear_arguments("2:8", x_layout="feature", y_layout="feature", grad=True),
     ],
+    "sparse_linear_inference": [
+        ((*operands, *options.values()), {})
+        for operands, options in (
+            linear_arguments("2:8"),
+            linear_arguments("2:2:8", activation="silu", x_layout="feature", y_layout="feature"),
+        )
+    ],
     "feature_major": [
         ((randn(3, 16),), REFERENCE),
         ((randn(2, 3, 16).requires_grad_(),), REFERENCE),

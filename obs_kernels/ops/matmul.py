@@ -95,12 +95,15 @@ def sparse_linear(
     flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
     columns = sparse.columns_or_empty()
     chosen = resolve("sparse_linear", backend, x, sparse.pattern)
-    if heard:
-        product: Any = partial(torch.ops.obs_kernels.sparse_linear, backend=chosen)
-    else:
-        product = kernel("sparse_linear", chosen)
+    operands = flat, values, codes, columns, bias, str(sparse.pattern)
     options = {"activation": activation or "", "x_layout": x_layout, "y_layout": y_layout}
-    y: Tensor = product(flat, values, codes, columns, bias, str(sparse.pattern), **options)
+    y: Tensor
+    if not heard:
+        y = kernel("sparse_linear", chosen)(*operands, **options)
+    elif torch.is_grad_enabled():
+        y = torch.ops.obs_kernels.sparse_linear(*operands, **options, backend=chosen)
+    else:
+        y = torch.ops.obs_kernels.sparse_linear_inference(*operands, *options.values(), chosen)
     y = y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
     if plans is not None and chosen == "cuda" and (flat is x or x.is_contiguous()):
         weight = values, codes, sparse.columns, bias, sparse.pattern_text
@@ -198,7 +201,7 @@ _LIBRARY.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("obs_kernels::sparse_linear", lib=_LIBRARY)
-def _(
+def _fake_sparse_linear(
     x: Tensor,
     values: Tensor,
     codes: Tensor,
@@ -213,6 +216,29 @@ def _(
 ) -> Tensor:
     tokens = x.shape[0] if x_layout == "token" else x.shape[1]
     return x.new_empty((tokens, values.shape[0]) if y_layout == "token" else (values.shape[0], tokens))
+
+
+# The same without gradients, for compiled models: the Python of an autograd formula takes the host 15 us a call, even
+# where it has nothing to do, and options by keyword and a composite key take 10.
+_LIBRARY.define(
+    "sparse_linear_inference(Tensor x, Tensor values, Tensor codes, Tensor columns, Tensor? bias, str pattern, "
+    "str activation, str x_layout, str y_layout, str backend) -> Tensor"
+)
+
+
+def _inference(*arguments: Any) -> Tensor:
+    *operands, activation, x_layout, y_layout, backend = arguments
+    return kernel("sparse_linear", backend)(*operands, activation=activation, x_layout=x_layout, y_layout=y_layout)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("sparse_linear_inference", _inference, _key)
+
+
+@torch.library.register_fake("obs_kernels::sparse_linear_inference", lib=_LIBRARY)
+def _(*arguments: Any) -> Tensor:
+    *operands, activation, x_layout, y_layout, backend = arguments
+    return _fake_sparse_linear(*operands, activation=activation, x_layout=x_layout, y_layout=y_layout, backend=backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
