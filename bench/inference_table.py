@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from obs_kernels.errors import ConfigError
 from obs_kernels.report.values import MISSING, number
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,16 +31,19 @@ def inference_table(docs: Sequence[Mapping[str, Any]]) -> str:
     """
     rows = [row for doc in docs for row in doc["rows"] if row["op"] == "encoder"]
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     cells: dict[tuple[str, int, int], dict[str, Any]] = {}
     for row in rows:
-        key = (row["name"], row["shape"]["B"], row["shape"]["L"])
-        cells.setdefault(key, {})[row["pattern"] or "dense"] = row
-    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
+        name = row["name"] if len(dtypes) == 1 else f"{row['name']}, {row['dtype']}"
+        cell = cells.setdefault((name, row["shape"]["B"], row["shape"]["L"]), {})
+        if (row["pattern"] or "dense") in cell:
+            raise ConfigError(f"results must hold a cell once, got {name}, {row['shape']} twice; leave one file out")
+        cell[row["pattern"] or "dense"] = row
     device, commit = (", ".join(dict.fromkeys(doc["env"][key] for doc in docs)) for key in ("device", "commit"))
     whole = all(doc["env"]["complete"] and not doc.get("skipped") for doc in docs)
     cut = "" if whole else "; other cells were not reached"
     lines = [
-        f"{device}, commit {commit}, {dtypes}: x the best dense time (x by kernel rows); "
+        f"{device}, commit {commit}, {', '.join(dtypes)}: x the best dense time (x by kernel rows as of that commit); "
         f"dense is the fastest of eager, CUDA graph, compiled, and both{cut}:",
         "",
         f"| model | batch x length | dense, ms | {' | '.join(patterns)} |",

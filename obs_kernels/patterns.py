@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -103,6 +103,11 @@ class NMPattern(Pattern):
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @cached_property
+    def text(self) -> str:
+        """``str(self)``, made once: every call of a product asks for it."""
+        return str(self)
 
     @property
     def sparsity(self) -> float:

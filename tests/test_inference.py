@@ -26,6 +26,7 @@ from obs_kernels.inference.power import EnergyMeter
 from obs_kernels.inference.predict import predict, predict_from_products
 from obs_kernels.ops import dispatch
 from obs_kernels.report.bench import schema_problems
+from obs_kernels.sparse import attention
 from obs_kernels.sparse.crossover import KernelRow, KernelTable
 from obs_kernels.timing import Ceilings, CpuClock
 
@@ -307,9 +308,26 @@ def test_the_table_of_the_bench() -> None:
     assert lines[2] == "| model | batch x length | dense, ms | 64:2:8 | 128:2:8 |"
     assert lines[4] == "| bert-large | 32 x 512 | 20.00 (compiled graph) | 1.25 (1.30) | 0.80 (–) |"
     cut = {"env": {"device": "a GPU", "commit": "def", "complete": False}, "rows": rows}
-    both = inference_table([{**cut, "env": {**cut["env"], "commit": "abc", "complete": True}}, cut]).splitlines()
+    more = {
+        "env": {**cut["env"], "commit": "abc", "complete": True},
+        "rows": [row | {"name": "minilm"} for row in rows],
+    }
+    both = inference_table([more, cut]).splitlines()
     assert both[0].startswith("a GPU, commit abc, def, bf16") and both[0].endswith("other cells were not reached:")
-    assert "not reached" not in lines[0] and both[2:] == lines[2:]
+    assert "not reached" not in lines[0] and both[2:4] + both[5:] == lines[2:] and both[4].startswith("| minilm |")
+    other = {**cut, "rows": [row | {"dtype": "f16"} for row in rows]}
+    assert "| bert-large, f16 | 32 x 512 |" in inference_table([cut, other])
+    with pytest.raises(ConfigError, match="must hold a cell once, got bert-large"):
+        inference_table([cut, cut])
+
+
+def test_what_a_shared_input_takes_is_a_layer_of_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "shared_from", lambda *key: 0)
+    dense, _ = encoders.build("tiny", torch.bfloat16, CPU)
+    found = measure.measure_cell(dense, 2, 8, measure.Plan(("64:2:8",), ("eager",), seconds=0.0), CpuClock())
+    (shared,) = [row for row in found["layers"]["64:2:8"] if "shared input" in row["name"]]
+    assert shared["name"] == "encoder.layer.*.attention.self (shared input)" and shared["dense_us"] == 0.0
+    assert (shared["rows"], shared["cols"], shared["count"]) == (64, 64, 2) and shared["sparse_us"] > 0.0
 
 
 def test_no_mask_reaches_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:

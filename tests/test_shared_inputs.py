@@ -20,7 +20,7 @@ from obs_kernels.sparse import attention, compress_, decompress_
 from obs_kernels.sparse.attention import SharedInput
 from obs_kernels.sparse.linear import SparseLinear
 
-IDS = torch.tensor([[3, 4, 5, 6, 0], [7, 8, 9, 10, 11]])
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 FROM = 8
 
 
@@ -61,7 +61,7 @@ def bert() -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return pruned(transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64)))
+    return pruned(transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64))).to(torch.bfloat16)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_one_transposition_for_three_layers(asked: list[Any], inputs: list[bool]
     wanted = answer(model)
     report = compress_(model)
     assert report.shared == [f"encoder.layer.{i}.attention.self" for i in (0, 1)] == report.to_dict()["shared"]
-    torch.testing.assert_close(answer(model), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer(model), wanted, rtol=5e-2, atol=5e-2)
     block = [True, True, True, False, False, False]  # query, key, value; output; the feed-forward pair
     assert inputs[: len(block)] == block and inputs.count(True) == 6
     assert asked[0] == ((32, 32, 32), ("2:4", "2:4", "2:4"), 32, "cpu", 0)
@@ -122,11 +122,20 @@ def test_nothing_is_shared_on_the_reference_path(inputs: list[bool]) -> None:
     assert layout.shared_from((32,), ("2:4",), 32, "cpu", 0) == layout.NEVER
 
 
-@pytest.mark.parametrize("change", ["dense layer", "dense dispatch", "autocast"])
-def test_who_does_not_share(change: str, asked: list[Any], inputs: list[bool]) -> None:
-    """A layer that is no longer packed, one that runs its dense copy, an x that autocast copies anyway."""
+@pytest.mark.parametrize("change", ["dense layer", "dense dispatch", "autocast", "f32", "backend", "ragged"])
+def test_who_does_not_share(change: str, asked: list[Any], inputs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is no longer packed, one that runs its dense copy; an x that autocast copies anyway, that no kernel
+    takes, or whose tokens are no whole pieces; another backend.
+    """
     model = bert()
     compress_(model, keep_dense=True)
+    ids = IDS
+    if change in ("f32", "autocast"):
+        model.float()
+    elif change == "backend":
+        monkeypatch.setenv("OBS_KERNELS_BACKEND", "reference")
+    elif change == "ragged":
+        ids = torch.cat([IDS, IDS[:, :1]], 1)
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
             layer.dispatch = "sparse"
@@ -136,10 +145,8 @@ def test_who_does_not_share(change: str, asked: list[Any], inputs: list[bool]) -
             block.value = block.value.to_linear()
         elif change == "dense dispatch":
             block.key.dispatch = "dense"
-        else:
-            block.to(torch.bfloat16)
-    with torch.autocast("cpu", enabled=change == "autocast"):
-        answer(model)
+    with torch.autocast("cpu", enabled=change == "autocast"), torch.no_grad():
+        model(ids)
     assert inputs and not any(inputs)
 
 
@@ -149,7 +156,7 @@ def test_copies_and_pickles_share_and_decompress_ends_it(asked: list[Any], input
     compress_(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
         inputs.clear()
-        torch.testing.assert_close(answer(other), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answer(other), wanted, rtol=5e-2, atol=5e-2)
         assert inputs.count(True) == 6
         decompress_(other)
         assert torch.equal(answer(other), wanted)
@@ -164,7 +171,7 @@ def test_a_loaded_model_shares_and_fuses(asked: list[Any], inputs: list[bool], t
     plain, fused = obs.load(tmp_path), obs.load(tmp_path, fuse_ffn="feature")
     for loaded, feature in ((plain, 6), (fused, 8)):  # the second layer of each pair too
         inputs.clear()
-        torch.testing.assert_close(answer(loaded), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answer(loaded), wanted, rtol=5e-2, atol=5e-2)
         assert inputs.count(True) == feature
     with pytest.raises(obs.errors.ConfigError, match="fuse_ffn must be one of"):
         obs.load(tmp_path, fuse_ffn="both")
@@ -177,10 +184,10 @@ def test_compiled_whole_with_changing_tokens(monkeypatch: pytest.MonkeyPatch) ->
     compress_(model)
     block = model.encoder.layer[0].attention.self
     run = torch.compile(lambda x: block(x)[0], fullgraph=True, dynamic=True, backend="aot_eager")
-    for tokens in (3, 5, 9):
-        x = torch.randn(2, tokens, 32)
+    for tokens in (4, 8, 12, 5):  # the last is not shared
+        x = torch.randn(2, tokens, 32).bfloat16()
         with torch.no_grad():
-            torch.testing.assert_close(run(x), block(x)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run(x), block(x)[0], rtol=5e-2, atol=5e-2)
 
 
 def test_cross_attention_and_unknown_blocks_stay(asked: list[Any], inputs: list[bool]) -> None:
@@ -197,11 +204,11 @@ def test_cross_attention_and_unknown_blocks_stay(asked: list[Any], inputs: list[
         decoder_ffn_dim=64,
         max_position_embeddings=16,
     )
-    model = pruned(transformers.BartModel(config))
+    model = pruned(transformers.BartModel(config)).to(torch.bfloat16)
     wanted = answer(model)
     report = compress_(model)
     assert len(report.shared) == 3  # two of them attend to themselves
-    torch.testing.assert_close(answer(model), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer(model), wanted, rtol=5e-2, atol=5e-2)
     assert inputs.count(True) == 6
 
     class Mine(nn.Module):
@@ -217,6 +224,13 @@ def test_cross_attention_and_unknown_blocks_stay(asked: list[Any], inputs: list[
 
 
 # what decides
+
+
+def test_autocast_to_another_dtype_makes_copies_of_its_own() -> None:
+    x = torch.zeros(8, 16, dtype=torch.float16)
+    assert layout.shares_layout(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layout.shares_layout(x) and layout.shares_layout(x.bfloat16())
 
 
 class Cycles:
@@ -258,4 +272,5 @@ def test_the_fewest_tokens_from_which_on_it_gains(
     )
     layout.shared_from.cache_clear()
     assert layout.shared_from((64,), ("2:4",), 64, "cuda", 0) == start
+    assert layout.shared_from((64, 128), ("2:4", "128:2:6"), 48, "cuda", 0) == layout.NEVER, "no kernel takes 2:6"
     layout.shared_from.cache_clear()

@@ -149,7 +149,8 @@ def _notes(device: torch.device, plan: Plan, imposed: dict[str, int], source: st
         notes.append(f"sparse_linear runs on the reference path here, slower than dense: cuda: {reason}")
     if plan.fuse_ffn is not None:
         notes.append(
-            "predictions by kernel rows count bare products: that the activation runs inside one is not in them"
+            "predictions by kernel rows count bare products: that the activation runs inside one, and what a shared "
+            "input takes to be made, is not in them"
         )
     if plan.table is None:
         notes.append("no prediction: the package has no kernel rows of this device; give --kernel-rows FILE")

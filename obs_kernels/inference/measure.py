@@ -16,6 +16,7 @@ from obs_kernels.inference.encoders import IN_BLOCK, hollow_twin, layer_groups, 
 from obs_kernels.inference.power import EnergyMeter
 from obs_kernels.inference.predict import predict, predict_from_products
 from obs_kernels.inference.ways import COMPILED, Call, first_tensor, make_call
+from obs_kernels.ops import feature_major
 from obs_kernels.sparse.compress import CompressionReport, decompress_
 from obs_kernels.sparse.crossover import KernelTable
 from obs_kernels.sparse.linear import DENSE_ACTIVATIONS, SparseLinear
@@ -152,6 +153,7 @@ def measure_cell(
         packed = sparse_layers(twin.model)
         feature = _feature_major_inputs(twin.model, inputs)
         layers = _layer_times(dense, packed, feature, tokens, clock, plan.seconds)
+        layers += _shared_times(twin.model, twin.report.shared, feature, tokens, clock, plan.seconds)
         values = found.to_dict(batch) | {
             "speedup": base / found.us if base and found.us else None,
             "linear_share": _linear_share(measured, pattern),
@@ -281,6 +283,27 @@ def _layer_times(
         rows.append(
             {"name": kind, "rows": height, "cols": width, "count": count, "dense_us": dense_us, "sparse_us": sparse_us}
         )
+    return rows
+
+
+@torch.no_grad()
+def _shared_times(
+    model: nn.Module, blocks: Collection[str], feature: Collection[str], tokens: int, clock: Clock, seconds: float
+) -> list[dict[str, Any]]:
+    """What attention blocks take to make the feature-major input that their layers share, as further layers."""
+    names = {block: next((n for n in feature if n.startswith(f"{block}.")), None) for block in blocks}
+    found: dict[str, list[SparseLinear]] = {}
+    for block, name in names.items():
+        if name is not None:
+            kind = IN_BLOCK.sub(r"\1*.", block) + " (shared input)"
+            found.setdefault(kind, []).append(model.get_submodule(name))  # type: ignore[arg-type]
+    rows = []
+    for kind, layers in found.items():
+        values, cols = layers[0].values, layers[0].in_features
+        x = torch.zeros(tokens, cols, dtype=values.dtype, device=values.device)
+        times = interleave({"made": Timed(lambda _, x=x: feature_major(x))}, clock, seconds=seconds / 4, min_repeats=3)  # type: ignore[misc]
+        us = spread(times["made"]).us
+        rows.append({"name": kind, "rows": cols, "cols": cols, "count": len(layers), "dense_us": 0.0, "sparse_us": us})
     return rows
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ from obs_kernels import checks
 from obs_kernels.errors import ShapeNotSupportedError
 from obs_kernels.ops.dispatch import MODULES, constant_when_compiled, kernel, resolve, unavailable
 from obs_kernels.ops.matmul import is_heard
+from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, parse_pattern
 
 NEVER = 1 << 62
@@ -63,6 +65,20 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 _feature_major.register_autograd(_backward)
 
 
+WHOLE = 8
+"""Tokens and columns that the transposing kernel takes are multiples of it: pieces of 16 bytes."""
+
+
+def shares_layout(x: Tensor) -> bool:
+    """Whether several products read ``feature_major(x)`` in place: 16-bit values, of whole pieces either way."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or os.environ.get("OBS_KERNELS_BACKEND", "cuda") != "cuda":
+        return False
+    if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+        return False  # each layer will make a copy of its own
+    cols = x.shape[-1]
+    return cols % WHOLE == 0 and x.numel() // max(cols, 1) % WHOLE == 0
+
+
 @constant_when_compiled
 @lru_cache(maxsize=1024)
 def shared_from(rows: tuple[int, ...], patterns: tuple[str, ...], cols: int, device_type: str, device: int) -> int:
@@ -72,8 +88,10 @@ def shared_from(rows: tuple[int, ...], patterns: tuple[str, ...], cols: int, dev
     """
     if device_type != "cuda" or unavailable("sparse_linear", "cuda", device_type) is not None:
         return NEVER
-    gains = import_module(f"{MODULES['cuda']}.layout").sharing_gains
     weights: list[tuple[int, NMPattern]] = [(r, parse_pattern(p)) for r, p in zip(rows, patterns, strict=True)]
+    if not all(runs_as_two_of_four(pattern) for _, pattern in weights):
+        return NEVER
+    gains = import_module(f"{MODULES['cuda']}.layout").sharing_gains
     found, tokens = NEVER, 64
     while tokens <= _MOST_TOKENS:
         if not gains(weights, cols, tokens, device):

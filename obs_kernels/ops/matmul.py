@@ -61,7 +61,7 @@ def sparse_linear(
     plans = None if heard or not x.is_cuda else _product_plan()
     if plans is not None:
         asked = (activation, x_layout, y_layout, backend, os.environ.get("OBS_KERNELS_BACKEND"), sparse.shape)
-        plan = plans.find(x, values, codes, sparse.columns, bias, sparse.pattern_text, asked)
+        plan = plans.find(x, values, codes, sparse.columns, bias, sparse.pattern.text, asked)
         if plan is not None and not values.requires_grad:
             return plan(x, bias)
     checks.check_choice("x_layout", x_layout, checks.LAYOUTS)
@@ -106,7 +106,7 @@ def sparse_linear(
         y = torch.ops.obs_kernels.sparse_linear_inference(*operands, *options.values(), chosen)
     y = y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
     if plans is not None and chosen == "cuda" and (flat is x or x.is_contiguous()):
-        weight = values, codes, sparse.columns, bias, sparse.pattern_text
+        weight = values, codes, sparse.columns, bias, sparse.pattern.text
         plan = plans.find(flat, *weight, tuple(options.values()))
         if plan is not None and (flat is x or plan.prepare is None):
             plans.keep(x, *weight, asked, plan.giving(tuple(y.shape)))

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,11 +47,6 @@ class SparseWeight:
     def nbytes(self) -> int:
         """Bytes of values, codes and columns."""
         return self.values.nbytes + self.codes.nbytes + (0 if self.columns is None else self.columns.nbytes)
-
-    @cached_property
-    def pattern_text(self) -> str:
-        """``str(pattern)``."""
-        return str(self.pattern)
 
     def columns_or_empty(self) -> Tensor:
         """``columns``, or an empty uint8 tensor without panels (torch.library ops take tensors)."""

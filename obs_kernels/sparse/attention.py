@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obs_kernels.ops import feature_major
-from obs_kernels.ops.layout import shared_from
+from obs_kernels.ops.layout import shared_from, shares_layout
 from obs_kernels.sparse.linear import SparseLinear
 
 TRIPLES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"))
@@ -52,10 +52,10 @@ class SharedInput:
         if len(packed) < len(layers) or x.dim() < 2 or any(layer.values.dtype != x.dtype for layer in packed):
             return False  # a layer was exchanged; or autocast will copy x anyway
         cols = packed[0].in_features
-        if x.shape[-1] != cols or any(layer.takes_dense(x) for layer in packed):
+        tokens = x.numel() // cols
+        if x.shape[-1] != cols or not shares_layout(x) or any(layer.takes_dense(x) for layer in packed):
             return False
         rows, patterns = tuple(layer.out_features for layer in packed), tuple(str(layer.pattern) for layer in packed)
-        tokens = x.numel() // cols
         return tokens >= shared_from(rows, patterns, cols, x.device.type, x.device.index or 0)
 
 

@@ -94,11 +94,11 @@ class SparseLinear(nn.Module):
         self.register_buffer("values", sparse.values)
         self.register_buffer("codes", sparse.codes)
         self.register_buffer("columns", sparse.columns)
-        self.register_buffer("dense", sparse.to_dense() if keep_dense else None, persistent=False)
+        # persistent where it is None, which is in no state dict anyway: others look up what a buffer that is not holds
+        self.register_buffer("dense", sparse.to_dense() if keep_dense else None, persistent=not keep_dense)
         self.bias = bias
         self._dispatch = "auto"
         self._cast: _Cast | None = None
-        self._made: SparseWeight | None = None
 
     @property
     def dispatch(self) -> str:
@@ -161,15 +161,10 @@ class SparseLinear(nn.Module):
         return self._dispatch == "dense"
 
     def _sparse_with(self, values: Tensor) -> SparseWeight:
-        """Of these values; that of the last call, if it was made of the same tensors."""
+        """Made anew in each call: what a layer kept would hold tensors that its buffers have let go."""
         codes: Any = self._buffers["codes"]
-        columns, shape = self._buffers["columns"], (self.out_features, self.in_features)
-        if torch.compiler.is_compiling():  # what it keeps would become a guard
-            return SparseWeight(values, codes, columns, self.pattern, shape)
-        kept = self._made
-        if kept is None or kept.values is not values or kept.codes is not codes or kept.columns is not columns:
-            kept = self._made = SparseWeight(values, codes, columns, self.pattern, shape)
-        return kept
+        shape = self.out_features, self.in_features
+        return SparseWeight(values, codes, self._buffers["columns"], self.pattern, shape)
 
     def _as_autocast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x, values, bias) in the dtype that autocast asks for here; as they are without it."""
@@ -225,12 +220,12 @@ class SparseLinear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As any module; what was made of the tensors before does not keep their memory."""
-        self._cast = self._made = None
+        self._cast = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the next call makes anew."""
-        return {**self.__dict__, "_cast": None, "_made": None}
+        return {**self.__dict__, "_cast": None}
 
     @classmethod
     def from_linear(
