@@ -411,3 +411,13 @@ def test_compress_and_convert_on_the_command_line(command: Callable[..., Any], t
         assert done.exit_code == 1 and text in " ".join(done.stderr.split()), (words, done.stderr)
     assert not (tmp_path / "new").exists()
     assert command("compress", folder, "--out", tmp_path / "packed", "--overwrite").exit_code == 0
+
+
+def test_copies_that_a_later_cell_makes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays allocated after a run on other inputs belongs to the model."""
+    allocated = iter([1000, 1300])
+    monkeypatch.setattr(measure, "_allocated", lambda device: next(allocated))
+    runs: list[Any] = []
+    twin = measure.Twin(lambda **inputs: runs.append(inputs), None, 0, 50)  # type: ignore[arg-type]
+    ids = {"input_ids": torch.zeros(1, 2)}
+    assert measure.grown_twin(twin, ids).resident == 350 and runs == [ids]

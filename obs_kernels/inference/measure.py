@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,15 @@ def make_twin(dense: nn.Module, pattern: str, inputs: dict[str, Tensor], plan: P
     return Twin(*made, grown)
 
 
+def grown_twin(twin: Twin, inputs: dict[str, Tensor]) -> Twin:
+    """The twin of an earlier cell, run once on these inputs: another number of tokens may want another copy."""
+    device = next(iter(inputs.values())).device
+    before = _allocated(device)
+    _run_once(twin.model, inputs)
+    gc.collect()
+    return replace(twin, resident=twin.resident + max(0, _allocated(device) - before))
+
+
 def measure_cell(
     dense: nn.Module,
     batch: int,
@@ -140,6 +149,8 @@ def measure_cell(
     for pattern in plan.patterns:
         if pattern not in kept:
             kept[pattern] = make_twin(dense, pattern, inputs, plan)
+        else:
+            kept[pattern] = grown_twin(kept[pattern], inputs)
     chosen = {pattern: kept[pattern] for pattern in plan.patterns}
     sizes = {DENSE: _resident_bytes(dense), **{pattern: twin.resident for pattern, twin in chosen.items()}}
     models = {DENSE: dense, HOLLOW: hollow_twin(dense), **{pattern: twin.model for pattern, twin in chosen.items()}}
