@@ -18,6 +18,7 @@ from torch import Tensor
 from obs_kernels.ops.dispatch import BACKENDS, TABLE, unavailable
 from obs_kernels.ops.fisher import accumulate_fisher_, invert_spd
 from obs_kernels.ops.hessian import accumulate_hessian_
+from obs_kernels.ops.layout import feature_major
 from obs_kernels.ops.matmul import sparse_linear
 from obs_kernels.ops.packing import pack, unpack
 from obs_kernels.ops.prune import Pruned, prune_nm, prune_vnm
@@ -263,6 +264,16 @@ def _check_sparse_linear(backend: str, device: torch.device) -> list[float]:
     return errors
 
 
+def _check_feature_major(backend: str, device: torch.device) -> list[float]:
+    errors = []
+    for shape in ((16, 24), (2, 8, 40), (3, 5)):  # by the kernel, and by torch where it takes no such shape
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+        found = feature_major(x.to(device), backend=backend)
+        lies = found.movedim(-1, 0).is_contiguous()
+        errors.append(_relative(found, x.double()) if lies else float("inf"))
+    return errors
+
+
 _CHECKS: dict[str, Callable[[str, torch.device], list[float]]] = {
     "accumulate_fisher_": _check_accumulate,
     "accumulate_hessian_": _check_accumulate_hessian,
@@ -278,4 +289,5 @@ _CHECKS: dict[str, Callable[[str, torch.device], list[float]]] = {
     "pack": _check_pack,
     "unpack": _check_unpack,
     "sparse_linear": _check_sparse_linear,
+    "feature_major": _check_feature_major,
 }
