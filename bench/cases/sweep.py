@@ -101,10 +101,15 @@ def _variant(name: str, run: Sweep, pattern: NMPattern, config: dict[str, str], 
 
 
 def _by(selection: Selection, backend: str, pattern: NMPattern, *, resolve: bool) -> Sweep:
-    options: dict[str, Any] = {"row_scale": None, "method": "combinatorial", "mask": None, "resolve": resolve}
-    options["num_columns"] = num_columns(pattern)
     run, damp = kernel(OP, backend), torch.full((1,), DAMP, device=selection.device)
+    options = sweep_options(pattern, resolve=resolve)
     return lambda weight, hessian: run(weight, hessian, str(pattern), damp=damp, **options)
+
+
+def sweep_options(pattern: NMPattern, *, resolve: bool) -> dict[str, Any]:
+    """What a backend's ``sweep_rows`` takes beside weight, Hessian, pattern and damping."""
+    fixed = {"row_scale": None, "method": "combinatorial", "mask": None}
+    return {**fixed, "num_columns": num_columns(pattern), "resolve": resolve}
 
 
 def num_columns(pattern: NMPattern) -> int:
@@ -152,8 +157,7 @@ def check_sweep(run: Sweep, inputs: Inputs, *, pattern: NMPattern) -> Check:
     found = run(inputs["weight"], inputs["hessian"])
     weight, hessian = inputs["weight"][:CHECKED_ROWS].double(), inputs["hessian"].double()
     damp = torch.full((1,), DAMP, dtype=torch.float64, device=weight.device)
-    options: dict[str, Any] = {"row_scale": None, "method": "combinatorial", "mask": None, "resolve": False}
-    options["num_columns"] = num_columns(pattern)
+    options = sweep_options(pattern, resolve=False)
     best = reference.sweep_rows(weight, hessian, str(pattern), damp=damp, **options)[2].sum()
     mine = found[2][: CHECKED_ROWS // (pattern.v if isinstance(pattern, VNMPattern) else 1)].double().sum()
     return Check(float((mine / best - 1).abs()), LOSS)

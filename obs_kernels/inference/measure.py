@@ -17,6 +17,7 @@ from obs_kernels.inference.power import EnergyMeter
 from obs_kernels.inference.predict import predict, predict_from_products
 from obs_kernels.inference.ways import COMPILED, Call, first_tensor, make_call
 from obs_kernels.ops import feature_major
+from obs_kernels.ops.layout import is_feature_major
 from obs_kernels.sparse.compress import CompressionReport, decompress_
 from obs_kernels.sparse.crossover import KernelTable
 from obs_kernels.sparse.linear import DENSE_ACTIVATIONS, SparseLinear
@@ -252,7 +253,7 @@ def _feature_major_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> set[st
 
     def watch(name: str, layer: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not args[0].is_contiguous() and args[0].movedim(-1, 0).is_contiguous():
+            if is_feature_major(args[0]):
                 found.add(name)
 
         return layer.register_forward_pre_hook(hook)

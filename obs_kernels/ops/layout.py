@@ -65,6 +65,11 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 _feature_major.register_autograd(_backward)
 
 
+def is_feature_major(x: Tensor) -> bool:
+    """Whether ``x`` [..., C] lies as [C, ...] and not as [..., C] too."""
+    return x.dim() > 1 and not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
+
+
 WHOLE = 8
 """Tokens and columns that the transposing kernel takes are multiples of it: pieces of 16 bytes."""
 

@@ -50,7 +50,7 @@ class SharedInput:
     def _gains(x: Tensor, layers: list[nn.Module]) -> bool:
         packed = [layer for layer in layers if isinstance(layer, SparseLinear)]
         if len(packed) < len(layers) or x.dim() < 2 or any(layer.values.dtype != x.dtype for layer in packed):
-            return False  # a layer was exchanged; or autocast will copy x anyway
+            return False  # a layer was exchanged, or will copy or refuse x
         cols = packed[0].in_features
         tokens = x.numel() // cols
         if x.shape[-1] != cols or not shares_layout(x) or any(layer.takes_dense(x) for layer in packed):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from obs_kernels import checks
 from obs_kernels.errors import CheckpointFormatError, ConfigError
 from obs_kernels.ops import SparseWeight, pack, sparse_linear
+from obs_kernels.ops.layout import is_feature_major
 from obs_kernels.patterns import NMPattern, Pattern
 
 log = logging.getLogger("obs_kernels")
@@ -133,7 +134,7 @@ class SparseLinear(nn.Module):
 
     def _forward_in_layouts(self, x: Tensor, sparse: SparseWeight, bias: Tensor | None) -> Tensor:
         lead = x.shape[:-1]
-        feature = x.dim() > 1 and not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
+        feature = is_feature_major(x)
         flat = x.movedim(-1, 0).reshape(x.shape[-1], -1) if feature else x.reshape(math.prod(lead), x.shape[-1])
         y = sparse_linear(
             flat,
