@@ -168,6 +168,8 @@ def _selection(args: argparse.Namespace) -> Selection:
         raise ConfigError(f"device must be auto, cpu or, where torch sees a GPU, cuda[:n], got {args.device!r}")
     if args.seconds is not None and args.seconds < 0:
         raise ConfigError(f"seconds must not be negative, got {args.seconds}")
+    if args.minutes is not None and args.minutes <= 0:
+        raise ConfigError(f"minutes must be positive, got {args.minutes}")
     backends = _names(args.backend)
     for name in backends or ():
         if name not in BACKENDS:

@@ -211,11 +211,12 @@ def test_after_the_deadline_no_problem_begins(monkeypatch: pytest.MonkeyPatch):
 
     def problems(selection: Selection) -> Iterator[Problem]:
         yield first
+        yield first
         found.deadline = 0.0
         yield first
 
     found.run_case(Case(topic="t", op=first.op, summary="", shapes=(), problems=problems))
-    assert len(found.rows) == 1
+    assert len(found.rows) == 2
     assert [(entry["variant"], entry["why"]) for entry in found.skipped] == [
         ("all", "not reached in the minutes given")
     ]
@@ -530,6 +531,8 @@ def test_what_was_measured_is_kept_when_a_run_dies(tmp_path: Path, monkeypatch: 
         (("--op", "inverse", "--dtype", "bf16"), "dtype must be one of f32 or all, got 'bf16'"),
         (("--block-size", "0"), "block-size must be positive whole numbers"),
         (("--samples", "a,b"), "samples must be positive whole numbers"),
+        (("--lengths", "0"), "lengths must be positive whole numbers"),
+        (("--minutes", "-1"), "minutes must be positive, got -1"),
         (("--backend", "fast"), "backend must be one of"),
         (("--op", "inverse", "--backend", "triton"), "backend must be one that runs here; invert_spd on triton"),
         (("--device", "tpu"), "device"),

@@ -472,6 +472,44 @@ def test_the_packaged_rows_are_those_of_the_bench() -> None:
         assert found.sparse_us > 0 and found.dense_us > 0
 
 
+def test_rows_on_feature_major_inputs() -> None:
+    """Of their own where they were measured, between rows too; elsewhere those of token-major x stand for them."""
+
+    def measured(tokens: int, us: float, **config: str) -> dict[str, Any]:
+        shape = {"R": 64, "C": 64, "T": tokens}
+        return {"op": "sparse_linear", "dtype": "bf16", "path": "kernel", "config": config, "shape": shape, "us": us,
+                "pattern": "2:4"}  # fmt: skip
+
+    rows = [measured(128, 8.0, backend="cuda"), measured(128, 4.0, backend="cuda", x="feature-major")]
+    rows += [measured(512, 20.0, backend="cuda"), measured(512, 1.0, backend="cuda", y="feature-major")]
+    rows += [measured(tokens, 10.0, peer="F.linear") for tokens in (128, 512)]
+    table = KernelTable.from_bench({"env": {"device": "a GPU", "commit": "abc"}, "rows": rows})
+    assert [(r.tokens, r.sparse_us, r.feature_us) for r in table.rows] == [(128, 8.0, 4.0), (512, 20.0, None)]
+    assert KernelTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    for tokens, token_us, feature_us in ((128, 8.0, 4.0), (512, 20.0, 20.0)):
+        one, other = (table.estimate(64, 64, tokens, parse_pattern("2:4"), feature_x=kind) for kind in (False, True))
+        assert one is not None and other is not None
+        assert (one.sparse_us, other.sparse_us) == (token_us, feature_us) and one.dense_us == other.dense_us == 10.0
+    between = [table.estimate(64, 64, 256, parse_pattern("2:4"), feature_x=kind) for kind in (False, True)]
+    assert between[0] is not None and between[1] is not None and between[1].sparse_us < between[0].sparse_us
+
+
+def test_a_feature_major_input_goes_to_the_product_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = layer(32, 64)[1]
+    told: list[str] = []
+    product = linear.sparse_linear
+
+    def watched(*args: Any, x_layout: str = "token", **options: Any) -> Tensor:
+        told.append(x_layout)
+        return product(*args, x_layout=x_layout, **options)
+
+    monkeypatch.setattr(linear, "sparse_linear", watched)
+    x = inputs(2, 3, cols=64)
+    for given in (x, x.movedim(-1, 0).contiguous().movedim(0, -1), x.transpose(0, 1), x[..., :1].expand(2, 3, 64)):
+        assert found(given).shape == (*given.shape[:-1], 32)
+    assert told == ["token", "feature", "token", "token"]
+
+
 @pytest.mark.parametrize("doc", [{}, [], None, {"rows": 5}, {"rows": [{}]}, {"rows": [], "env": {"device": "x"}}])
 def test_rows_of_another_file_are_refused(doc: Any) -> None:
     with pytest.raises(DataFormatError, match="kernel rows must"):
