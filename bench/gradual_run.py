@@ -50,6 +50,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     hardness: float = 1.0
     temperature: float = 2.0
+    hidden: float = 0.0
     dropout: float | None = None
     """None leaves the model's own."""
     calibration_batch_size: int = 16
@@ -118,7 +119,9 @@ class Trainee:
                     module.p = settings.dropout
         self.distiller = None
         if teacher is not None:
-            self.distiller = Distiller(teacher, hardness=settings.hardness, temperature=settings.temperature)
+            self.distiller = Distiller(
+                teacher, hardness=settings.hardness, temperature=settings.temperature, hidden=settings.hidden
+            )
         self.data = DeviceWindows(windows, self.device)
         self.steps_per_epoch = len(windows) // settings.batch_size  # the rest, less than a batch, waits an epoch
         self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
@@ -286,7 +289,7 @@ class Trainee:
         kind = self.device.type
         # no cache of cast weights: a graph would keep using those of its first step
         with torch.autocast(kind, dtype=self.autocast, cache_enabled=False) if self.autocast else nullcontext():
-            outputs = self.model(**inputs)
+            outputs = self.model(**inputs, **({} if self.distiller is None else self.distiller.options))
             task = None
             if self.distiller is None or self.distiller.hardness < 1:
                 task = span_losses(outputs, mask, labels).mean()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from obs_kernels.errors import ConfigError
 from obs_kernels.pruning.schedule import PruningSchedule
 from obs_kernels.recipes import Recipe, TrainingSettings
 from obs_kernels.training import Distiller, learning_rate_schedule
-from obs_kernels.training.distillation import distillation_term
+from obs_kernels.training.distillation import distillation_term, hidden_term
 from obs_kernels.training.learning_rates import learning_rate_factor
 
 
@@ -84,6 +85,102 @@ def test_the_loss_mixes_task_and_teacher_and_reaches_only_the_student():
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(ConfigError, match="task must be the loss on the labels for hardness"):
         Distiller(teacher, hardness=0.5).loss(None, student(**INPUTS), INPUTS)
+
+
+def layers(gen, count, shape=(2, 3, 4)):
+    return tuple(torch.randn(shape, generator=gen) for _ in range(count))
+
+
+def test_hidden_states_count_by_their_share_of_the_teacher_without_padding_and_embeddings(gen):
+    student, teacher = layers(gen, 3), layers(gen, 3)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    wanted = 0.0
+    for mine, theirs in zip(student[1:], teacher[1:], strict=True):
+        apart = size = 0.0
+        for sample, token in mask.nonzero().tolist():
+            apart += float((mine[sample, token].double() - theirs[sample, token].double()).square().sum())
+            size += float(theirs[sample, token].double().square().sum())
+        wanted += apart / size / 2
+    got = hidden_term({"hidden_states": student}, {"hidden_states": teacher}, attention_mask=mask)
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(wanted, rel=1e-5)
+    student[2][0, 2], teacher[1][0, 2] = 1e4, -1e4
+    student[0].fill_(7.0)
+    again = hidden_term({"hidden_states": student}, {"hidden_states": teacher}, attention_mask=mask)
+    assert again.item() == got.item()
+    everywhere = hidden_term({"hidden_states": student}, {"hidden_states": teacher})
+    assert everywhere.item() != pytest.approx(wanted, rel=1e-2)
+
+
+def test_every_kth_layer_of_a_deeper_teacher_is_compared(gen):
+    teacher = layers(gen, 7)
+    student = (teacher[0], teacher[3], teacher[6])  # layers 3 and 6 of 6
+    assert hidden_term({"hidden_states": student}, {"hidden_states": teacher}).item() == 0.0
+    student = (teacher[0], teacher[2], teacher[5])
+    assert hidden_term({"hidden_states": student}, {"hidden_states": teacher}).item() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "says"),
+    [
+        (None, 3, "the student does not give"),
+        (3, None, "the teacher does not give"),
+        (3, 4, r"2 layers, or a multiple, of \[2, 3, 4\], got 3 of \[2, 3, 4\]"),
+        (4, 3, "3 layers"),
+        (3, (2, 3, 5), r"got 2 of \[2, 3, 5\]"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(gen, student, teacher, says):
+    def outputs(what):
+        if what is None:
+            return {"logits": torch.zeros(2, 3)}
+        return {"hidden_states": layers(gen, what) if isinstance(what, int) else layers(gen, 3, what)}
+
+    with pytest.raises(ConfigError, match=says):
+        hidden_term(outputs(student), outputs(teacher))
+
+
+class Stack(Answerer):
+    """With hidden states, if asked."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = dict(super().forward(input_ids, attention_mask))
+        states = [self.embed(input_ids)]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return found | ({"hidden_states": tuple(states)} if output_hidden_states else {})
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.7])
+def test_hidden_states_are_added_by_their_factor_and_teach_the_layers(hidden):
+    student, teacher = Stack(), Stack()
+    distiller = Distiller(teacher, hidden=hidden)
+    assert distiller.options == ({"output_hidden_states": True} if hidden else {})
+    distiller.check(student, INPUTS)
+    student.train()
+    given = student(**INPUTS, **distiller.options)
+    loss = distiller.loss(None, given, INPUTS)
+    wanted = teacher(**INPUTS, output_hidden_states=True)
+    term = distillation_term(given, wanted, attention_mask=INPUTS["attention_mask"])
+    term = term + hidden * hidden_term(given, wanted) if hidden else term
+    assert loss.item() == pytest.approx(term.item(), rel=1e-6)
+    loss.backward()
+    assert all((layer.weight.grad is not None) == bool(hidden) for layer in student.layers)
+    assert all(layer.weight.grad is None for layer in teacher.layers)
+
+
+def test_a_teacher_without_fitting_layers_is_refused_before_the_training():
+    with pytest.raises(ConfigError, match="set hidden to 0"):
+        Distiller(Stack(width=6), hidden=1.0).check(Stack(), INPUTS)
+    Distiller(Stack(width=6)).check(Stack(), INPUTS)
+    with pytest.raises(ConfigError, match="hidden must be at least 0, got -1"):
+        Distiller(Stack(), hidden=-1)
 
 
 def test_a_model_that_teaches_itself_is_copied():

@@ -125,6 +125,7 @@ class DistillationSettings:
         teacher: folder or hub name; "self" takes the model as it comes, before a layer is dropped or a weight pruned;
             None has to be given when the training starts.
         outputs: the outputs that are compared, their terms averaged; None takes those of the task.
+        hidden: factor of the error of what the layers give, relative to the teacher's, added to the loss; 0 without.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
@@ -133,11 +134,13 @@ class DistillationSettings:
     temperature: float = 2.0
     teacher: str | None = None
     outputs: tuple[str, ...] | None = None
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         """Validate and normalise."""
         _check_number("hardness", self.hardness, most=1.0)
         _check_number("temperature", self.temperature, above=True)
+        _check_number("hidden", self.hidden)
         if self.outputs is not None:
             object.__setattr__(self, "outputs", tuple(self.outputs))
             if not self.outputs or not all(isinstance(name, str) for name in self.outputs):

@@ -3,7 +3,8 @@
 
 ``loss = (1 - hardness) * task + hardness * term`` with ``term = T^2 * KL(teacher || student) / items`` at temperature
 T, averaged over the named outputs. An item is what one distribution belongs to: a window for the positions of an
-answer, a sample for a class, a token for a vocabulary.
+answer, a sample for a class, a token for a vocabulary. ``hidden`` adds the error of what the layers give: a pruned
+model has the teacher's width, so that every token of every layer has an aim.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from obs_kernels.errors import ConfigError
 
 SPAN_OUTPUTS = ("start_logits", "end_logits")
 """Distributions over the tokens of a window: padding has no share in them."""
+HIDDEN = "hidden_states"
+"""Output of transformers' models: [B, T, C] of the embeddings, then of every layer."""
 _NOWHERE = -1e9
 """In place of -inf, whose difference to itself is NaN; its exponential is 0."""
 
@@ -33,6 +36,7 @@ class Distiller:
         hardness: share of the teacher's term, 0 to 1; 1 leaves the labels out.
         temperature: T > 0 by which the logits of both are divided.
         outputs: names of the logits that are compared.
+        hidden: factor >= 0 of ``hidden_term``, added to the loss; 0 leaves it out.
 
     Raises:
         ConfigError: a value out of its range.
@@ -45,32 +49,45 @@ class Distiller:
         hardness: float = 1.0,
         temperature: float = 2.0,
         outputs: Sequence[str] = SPAN_OUTPUTS,
+        hidden: float = 0.0,
     ) -> None:
         if not 0.0 <= hardness <= 1.0:
             raise ConfigError(f"hardness must be 0 to 1, got {hardness}; 1.0 takes the teacher alone")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ConfigError(f"temperature must be greater than 0, got {temperature}; try 2.0")
+        if not (math.isfinite(hidden) and hidden >= 0):
+            raise ConfigError(f"hidden must be at least 0, got {hidden}; 0 compares no hidden states")
         if not outputs:
             raise ConfigError(f"outputs must name at least one of the model's outputs, got none; try {SPAN_OUTPUTS}")
         self.teacher = teacher.eval().requires_grad_(False)
         self.hardness, self.temperature, self.outputs = float(hardness), float(temperature), tuple(outputs)
+        self.hidden = float(hidden)
 
     @classmethod
     def of_copy(cls, model: nn.Module, **settings: Any) -> Distiller:
         """The model as it is now teaches itself: a copy that no later change of ``model`` reaches."""
         return cls(copy.deepcopy(model), **settings)
 
+    @property
+    def options(self) -> dict[str, bool]:
+        """What the student has to be called with beside its inputs: ``model(**inputs, **distiller.options)``."""
+        return {f"output_{HIDDEN}": True} if self.hidden else {}
+
     def check(self, student: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         """Refuse a teacher that does not answer as ``student`` does, by one run of both on ``inputs``.
 
         Raises:
-            ConfigError: an output is missing, or of another size: another head, number of labels or vocabulary.
+            ConfigError: an output is missing, or of another size: another head, number of labels or vocabulary, or,
+                where hidden states are compared, other layers.
         """
         training = [(module, module.training) for module in student.modules()]
         student.eval()
         try:
             with torch.no_grad():
-                _pairs(student(**inputs), self._answers(inputs), self.outputs)
+                given, wanted = student(**inputs, **self.options), self._answers(inputs)
+                _pairs(given, wanted, self.outputs)
+                if self.hidden:
+                    _hidden_pairs(given, wanted)
         finally:
             for module, mode in training:
                 module.training = mode
@@ -87,7 +104,7 @@ class Distiller:
 
         Args:
             task: mean loss on the labels, a scalar; None only for ``hardness=1``.
-            student: the student's outputs on ``inputs``, with gradient.
+            student: the student's outputs on ``inputs`` and ``options``, with gradient.
             inputs: what both models take; ``attention_mask`` says which tokens count.
             attention_mask: [B, T], where that of ``inputs`` has another shape; nonzero (True) at tokens that count.
 
@@ -96,18 +113,17 @@ class Distiller:
         """
         if task is None and self.hardness < 1:
             raise ConfigError(f"task must be the loss on the labels for hardness={self.hardness}, got None")
+        wanted = self._answers(inputs)
+        mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
         term = distillation_term(
-            student,
-            self._answers(inputs),
-            outputs=self.outputs,
-            temperature=self.temperature,
-            attention_mask=inputs.get("attention_mask") if attention_mask is None else attention_mask,
+            student, wanted, outputs=self.outputs, temperature=self.temperature, attention_mask=mask
         )
-        return term if task is None else (1.0 - self.hardness) * task + self.hardness * term
+        loss = term if task is None else (1.0 - self.hardness) * task + self.hardness * term
+        return loss + self.hidden * hidden_term(student, wanted, attention_mask=mask) if self.hidden else loss
 
     def _answers(self, inputs: Mapping[str, Tensor]) -> Any:
         with torch.no_grad():
-            return self.teacher(**inputs)
+            return self.teacher(**inputs, **self.options)
 
 
 def distillation_term(
@@ -143,6 +159,47 @@ def distillation_term(
         total = value if total is None else total + value
     assert total is not None
     return total * (temperature**2 / len(outputs))
+
+
+def hidden_term(student: Any, teacher: Any, *, attention_mask: Tensor | None = None) -> Tensor:
+    """Mean over layers of ``sum |h_student - h_teacher|^2 / sum |h_teacher|^2``, a scalar in f32: TinyBERT's term
+    (arXiv:1909.10351, eq. 8) relative to the teacher's size, without a map between widths, which are equal here.
+
+    Args:
+        student, teacher: outputs with ``hidden_states``: [B, T, C] of the embeddings and then of each layer. Of a
+            teacher with k times the layers every k-th is compared.
+        attention_mask: [B, T]; tokens where it is 0 do not count.
+
+    Raises:
+        ConfigError: no hidden states, or layers of another number or width.
+    """
+    errors = []
+    for mine, theirs in _hidden_pairs(student, teacher):
+        wanted = theirs.float()
+        difference = mine.float() - wanted
+        if attention_mask is not None:
+            live = (attention_mask != 0)[..., None]
+            difference, wanted = difference * live, wanted * live
+        errors.append(difference.square().sum() / wanted.square().sum().clamp_min(1e-12))
+    return torch.stack(errors).mean()
+
+
+def _hidden_pairs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """(student's, teacher's) [B, T, C] of each layer of the student."""
+    both = []
+    for values, who in ((student, "student"), (teacher, "teacher")):
+        states = values.get(HIDDEN) if isinstance(values, Mapping) else None
+        if not states or len(states) < 2:
+            raise ConfigError(f"hidden compares {HIDDEN}, which the {who} does not give; set hidden to 0")
+        both.append(states[1:])
+    mine, theirs = both
+    apart, rest = divmod(len(theirs), len(mine))
+    if rest or mine[0].shape != theirs[0].shape:
+        raise ConfigError(
+            f"hidden wants a teacher with the student's {len(mine)} layers, or a multiple, of {list(mine[0].shape)}, "
+            f"got {len(theirs)} of {list(theirs[0].shape)}; set hidden to 0 for such a teacher"
+        )
+    return list(zip(mine, theirs[apart - 1 :: apart], strict=True))
 
 
 def _scaled(logits: Tensor, temperature: float, padding: Tensor | None) -> Tensor:

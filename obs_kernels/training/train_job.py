@@ -224,6 +224,7 @@ def _distiller(
         "hardness": settings.hardness,
         "temperature": settings.temperature,
         "outputs": settings.outputs,
+        "hidden": settings.hidden,
     }
     if name == SELF:
         return Distiller.of_copy(net, **values)

@@ -87,7 +87,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss on the labels, the teacher's term, or both, as the recipe says."""
-        outputs = model(**model_inputs(model, inputs))
+        options = {} if self.distiller is None else self.distiller.options
+        outputs = model(**model_inputs(model, inputs), **options)
         loss = None
         if self.distiller is None or self.distiller.hardness < 1:
             loss = self.data.losses(outputs, inputs).mean()
