@@ -21,8 +21,8 @@ def to_markdown(stored: dict[str, Any]) -> str:
         "",
         f"Every row: {header['epochs']:g} epochs, batch {header['batch_size']}, AdamW {header['learning_rate']:g} "
         f"falling linearly to {header['final_factor']:g} of it, teacher the dense model "
-        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}{hidden}), {header['precision']}. Gradual rows "
-        f"prune every {header['prune_every']:g} epochs from the first step on, one-shot rows before it; "
+        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}{hidden}), {header['precision']}. "
+        f"Gradual rows prune every {header['prune_every']:g} epochs from the first step on, one-shot rows before it; "
         f"{header['num_grads']} gradients, damping {header['dampening_frac']:g} of the mean diagonal, "
         f"D = {header['fisher_block_size']} for block curvature. F1 on {share} of the dev set; the dense "
         f"model as it came has {dense.get('f1', float('nan')):.2f}, which shares refer to. "
