@@ -119,6 +119,18 @@ def test_the_dense_row_and_the_table(work: Path, tmp_path: Path, capsys: pytest.
     assert text == to_markdown(stored) and text.strip() in capsys.readouterr().out
     assert text.count("not run |") > 30 and "| dense (must) | - | - | - | 0 |" in text
     assert "| 2:4 | not run | not run |" in text and "98 | not run |" in text
+    assert "hidden states" not in text
+
+
+def test_hidden_states_are_in_the_loss_and_in_the_table(work: Path, tmp_path: Path) -> None:
+    losses = []
+    for hidden in ("0", "50"):
+        out = tmp_path / hidden
+        squad_gradual.main(arguments(work, out, "--only", "dense/", "--hidden", hidden))
+        (row,) = json.loads((out / "r.json").read_text())["rows"].values()
+        losses.append(row["loss_by_epoch"][0])
+        assert ("hidden states 50)" in (out / "r.md").read_text()) == (hidden == "50")
+    assert losses[1] > losses[0] + 1
 
 
 def test_a_checkpoint_older_than_the_curve_does_not_double_an_epoch(

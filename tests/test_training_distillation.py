@@ -107,6 +107,10 @@ def test_hidden_states_count_by_their_share_of_the_teacher_without_padding_and_e
     student[0].fill_(7.0)
     again = hidden_term({"hidden_states": student}, {"hidden_states": teacher}, attention_mask=mask)
     assert again.item() == got.item()
+    student[1][0, 2], teacher[2][0, 2] = float("nan"), float("inf")
+    spoiled = hidden_term({"hidden_states": student}, {"hidden_states": teacher}, attention_mask=mask)
+    assert spoiled.item() == got.item()
+    student[1][0, 2], teacher[2][0, 2] = 0.0, 1.0
     everywhere = hidden_term({"hidden_states": student}, {"hidden_states": teacher})
     assert everywhere.item() != pytest.approx(wanted, rel=1e-2)
 

@@ -51,6 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {"qa": BertForQuestionAnswering, "mlm": BertForMaskedLM, "mnli": pair, "qqp": pair}
     for name, kind in models.items():
         save_tiny_bert(folder / name, kind, layers=2, num_labels=3 if name == "mnli" else 2)
+    save_tiny_bert(folder / "deep", BertForQuestionAnswering, layers=3)
     write_questions(folder, dev="dev.json", paragraphs=4, questions=2)
     texts = [
         p["context"] for a in make_corpus(num_paragraphs=12, split="train", seed=1)["data"] for p in a["paragraphs"]
@@ -233,6 +234,16 @@ def test_layers_are_dropped_for_good(command: Callable[..., list[object]], tmp_p
     assert json.loads((tmp_path / "out" / "dense" / "config.json").read_text())["num_hidden_layers"] == 1
 
 
+def test_hidden_states_of_a_recipe_are_in_the_loss(command: Callable[..., list[object]], tmp_path: Path) -> None:
+    losses = []
+    for hidden in (0, 5):
+        short = [*SHORT[:5], "keep=[1]", f"hidden={hidden}"]
+        changed = {"recipe": "layer_drop6_squad", "out": tmp_path / str(hidden), "logging_steps": 1}
+        report = run_json(*command(*short, **changed))
+        losses.append(next(row["loss"] for row in report["history"] if "loss" in row))
+    assert losses[1] > losses[0] + 0.1
+
+
 def test_dropping_keeps_the_chosen_layers() -> None:
     model = tiny_model(layers=4)
     wanted = [model.bert.encoder.layer[i].output.dense.weight.clone() for i in (0, 3)]  # type: ignore[union-attr, index]
@@ -346,6 +357,10 @@ def test_bad_input_is_refused_before_anything_is_written(
             recipe="30epochs_unstructured80_mnli",
             model=work / "mnli",
             data=work / "test.tsv",
+        ),
+        "teacher with the student's 2 layers, or a multiple": command(*GRADUAL, "hidden=1", teacher=work / "deep"),
+        "teacher with the student's 2 layers": command(
+            *SHORT[:5], "keep=[0, 1]", "hidden=1", recipe="layer_drop6_squad", model=work / "deep"
         ),
         "must be fp32 or bf16 on a CPU": command(*GRADUAL, "precision=fp16"),
         "train must name the samples": command(train=None),

@@ -162,8 +162,9 @@ def distillation_term(
 
 
 def hidden_term(student: Any, teacher: Any, *, attention_mask: Tensor | None = None) -> Tensor:
-    """Mean over layers of ``sum |h_student - h_teacher|^2 / sum |h_teacher|^2``, a scalar in f32: TinyBERT's term
-    (arXiv:1909.10351, eq. 8) relative to the teacher's size, without a map between widths, which are equal here.
+    """Mean over layers of ``sum |h_student - h_teacher|^2 / sum |h_teacher|^2``, a scalar, at least f32: the term of
+    TinyBERT (arXiv:1909.10351, eq. 8) relative to the teacher's size, and without a map between widths,
+    which are equal here.
 
     Args:
         student, teacher: outputs with ``hidden_states``: [B, T, C] of the embeddings and then of each layer. Of a
@@ -174,12 +175,12 @@ def hidden_term(student: Any, teacher: Any, *, attention_mask: Tensor | None = N
         ConfigError: no hidden states, or layers of another number or width.
     """
     errors = []
+    padding = None if attention_mask is None else (attention_mask == 0)[..., None]
     for mine, theirs in _hidden_pairs(student, teacher):
-        wanted = theirs.float()
-        difference = mine.float() - wanted
-        if attention_mask is not None:
-            live = (attention_mask != 0)[..., None]
-            difference, wanted = difference * live, wanted * live
+        wanted = theirs.to(torch.promote_types(theirs.dtype, torch.float32))
+        difference = mine - wanted
+        if padding is not None:  # filled, as an attention without a key may leave NaN there
+            difference, wanted = (x.masked_fill(padding, 0.0) for x in (difference, wanted))
         errors.append(difference.square().sum() / wanted.square().sum().clamp_min(1e-12))
     return torch.stack(errors).mean()
 

@@ -181,11 +181,13 @@ def _prepare(
     net, tokenizer = load_model(model, HEADS[training.task], device=picked, num_labels=labels)
     make_trainable(net)
     task = load_task(training, net, tokenizer, data=data, train=train, max_train=limits[0], max_eval=limits[1])
-    distiller = _distiller(recipe, teacher, net, task, picked)
+    distiller = _distiller(recipe, teacher, net, picked)
     notes = []
     if recipe.layer_drop is not None:
         removed = drop_layers_(net, recipe.layer_drop.keep)
         notes.append(f"{len(removed)} layers were removed: {', '.join(removed)}")
+    if distiller is not None:  # of the layers that are left
+        distiller.check(net, model_inputs(net, task.batch(torch.arange(1))))
     pruner = None if recipe.pruning is None else OBSPruner(net, recipe.pruning)
     work = target.with_name(f"{target.name}.work")
     return _Run(recipe, net, tokenizer, task, picked, distiller, pruner, work, say, notes)
@@ -204,10 +206,8 @@ def _pick(device: str, recipe: Recipe) -> torch.device:
     return picked
 
 
-def _distiller(
-    recipe: Recipe, name: Source | None, net: nn.Module, task: TaskData, device: torch.device
-) -> Distiller | None:
-    """The teacher, tried on a batch; a teacher with another head is refused here."""
+def _distiller(recipe: Recipe, name: Source | None, net: nn.Module, device: torch.device) -> Distiller | None:
+    """The teacher; one that reads other tokens is refused here."""
     settings = recipe.distillation
     if settings is None:
         if name not in (None, DISABLE):
@@ -229,10 +229,8 @@ def _distiller(
     if name == SELF:
         return Distiller.of_copy(net, **values)
     teacher, _ = load_model(name, HEADS[recipe.training.task], device=device, trained_head=True)
-    distiller = Distiller(teacher, **values)
     _check_sizes(net, teacher)
-    distiller.check(net, model_inputs(net, task.batch(torch.arange(1))))
-    return distiller
+    return Distiller(teacher, **values)
 
 
 def _check_sizes(net: nn.Module, teacher: nn.Module) -> None:
