@@ -112,6 +112,7 @@ class Bench:
             seed=row.seed,
             graphs=self.graphs,
             autocast=self.autocast,
+            special_ids=self.tokenizer.all_special_ids,
         )
 
 
