@@ -32,6 +32,8 @@ METHODS = ("combinatorial", "pairwise", "greedy", "diagonal", "magnitude")
 UPDATES = ("joint", "single", "none")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 LAYOUTS = ("token", "feature")
+PIECE = 8
+"""16-bit values in 16 bytes: the products' and the transposing kernel's lines of x are whole multiples of it."""
 
 MAX_KEPT_SETS = 20_000
 """Exact search visits every kept set of a group; beyond this many it is refused."""

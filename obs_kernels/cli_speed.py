@@ -42,9 +42,11 @@ def speed(
     """Latency, memory and energy of a whole model: sparse beside the best dense, losing cells included."""
     batches, lengths = _numbers("--batch", batch), _numbers("--length", length)
     with errors(as_json, debug, speed):
+        from obs_kernels.checks import LAYOUTS, check_choice
         from obs_kernels.files import write_text
         from obs_kernels.inference.job import run_speed_job
 
+        check_choice("fuse_ffn", fuse_ffn, (*LAYOUTS, "none"))
         report = run_speed_job(
             model=model,
             patterns=_names(pattern) or (),

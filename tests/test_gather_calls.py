@@ -61,7 +61,7 @@ def test_kept_columns_are_two_of_four(gen: torch.Generator, text: str, groups: i
 
 
 def test_kept_columns_are_views(gen: torch.Generator) -> None:
-    """The packed copy lives as long as the values, and is made anew after a write to any part."""
+    """The packed copy lives as long as the weight, and is made anew after a write to any part."""
     sparse = weight(gen, 8, 48, "4:2:16")
     assert sparse.columns is not None
     parts = matmul.kept_columns(sparse.values, sparse.codes, sparse.columns)

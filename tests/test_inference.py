@@ -381,6 +381,7 @@ def test_speed_on_the_command_line(command: Callable[..., Any], tmp_path: Path) 
         (("--batch", "x"), 2, "positive whole numbers"),
         (("--length", "0"), 2, "positive whole numbers"),
         (("--ways", "graph"), 1, "needs a GPU"),
+        (("--fuse-ffn", "wrong"), 1, "--fuse-ffn must be one of 'token', 'feature', 'none', got 'wrong'"),
         (("--pattern", "64:2"), 1, "pattern"),
         (("--kernel-rows", "nothing.json"), 1, "kernel rows must be a JSON file"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -90,14 +91,67 @@ def test_a_capture_keeps_nothing(made: list[Tensor], gen: torch.Generator, monke
     assert prepacked.prepacked(*weight, "8:2:4") is not inside and len(made) == 2
 
 
-def test_forgotten_with_the_values(made: list[Tensor], gen: torch.Generator) -> None:
-    values, codes, columns = parts(gen)
-    prepacked.prepacked(values, codes, columns, "8:2:4")
-    view = values[:2]
-    del values
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_the_address_of_another_storage_is_another_weight(made: list[Tensor], gen: torch.Generator, part: int) -> None:
+    """As after ``resize_(0)`` of a storage that lives on: another one may get its memory, with as many writes."""
+    weight = list(parts(gen))
+    memory = bytearray(weight[part].numpy().tobytes())
+    old, new = (torch.frombuffer(memory, dtype=weight[part].dtype).view(weight[part].shape) for _ in range(2))
+    assert old.data_ptr() == new.data_ptr() and old._version == new._version
+    weight[part] = old
+    first = prepacked.prepacked(*weight, "8:2:4")
+    weight[part] = new
+    assert prepacked.prepacked(*weight, "8:2:4").packed is not first.packed and len(made) == 2
+    weight[part] = old
+    assert prepacked.prepacked(*weight, "8:2:4") is first
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_storage_that_died_is_not_the_one_at_its_address(
+    made: list[Tensor], gen: torch.Generator, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """Even if no one is told before the next call."""
+    monkeypatch.setattr(weakref, "finalize", lambda *_: SimpleNamespace())
+    weight = list(parts(gen))
+    memory, dtype, shape = bytearray(weight[part].numpy().tobytes()), weight[part].dtype, weight[part].shape
+    for calls in (1, 2, 3):
+        weight[part] = torch.frombuffer(memory, dtype=dtype).view(shape)
+        prepacked.prepacked(*weight, "8:2:4")
+        assert len(made) == calls
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_forgotten_with_any_part(made: list[Tensor], gen: torch.Generator, part: int) -> None:
+    weight = list(parts(gen))
+    prepacked.prepacked(*weight, "8:2:4")
+    view = weight[part][:1]
+    weight[part] = weight[part].clone()
     gc.collect()
     assert len(prepacked._PREPACKED) == 1, "a view keeps the storage"
     del view
+    gc.collect()
+    assert not prepacked._PREPACKED
+
+
+@pytest.mark.parametrize("replaced", [0, 1, 2])
+def test_parts_that_come_and_go_leave_nothing(made: list[Tensor], gen: torch.Generator, replaced: int) -> None:
+    """Neither packed copies, nor those who wait for the end of the parts that stay."""
+    weight, before = list(parts(gen)), len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    for _ in range(5):
+        weight[replaced] = weight[replaced].clone()
+        prepacked.prepacked(*weight, "8:2:4")
+    gc.collect()
+    assert len(prepacked._PREPACKED) == 1
+    assert len(weakref.finalize._registry) <= before + 3  # type: ignore[attr-defined]
+
+
+def test_a_write_leaves_one_entry(made: list[Tensor], gen: torch.Generator) -> None:
+    weight = list(parts(gen))
+    for part in (0, 1, 2, 0):
+        weight[part].add_(1)
+        prepacked.prepacked(*weight, "8:2:4")
+    assert len(prepacked._PREPACKED) == 1
+    del weight[1]
     gc.collect()
     assert not prepacked._PREPACKED
 

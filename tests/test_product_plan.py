@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,17 +250,36 @@ def test_values_that_lie_elsewhere_are_another_weight(gen: torch.Generator, play
     assert played.counts["prepack"] == played.counts["product"] == 2
 
 
-def test_codes_that_died_are_not_those_at_their_address(gen: torch.Generator, played: Played) -> None:
-    """Even if no one is told before the next call."""
+@pytest.mark.parametrize("part", ["values", "codes", "columns"])
+def test_the_address_of_another_storage_is_another_weight(gen: torch.Generator, played: Played, part: str) -> None:
+    """As after ``resize_(0)`` of a storage that lives on: another one may get its memory, with as many writes."""
     sparse, x = weight(gen), inputs(gen, 16)
-    sparse_linear(x, sparse)
-    sparse_linear(x, sparse)
-    (found,) = product_plan._WEIGHTS.values()
-    gone = torch.zeros(4, dtype=torch.uint8)
-    found.sources = (*found.sources[:1], product_plan.StorageWeakRef(gone.untyped_storage()), found.sources[2])
-    del gone
-    sparse_linear(x, sparse)
+    given = getattr(sparse, part)
+    memory = bytearray(given.numpy().tobytes())
+    first, second = (
+        replace(sparse, **{part: torch.frombuffer(memory, dtype=given.dtype).view(given.shape)}) for _ in range(2)
+    )
+    assert getattr(first, part).data_ptr() == getattr(second, part).data_ptr()
+    for calls, other in ((1, first), (2, second)):
+        for _ in range(2):
+            sparse_linear(x, other)
+        assert played.counts["prepack"] == played.counts["product"] == calls
+    sparse_linear(x, first)
     assert played.counts["product"] == 2
+
+
+@pytest.mark.parametrize("part", ["values", "codes", "columns"])
+def test_a_storage_that_died_is_not_the_one_at_its_address(
+    gen: torch.Generator, played: Played, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Even if no one is told before the next call."""
+    monkeypatch.setattr(weakref, "finalize", lambda *_: SimpleNamespace())
+    sparse, x = weight(gen), inputs(gen, 16)
+    given = getattr(sparse, part)
+    memory = bytearray(given.numpy().tobytes())
+    for calls in (1, 2, 3):
+        sparse_linear(x, replace(sparse, **{part: torch.frombuffer(memory, dtype=given.dtype).view(given.shape)}))
+        assert played.counts["product"] == calls
 
 
 @pytest.mark.parametrize("made_inside", [True, False])
@@ -327,11 +346,16 @@ def test_a_first_call_inside_a_capture_leaves_nothing(gen: torch.Generator, play
 # How long, and how many
 
 
-def test_a_freed_weight_leaves_no_plan(gen: torch.Generator, played: Played) -> None:
-    sparse, x = weight(gen), inputs(gen, 16)
-    sparse_linear(x, sparse)
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [(GATHERED, "values"), (GATHERED, "codes"), (GATHERED, "columns"), (UNPANELLED, "values"), (UNPANELLED, "codes")],
+)
+def test_a_part_that_is_freed_leaves_no_plan(gen: torch.Generator, played: Played, text: str, part: str) -> None:
+    sparse, x = weight(gen, text), inputs(gen, 16)
+    for _ in range(2):
+        sparse_linear(x, sparse)
     assert product_plan._WEIGHTS and prepacked._PREPACKED
-    del sparse
+    sparse = replace(sparse, **{part: getattr(sparse, part).clone()})
     gc.collect()
     assert not product_plan._WEIGHTS and not prepacked._PREPACKED
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from bench.harness.backends import called, runnable
 from bench.harness.case import DENSE, Case, Check, Inputs, Problem, Selection, Variant
 from obs_kernels import ops, reference
+from obs_kernels.checks import PIECE
 from obs_kernels.dtype_names import DTYPES
 from obs_kernels.errors import BackendUnavailableError
 from obs_kernels.ops.dispatch import kernel
@@ -66,8 +67,6 @@ PEER_SUMS = 4
 """The same for peers, times eps of y: they may split C and round the parts to the dtype of y."""
 GATHERED_ROWS = 64
 """Panels of a multiple of so many rows can be gathered."""
-WIDTH = 8
-"""Tokens that a row of feature-major x is a multiple of, or it is no operand as it is."""
 
 Product = Callable[[Inputs], Tensor]
 
@@ -235,7 +234,7 @@ def _launches(
     launch = partial(_Launch, launcher, rows, pattern)
     as_called = gathered("token")
     yield launch(as_called)
-    feature = panels and tokens % WIDTH == 0
+    feature = panels and tokens % PIECE == 0
     if feature:
         yield launch(gathered("feature"), "cuda, x feature-major", x_layout="feature")
     if not selection.sweep:

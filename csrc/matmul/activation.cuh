@@ -35,7 +35,8 @@ __device__ __forceinline__ float times_sigmoid(float value, float exponent) {
 __device__ __forceinline__ float gelu(float value) {
   constexpr float kSlope = 0.3275911f * 0.70710678118654752f;
   constexpr float kHalfLog2E = 0.5f * 1.4426950408889634f;
-  const float size = fabsf(value);
+  // As in torch +inf stays, and -inf becomes NaN; a size of inf would make both NaN.
+  const float size = fabsf(fminf(value, 1e18f));
   const float t = fast_reciprocal(fmaf(kSlope, size, 1.0f));
   float tail = 0.5f * 1.061405429f;
   tail = fmaf(tail, t, 0.5f * -1.453152027f);

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from obs_kernels import _ext
+from obs_kernels.checks import PIECE
 from obs_kernels.cuda_calls.matmul import as_gathered
-from obs_kernels.cuda_calls.wgmma import TYPES, WIDTH
+from obs_kernels.cuda_calls.wgmma import TYPES
 from obs_kernels.patterns import NMPattern, VNMPattern
 
 
@@ -19,8 +20,8 @@ def feature_major(x: Tensor) -> Tensor:
     tokens = lead.numel()
     if (
         x.dtype not in TYPES
-        or cols % WIDTH
-        or tokens % WIDTH
+        or cols % PIECE
+        or tokens % PIECE
         or not x.numel()
         or x.data_ptr() % 16
         or not x.is_contiguous()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from obs_kernels import _ext
+from obs_kernels.checks import PIECE
 from obs_kernels.cuda_calls import product_plan
 from obs_kernels.cuda_calls.device import check_on_cuda, raw_stream
 from obs_kernels.cuda_calls.prepacked import Prepacked, prepack, prepacked
@@ -22,7 +23,6 @@ from obs_kernels.cuda_calls.product_plan import ProductPlan
 from obs_kernels.cuda_calls.wgmma import (
     ACTIVATIONS,
     TYPES,
-    WIDTH,
     check_operands,
     check_packed,
     lacks_sparse_product,
@@ -86,8 +86,8 @@ def sparse_linear(
         if lasts:
             packed = prepacked(values, codes, columns, pattern)
         else:  # no columns: what is left is activation(bias), here of a weight of zeros
-            x, x_layout = x.new_zeros(tokens, WIDTH), "token"
-            zeros, first_two = values.new_zeros(rows, WIDTH // 2), codes.new_full((rows, 1), 0x44)
+            x, x_layout = x.new_zeros(tokens, PIECE), "token"
+            zeros, first_two = values.new_zeros(rows, PIECE // 2), codes.new_full((rows, 1), 0x44)
             packed = Prepacked((), (), prepack(zeros, first_two, codes.new_empty(0), "2:4"), None, set())
         plan, given = plan_sparse(x, packed, contiguous, y, activation=activation, x_layout=x_layout, y_layout=y_layout)
     if lasts:
@@ -144,10 +144,10 @@ def plan_gather(
 
 def as_copied(x: Tensor, x_layout: str) -> tuple[Tensor, str, int]:
     """(x, layout, columns) that the copy engine takes: rows and start of whole 16 bytes; x itself where it can be."""
-    if x_layout == "feature" and x.shape[1] % WIDTH:
+    if x_layout == "feature" and x.shape[1] % PIECE:
         x, x_layout = x.T, "token"
-    if x_layout == "token" and x.shape[1] % WIDTH:
-        x = F.pad(x, (0, -x.shape[1] % WIDTH))  # the weight has zeros there
+    if x_layout == "token" and x.shape[1] % PIECE:
+        x = F.pad(x, (0, -x.shape[1] % PIECE))  # the weight has zeros there
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
@@ -238,7 +238,7 @@ def kept_columns(values: Tensor, codes: Tensor, columns: Tensor) -> tuple[Tensor
 
 def turned_shape(x: Tensor) -> tuple[int, int]:
     """Of memory for ``x`` [T, C] turned: columns of whole 16 bytes."""
-    return x.shape[1], -(-x.shape[0] // WIDTH) * WIDTH
+    return x.shape[1], -(-x.shape[0] // PIECE) * PIECE
 
 
 def as_gathered(x: Tensor, x_layout: str) -> Tensor:
@@ -259,9 +259,9 @@ def as_gathered(x: Tensor, x_layout: str) -> Tensor:
             stream=raw_stream(x.device.index),
         )
         return out[:, :tokens]
-    if x.stride(1) != 1 or x.stride(0) % WIDTH or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
+    if x.stride(1) != 1 or x.stride(0) % PIECE or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
         padded = (
-            F.pad(x, (0, -x.shape[1] % WIDTH)) if x.shape[1] % WIDTH else x.clone(memory_format=torch.contiguous_format)
+            F.pad(x, (0, -x.shape[1] % PIECE)) if x.shape[1] % PIECE else x.clone(memory_format=torch.contiguous_format)
         )
         x = padded[:, : x.shape[1]]
     return x

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packed weight in the order in which the sparse product reads it, made once and kept as long as its values live."""
+"""A packed weight in the order in which the sparse product reads it, made once and kept as long as it lives."""
 
 from __future__ import annotations
 
 import threading
-import weakref
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from obs_kernels import _ext
 from obs_kernels.cuda_calls.device import check_on_cuda
+from obs_kernels.cuda_calls.weight_tables import forget_with, key_of, sources_of
 from obs_kernels.cuda_calls.wgmma import TYPES, check_sparse_gpu
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.packed_format import packed_shapes, runs_as_two_of_four
@@ -33,10 +33,6 @@ class Prepacked:
     joined: set[int]
     """Streams that come after it: the one that packed, and those that waited."""
 
-    def expired(self) -> bool:
-        """Whether what it was made of is gone, and its addresses may belong to another weight."""
-        return any(source.expired() for source in self.sources)
-
     def join(self) -> None:
         """Let torch's current stream wait for the packing."""
         if self.done is None or _is_capturing(self.packed.device):  # torch.cuda.graph begins with a sync
@@ -47,8 +43,8 @@ class Prepacked:
         self.joined.add(stream.cuda_stream)
 
 
-_PREPACKED: dict[tuple[Any, ...], Prepacked] = {}
-"""By addresses and layout of values, codes and columns. Global, as ops of torch.library take tensors and no objects."""
+_PREPACKED: dict[Hashable, Prepacked] = {}
+"""By ``key_of``. Global, as ops of torch.library take tensors and no objects."""
 _LOCK = threading.Lock()
 
 
@@ -60,24 +56,22 @@ def versions(parts: tuple[Tensor, ...]) -> tuple[int, ...]:
 def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Prepacked:
     """``prepack``, or what an earlier call made of the same tensors, unless they were written to since.
 
-    Kept until the storage of the values dies. A weight that changed is packed into the same memory, so that graphs that
+    Kept until a storage of the weight dies. A weight that changed is packed into the same memory, so that graphs that
     were captured before follow. Writes that torch does not count are not seen: by ``.data``, by numpy, or to inference
     tensors.
     """
     parts = (values, codes, columns)
+    # the empty tensor that stands for no columns is another one in each call, and dies with it
+    weight = (values, codes, columns if columns.untyped_storage().nbytes() else None)
     stream = torch.cuda.current_stream(values.device)
-    key = (pattern, values.dtype, values.shape, values.stride(), *(part.data_ptr() for part in parts))
+    key = key_of(*weight, pattern)
     version = versions(parts)
     found = _PREPACKED.get(key)
-    if found is not None and found.expired():
-        found = None
     if found is not None and found.version == version:
         if stream.cuda_stream not in found.joined:
             found.join()
         return found
-    # not of the empty tensor that stands for no columns: it dies with the call
-    storages = [storage for part in parts if (storage := part.untyped_storage()).nbytes()]
-    sources = tuple(StorageWeakRef(storage) for storage in storages)
+    sources = sources_of(*weight)
     if _is_capturing(values.device):
         return Prepacked(sources, version, prepack(*parts, pattern), None, {stream.cuda_stream})
     with _LOCK:
@@ -88,7 +82,7 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> P
         done.record(stream)
         made = _PREPACKED[key] = Prepacked(sources, version, packed, done, {stream.cuda_stream})
         if found is None:
-            weakref.finalize(values.untyped_storage(), _PREPACKED.pop, key, None).atexit = False
+            forget_with(_PREPACKED, key, *weight)
     return made
 
 

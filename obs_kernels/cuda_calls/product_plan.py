@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products that were decided and checked once, kept for equal calls: what is left of those is memory and a launch.
 
-A plan belongs to a weight, by the addresses and layout of its tensors as in ``prepacked``, until one of them is written
-to or dies, and among its plans to everything that was asked of x, bias and the options.
+A plan belongs to a weight, known as in ``prepacked``, until one of its tensors is written to or dies, and among its
+plans to everything that was asked of x, bias and the options.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from obs_kernels.cuda_calls.device import raw_stream
 from obs_kernels.cuda_calls.prepacked import Prepacked, versions
+from obs_kernels.cuda_calls.weight_tables import forget_with, key_of, sources_of
 
 MAX_PLANS = 512
 """Plans of a weight; beyond them the oldest goes. Numbers of tokens may come without end."""
@@ -93,17 +91,14 @@ class _Weight:
 
     __slots__ = ("is_counted", "plans", "sources", "version")
 
-    def __init__(self, parts: tuple[Tensor, ...], version: tuple[int, ...]) -> None:
-        self.sources = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
+    def __init__(self, values: Tensor, codes: Tensor, columns: Tensor | None, version: tuple[int, ...]) -> None:
+        self.sources = sources_of(values, codes, columns)
         self.version = version
-        self.is_counted = not any(part.is_inference() for part in parts)
+        self.is_counted = not any(part is not None and part.is_inference() for part in (values, codes, columns))
         self.plans: dict[Hashable, ProductPlan] = {}
 
     def is_of(self, values: Tensor, codes: Tensor, columns: Tensor | None) -> bool:
-        """Whether the weight that lies at these addresses now is still the one of the plans."""
-        for source in self.sources:
-            if _expired(source.cdata):
-                return False
+        """Whether the weight that has this key was not written to since."""
         if self.is_counted:
             try:
                 return self.version == (values._version, codes._version, 0 if columns is None else columns._version)
@@ -112,7 +107,6 @@ class _Weight:
         return self.version == (*versions((values, codes)), *((0,) if columns is None else versions((columns,))))
 
 
-_expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
 _WEIGHTS: dict[Hashable, _Weight] = {}
 _LOCK = threading.Lock()
 
@@ -132,7 +126,7 @@ def find(
         columns: None without panels.
         options: whatever else the plan depends on.
     """
-    weight = _WEIGHTS.get(_place(values, codes, columns, pattern))
+    weight = _WEIGHTS.get(key_of(values, codes, columns, pattern))
     if weight is None or not weight.is_of(values, codes, columns):
         return None
     try:
@@ -151,37 +145,23 @@ def keep(
     options: Hashable,
     plan: ProductPlan,
 ) -> None:
-    """Let ``find`` return ``plan``, until the storage of the values dies."""
+    """Let ``find`` return ``plan``, until a storage of the weight dies."""
     if plan.weight.done is None:  # memory of a graph
         return
-    place, question = _place(values, codes, columns, pattern), _question(x, bias, options)
+    key, question = key_of(values, codes, columns, pattern), _question(x, bias, options)
     try:
         hash(question)
     except TypeError:  # such as a shape that is a list
         return
     with _LOCK:
-        weight = _WEIGHTS.get(place)
+        weight = _WEIGHTS.get(key)
         if weight is None:
-            weakref.finalize(values.untyped_storage(), _WEIGHTS.pop, place, None).atexit = False
+            forget_with(_WEIGHTS, key, values, codes, columns)
         if weight is None or weight.version != plan.weight.version or not weight.is_of(values, codes, columns):
-            parts = (values, codes) if columns is None else (values, codes, columns)
-            weight = _WEIGHTS[place] = _Weight(parts, plan.weight.version)
+            weight = _WEIGHTS[key] = _Weight(values, codes, columns, plan.weight.version)
         while len(weight.plans) >= MAX_PLANS:
             del weight.plans[next(iter(weight.plans))]
         weight.plans[question] = plan
-
-
-def _place(values: Tensor, codes: Tensor, columns: Tensor | None, pattern: str) -> Hashable:
-    """As the key of ``prepacked``."""
-    return (
-        pattern,
-        values.dtype,
-        values.shape,
-        values.stride(),
-        values.data_ptr(),
-        codes.data_ptr(),
-        0 if columns is None else columns.data_ptr(),
-    )
 
 
 def _question(x: Tensor, bias: Tensor | None, options: Hashable) -> Hashable:

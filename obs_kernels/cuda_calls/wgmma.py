@@ -18,8 +18,6 @@ ARCHITECTURE = "90a"
 """What the module must be built for: ``wgmma`` is in no other code, nor in PTX for later GPUs."""
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-WIDTH = 8
-"""Elements of 16 bytes: rows of x must be multiples of them."""
 
 
 def check_operands(

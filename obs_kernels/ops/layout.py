@@ -70,10 +70,6 @@ def is_feature_major(x: Tensor) -> bool:
     return x.dim() > 1 and not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
 
 
-WHOLE = 8
-"""Tokens and columns that the transposing kernel takes are multiples of it: pieces of 16 bytes."""
-
-
 def shares_layout(x: Tensor) -> bool:
     """Whether several products read ``feature_major(x)`` in place: 16-bit values, of whole pieces either way."""
     if x.dtype not in (torch.float16, torch.bfloat16) or os.environ.get("OBS_KERNELS_BACKEND", "cuda") != "cuda":
@@ -81,7 +77,7 @@ def shares_layout(x: Tensor) -> bool:
     if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
         return False  # each layer will make a copy of its own
     cols = x.shape[-1]
-    return cols % WHOLE == 0 and x.numel() // max(cols, 1) % WHOLE == 0
+    return cols % checks.PIECE == 0 and x.numel() // max(cols, 1) % checks.PIECE == 0
 
 
 @constant_when_compiled

@@ -53,8 +53,8 @@ def sparse_linear(
     aligned four columns. Panels v:2:m, v a multiple of 64, run on the four of m columns that they keep alone where
     measured tiles say that this is faster: best with x feature-major, as a token-major x is transposed first.
     Everything else runs as 2:4 on all columns. The first call that goes one of these ways makes its own copy of the
-    weight, 0.56 of the dense bytes for all columns and 4/m of that for the kept ones, which lives as long as
-    ``sparse.values``.
+    weight, 0.56 of the dense bytes for all columns and 4/m of that for the kept ones, which lives as long as all
+    tensors of ``sparse``.
     """
     values, codes = sparse.values, sparse.codes
     heard = is_heard(x, values, codes, sparse.columns, bias)
