@@ -43,14 +43,14 @@ class TrainSettings:
 
     epochs: float = 8.0
     batch_size: int = 32
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 3e-4
     final_factor: float = 0.01
     warmup_ratio: float = 0.02
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     hardness: float = 1.0
     temperature: float = 2.0
-    hidden: float = 0.0
+    hidden: float = 10.0
     token_noise: float = 0.0
     dropout: float | None = None
     """None leaves the model's own."""

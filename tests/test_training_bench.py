@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import gradual_rows, squad_gradual
-from bench.gradual_run import Trainee
+from bench.gradual_run import Trainee, TrainSettings
 from bench.gradual_table import MUST, to_markdown
 from obs_kernels.errors import ConfigError
 from obs_kernels.recipes import load_recipe
@@ -45,6 +45,13 @@ def test_every_row_has_settings_and_a_schedule_that_ends_at_its_pattern() -> Non
     recipe = load_recipe("gradual_row_28v64")
     row = gradual_rows.Row(gradual_rows.GRADUAL, "64:2:8", "row", "combinatorial")
     assert gradual_rows.schedule_of(row, prune_every=0.5) == recipe.schedule and recipe.schedule is not None
+    rows_have, training, teacher = TrainSettings(), recipe.training, recipe.distillation
+    assert teacher is not None
+    for name in ("epochs", "batch_size", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm"):
+        assert getattr(training, name) == getattr(rows_have, name), name
+    for name in ("hardness", "temperature", "hidden"):
+        assert getattr(teacher, name) == getattr(rows_have, name), name
+    assert training.final_learning_rate == pytest.approx(rows_have.learning_rate * rows_have.final_factor)
     assert set(MUST) <= patterns
 
 
@@ -119,7 +126,7 @@ def test_the_dense_row_and_the_table(work: Path, tmp_path: Path, capsys: pytest.
     assert text == to_markdown(stored) and text.strip() in capsys.readouterr().out
     assert text.count("not run |") > 30 and "| dense (must) | - | - | - | 0 |" in text
     assert "| 2:4 | not run | not run |" in text and "98 | not run |" in text
-    assert "hidden states" not in text
+    assert "hidden states 10)" in text
 
 
 def test_hidden_states_are_in_the_loss_and_in_the_table(work: Path, tmp_path: Path) -> None:
