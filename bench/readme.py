@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import choices_squad, squad_gradual
-from bench.gradual_rows import GRADUAL
+from bench.gradual_rows import DENSE, GRADUAL
 from bench.inference_table import inference_table, stored_results
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import devices_of, summary_table
@@ -150,6 +150,8 @@ def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
         shown = [f"{c['x_dense']:.2f} ({c['x_peer'].get('cuSPARSELt', float('nan')):.2f})" if c else "-" for c in cells]
         for pattern in panels:
             for index, name in enumerate(layers):
+                if cells[index] is None:
+                    continue
                 both = (ratio(pattern, layout, (name, tokens)) for layout in ("token-major", "feature-major"))
                 shown[index] += f"<br>{' / '.join(both)}"
         lines.append(f"| {'<br>'.join([f'{tokens:,}', *panels])} | {' | '.join(shown)} |")
@@ -210,6 +212,7 @@ def gradual_line() -> str:
     """F1 of the rows of gradual pruning that must be there, and 2:16, from the stored results."""
     stored = json.loads(squad_gradual.RESULTS.read_text())
     epochs, dense = stored["header"]["epochs"], stored["dense"]["f1"]
+    alike = next((row["f1"] for row in stored["rows"].values() if row["way"] == DENSE), None)
     names = {"row": "row", "combinatorial": "block", "magnitude": "magnitude"}
     parts = list[str]()
     for row in (stored["rows"][wanted["key"]] for wanted in stored["wanted"] if wanted["key"] in stored["rows"]):
@@ -217,7 +220,8 @@ def gradual_line() -> str:
             kind = names["row" if row["curvature"] == "row" else row["method"]]
             parts.append(f"{row['pattern']} {kind} {row['f1']:.2f} ({100 * row['f1'] / dense:.1f} %)")
     return (
-        f"Pruned in steps and trained for {epochs:g} epochs, F1 (share of the dense {dense:.2f}): "
+        f"Pruned in steps and trained for {epochs:g} epochs, F1 (share of the dense {dense:.2f}"
+        f"{f', which gets to {alike:.2f} by as much training' if alike else ''}): "
         f"{', '.join(parts)}; one seed, every row: [squad_gradual.md](bench/results/squad_gradual.md)."
     )
 
