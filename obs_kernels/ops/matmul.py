@@ -44,7 +44,7 @@ def sparse_linear(
 
     Returns:
         y in the dtype of x; arithmetic in f32 (f64 for f64). Gradients flow to x and bias, tangents of forward mode
-        from them; packed values take none.
+        from them, under ``torch.func`` too (not one through the other); packed values take none.
 
     NaN or Inf in a token: the reference gives NaN in all of its outputs (zeros take part in a dense product); ``cuda``
     reaches the rows that keep the column, and those with a free place among the four columns around it.
@@ -101,7 +101,7 @@ def sparse_linear(
     if not heard:
         y = kernel("sparse_linear", chosen)(*operands, **options)
     elif torch.is_grad_enabled():
-        y = torch.ops.obs_kernels.sparse_linear(*operands, **options, backend=chosen)
+        y = _with_gradient(*operands, options | {"backend": chosen})
     else:
         y = torch.ops.obs_kernels.sparse_linear_inference(*operands, *options.values(), chosen)
     y = y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
@@ -251,22 +251,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pattern, options = ctx.options
     x, values, codes, columns, bias = ctx.saved_tensors
-    backend, x_layout, y_layout = options["backend"], options["x_layout"], options["y_layout"]
+    x_layout, y_layout = options["x_layout"], options["y_layout"]
     with no_autocast():
         grad = grad if y_layout == "token" else grad.T  # [T, R]
         if options["activation"]:
-            before = torch.ops.obs_kernels.sparse_linear(
-                x,
-                values,
-                codes,
-                columns,
-                bias,
-                pattern,
-                activation="",
-                x_layout=x_layout,
-                y_layout="token",
-                backend=backend,
-            )
+            bare = options | {"activation": "", "y_layout": "token"}
+            before = _with_gradient(x, values, codes, columns, bias, pattern, bare)
             grad = activation_gradient(before, grad.contiguous(), options["activation"])
         dense = torch.ops.obs_kernels.unpack(values, codes, columns, pattern, backend="reference")
         grad_x = grad @ dense if ctx.needs_input_grad[0] else None
@@ -277,3 +267,34 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("obs_kernels::sparse_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+class _Transformed(torch.autograd.Function):
+    """The op under ``torch.func.grad`` and the like, which do not take formulas of torch.library."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        *operands, options = arguments
+        y: Tensor = torch.ops.obs_kernels.sparse_linear(*operands, **options)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *operands, options = inputs
+        _setup_context(ctx, tuple(operands), options, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, *grads), None)
+
+
+def _with_gradient(*arguments: Any) -> Tensor:
+    """The op on its operands and, last, its options."""
+    *operands, options = arguments
+    if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
+        transformed: Tensor = _Transformed.apply(*operands, options)
+        return transformed
+    y: Tensor = torch.ops.obs_kernels.sparse_linear(*operands, **options)
+    return y
