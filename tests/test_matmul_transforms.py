@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, grad_and_value, jacrev, jvp, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import functionalize, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from obs_kernels.ops import sparse_linear
 from obs_kernels.sparse.linear import SparseLinear
@@ -77,6 +78,43 @@ def test_transforms_give_what_they_give_of_the_dense_product(twins, gen) -> None
     samples = torch.stack([x, -2 * x])  # per-sample gradients
     close(*(vmap(grad(summed(f), 1), (0, None))(samples, bias) for f in (sparse, dense)))
     close(*(grad(lambda x, f=f: grad(summed(f))(x, bias).square().sum())(x) for f in (sparse, dense)))
+    close(*(hessian(summed(f), 1)(x, bias) for f in (sparse, dense)))
+    close(*(jvp(grad(summed(f), 1), (x, bias), (x, bias)) for f in (sparse, dense)))
+    close(*(jvp(lambda b, f=f: jvp(partial(f, x), (b,), (b.cos(),))[1], (bias,), (bias,)) for f in (sparse, dense)))
+    close(*(jvp(lambda b, f=f: grad(summed(f))(x, b), (bias,), (bias.cos(),)) for f in (sparse, dense)))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_look_where_gradients_are_off(twins, gen) -> None:
+    sparse, dense, given = twins
+    x, bias = (
+        given(torch.randn(TOKENS, COLS, generator=gen, dtype=torch.float64)),
+        torch.zeros(ROWS, dtype=torch.float64),
+    )
+    close(*(jacfwd(jacfwd(summed(f), 1), 1)(x, bias) for f in (sparse, dense)))
+    close(functionalize(sparse)(x, bias), dense(x, bias))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", None])
+def test_forward_over_reverse_without_a_transform(layer: SparseLinear, gen: torch.Generator, activation) -> None:
+    x, change = torch.randn(2, TOKENS, COLS, generator=gen, dtype=torch.float64)
+
+    def second(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), change)
+            (found,) = torch.autograd.grad(function(dual).sin().sum(), dual, create_graph=True)
+            tangent: Tensor | None = forward_ad.unpack_dual(found).tangent
+        assert tangent is not None
+        return tangent
+
+    dense, bias = layer.to_linear().weight.detach(), layer.bias  # type: ignore[operator]
+    apart = {"gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": lambda y: y * torch.sigmoid(y)}
+    act = (ACTIVATIONS | apart)[activation]
+    close(
+        second(lambda x: sparse_linear(x, layer.sparse, bias, activation=activation)),
+        second(lambda x: act(F.linear(x, dense, bias))),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
