@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,6 @@ class TrainSettings:
     hardness: float = 1.0
     temperature: float = 2.0
     hidden: float = 10.0
-    token_noise: float = 0.0
     dropout: float | None = None
     """None leaves the model's own."""
     calibration_batch_size: int = 16
@@ -96,7 +95,6 @@ class Trainee:
         seed: of the order of the batches, and of dropout.
         graphs: capture CUDA graphs; needs a GPU.
         autocast: of student and teacher; None runs in the model's dtype.
-        special_ids: tokens that ``settings.token_noise`` leaves.
     """
 
     def __init__(
@@ -111,7 +109,6 @@ class Trainee:
         seed: int,
         graphs: bool,
         autocast: torch.dtype | None,
-        special_ids: Sequence[int] = (),
     ) -> None:
         self.model, self.windows, self.settings, self.seed = model, windows, settings, seed
         self.device = next(model.parameters()).device
@@ -123,12 +120,7 @@ class Trainee:
         self.distiller = None
         if teacher is not None:
             self.distiller = Distiller(
-                teacher,
-                hardness=settings.hardness,
-                temperature=settings.temperature,
-                hidden=settings.hidden,
-                token_noise=settings.token_noise,
-                special_ids=special_ids,
+                teacher, hardness=settings.hardness, temperature=settings.temperature, hidden=settings.hidden
             )
         self.data = DeviceWindows(windows, self.device)
         self.steps_per_epoch = len(windows) // settings.batch_size  # the rest, less than a batch, waits an epoch
@@ -293,8 +285,6 @@ class Trainee:
     def _work(self, rows: Tensor, width: int) -> None:
         """One optimizer step on windows ``rows``: no host read, no branch on values."""
         inputs, mask, labels = self.data.batch(rows, width)
-        if self.distiller is not None:
-            inputs = dict(self.distiller.perturb(inputs))
         self.optimizer.zero_grad(set_to_none=True)
         kind = self.device.type
         # no cache of cast weights: a graph would keep using those of its first step

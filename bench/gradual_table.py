@@ -15,14 +15,13 @@ def to_markdown(stored: dict[str, Any]) -> str:
     devices = ", ".join(sorted({row["device"] for row in rows.values()})) or "no device yet"
     commits = ", ".join(sorted({row["commit"][:7] for row in rows.values()})) or "none"
     hidden = f", hidden states {header['hidden']:g}" if header.get("hidden") else ""
-    noise = f", {header['token_noise']:g} of the tokens exchanged" if header.get("token_noise") else ""
     share = "all questions" if header["every"] == 1 else f"every {header['every']}th question"
     lines = [
         "# Pruning in training on SQuAD",
         "",
         f"Every row: {header['epochs']:g} epochs, batch {header['batch_size']}, AdamW {header['learning_rate']:g} "
         f"falling linearly to {header['final_factor']:g} of it, teacher the dense model "
-        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}{hidden}{noise}), {header['precision']}. "
+        f"(hardness {header['hardness']:g}, T = {header['temperature']:g}{hidden}), {header['precision']}. "
         f"Gradual rows prune every {header['prune_every']:g} epochs from the first step on, one-shot rows before it; "
         f"{header['num_grads']} gradients, damping {header['dampening_frac']:g} of the mean diagonal, "
         f"D = {header['fisher_block_size']} for block curvature. F1 on {share} of the dev set; the dense "

@@ -112,7 +112,6 @@ class Bench:
             seed=row.seed,
             graphs=self.graphs,
             autocast=self.autocast,
-            special_ids=self.tokenizer.all_special_ids,
         )
 
 

@@ -451,6 +451,32 @@ def test_estimates_between_rows(table: KernelTable) -> None:
     assert table.estimate(32, 32, 1024, parse_pattern("4:8")) is None
 
 
+def test_a_large_shape_at_few_tokens_says_nothing_about_a_small_one() -> None:
+    pattern = parse_pattern("2:4")
+    large = [row(64, 64, tokens, 1.0, 2.0) for tokens in (16, 64)]
+    table = KernelTable("a GPU", "abc", (*large, row(32, 32, 64, 4.0, 2.0)))
+    assert table.estimate(64, 64, 16, pattern) is not None
+    assert table.estimate(48, 48, 63, pattern) is None  # between the two, of which one begins at 64
+    both = table.estimate(48, 48, 64, pattern)
+    assert both is not None and both.dense_us / both.sparse_us < 2.0
+    alone = KernelTable("a GPU", "abc", tuple(large))
+    assert alone.estimate(40, 40, 20, pattern) is None
+    enough = alone.estimate(40, 40, 21, pattern)  # half the products of the smallest row
+    assert enough is not None and enough.sparse_wins
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "128:2:8", "128:2:16"])
+def test_more_tokens_do_not_look_worse_by_rows_that_begin_there(pattern: str) -> None:
+    """Estimates of packaged rows by every measured count of tokens: no step down where rows of small shapes begin."""
+    table, parsed = packaged_table(), parse_pattern(pattern)
+    starts = sorted({row.tokens for row in table.rows})
+    for size in ((1024, 2048), (2048, 2048), (2560, 2560), (4096, 2048), (3072, 4096)):
+        for tokens in starts:
+            before, at = (table.estimate(*size, count, parsed) for count in (tokens - 1, tokens))
+            if before is not None and at is not None:
+                assert at.dense_us / at.sparse_us >= 0.97 * before.dense_us / before.sparse_us, (size, tokens)
+
+
 def test_the_crossing_is_where_it_stays_won() -> None:
     rows = (row(8, 8, 64, 1.0, 2.0), row(8, 8, 256, 3.0, 2.0), row(8, 8, 1024, 4.0, 8.0))
     found = KernelTable("a GPU", "abc", rows).sparse_from(8, 8, parse_pattern("2:4"))

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -19,7 +21,7 @@ from obs_kernels import checks
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.ops.dispatch import MODULES, kernel, no_autocast, resolve
 from obs_kernels.ops.sparse_weight import SparseWeight
-from obs_kernels.reference.matmul import activation_gradient
+from obs_kernels.reference.matmul import activate, activation_gradient
 
 
 def sparse_linear(
@@ -44,7 +46,7 @@ def sparse_linear(
 
     Returns:
         y in the dtype of x; arithmetic in f32 (f64 for f64). Gradients flow to x and bias, tangents of forward mode
-        from them; packed values take none.
+        from them, twice and under ``torch.func`` too (but for ``jvp`` of ``vmap``); packed values take none.
 
     NaN or Inf in a token: the reference gives NaN in all of its outputs (zeros take part in a dense product); ``cuda``
     reaches the rows that keep the column, and those with a free place among the four columns around it.
@@ -100,8 +102,8 @@ def sparse_linear(
     y: Tensor
     if not heard:
         y = kernel("sparse_linear", chosen)(*operands, **options)
-    elif torch.is_grad_enabled():
-        y = torch.ops.obs_kernels.sparse_linear(*operands, **options, backend=chosen)
+    elif torch.is_grad_enabled() or _transform() is not None:  # a transform looks even where gradients are off
+        y = _with_gradient(*operands, options | {"backend": chosen})
     else:
         y = torch.ops.obs_kernels.sparse_linear_inference(*operands, *options.values(), chosen)
     y = y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
@@ -141,10 +143,11 @@ def _dual(
     change = torch.zeros_like(before) if x_change is None else run(x_change)
     if bias_change is not None:
         change = change + (bias_change if y_layout == "token" else bias_change[:, None])
-    if activation is None:
-        return forward_ad.make_dual(before, change)
-    y = run(x, bias=bias, activation=activation)
-    return forward_ad.make_dual(y, activation_gradient(before, change, activation))
+    y = forward_ad.make_dual(before, change)
+    # by torch, which knows second derivatives: the formula below would miss the tangent of what it has kept
+    if activation == "silu":  # aten's has no forward mode in its backward
+        return y * torch.sigmoid(y)
+    return y if activation is None else activate(y, activation)
 
 
 def is_heard(*tensors: Tensor | None) -> bool:
@@ -251,22 +254,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pattern, options = ctx.options
     x, values, codes, columns, bias = ctx.saved_tensors
-    backend, x_layout, y_layout = options["backend"], options["x_layout"], options["y_layout"]
+    x_layout, y_layout = options["x_layout"], options["y_layout"]
     with no_autocast():
         grad = grad if y_layout == "token" else grad.T  # [T, R]
         if options["activation"]:
-            before = torch.ops.obs_kernels.sparse_linear(
-                x,
-                values,
-                codes,
-                columns,
-                bias,
-                pattern,
-                activation="",
-                x_layout=x_layout,
-                y_layout="token",
-                backend=backend,
-            )
+            bare = options | {"activation": "", "y_layout": "token"}
+            before = _with_gradient(x, values, codes, columns, bias, pattern, bare)
             grad = activation_gradient(before, grad.contiguous(), options["activation"])
         dense = torch.ops.obs_kernels.unpack(values, codes, columns, pattern, backend="reference")
         grad_x = grad @ dense if ctx.needs_input_grad[0] else None
@@ -277,3 +270,61 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("obs_kernels::sparse_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+class _Transformed(torch.autograd.Function):
+    """The op under ``torch.func.grad`` and the like, which do not take formulas of torch.library."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        *operands, options = arguments
+        y: Tensor = torch.ops.obs_kernels.sparse_linear(*operands, **options)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *operands, options = inputs
+        _setup_context(ctx, tuple(operands), options, output)
+        x, values, codes, columns, bias, _ = operands
+        ctx.save_for_forward(x if options["activation"] else None, values, codes, columns, bias)
+        ctx.shape = output.shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, *grads), None)
+
+    @staticmethod
+    def jvp(ctx: Any, x_change: Tensor | None, *changes: Any) -> Tensor:
+        pattern, options = ctx.options
+        x, values, codes, columns, bias = ctx.saved_tensors
+        bias_change, bare = changes[3], options | {"activation": ""}
+        change = values.new_zeros(ctx.shape)
+        if x_change is not None:
+            change = _with_gradient(x_change, values, codes, columns, None, pattern, bare)
+        if bias_change is not None:
+            change = change + (bias_change if options["y_layout"] == "token" else bias_change[:, None])
+        if not options["activation"]:
+            return change
+        before = _with_gradient(x, values, codes, columns, bias, pattern, bare)
+        return activation_gradient(before, change.contiguous(), options["activation"])
+
+
+def _transform() -> TransformType | None:
+    """The innermost transform of ``torch.func`` that is at work; a compiler is not to look into it."""
+    if torch.compiler.is_compiling():
+        return None
+    top = torch._C._functorch.peek_interpreter_stack()
+    return None if top is None else top.key()
+
+
+def _with_gradient(*arguments: Any) -> Tensor:
+    """The op on its operands and, last, its options."""
+    *operands, options = arguments
+    if _transform() not in (None, TransformType.Functionalize):
+        whole = MappingProxyType(options)  # to torch.func one argument, and no tree of them
+        transformed: Tensor = _Transformed.apply(*operands, whole)
+        return transformed
+    y: Tensor = torch.ops.obs_kernels.sparse_linear(*operands, **options)
+    return y

@@ -126,8 +126,6 @@ class DistillationSettings:
             None has to be given when the training starts.
         outputs: the outputs that are compared, their terms averaged; None takes those of the task.
         hidden: factor of the error of what the layers give, relative to the teacher's, added to the loss; 0 without.
-        token_noise: share of the tokens of each batch that are exchanged for others of it before both models read it,
-            0 to 1; labels stay where they are.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
@@ -137,14 +135,12 @@ class DistillationSettings:
     teacher: str | None = None
     outputs: tuple[str, ...] | None = None
     hidden: float = 0.0
-    token_noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Validate and normalise."""
         _check_number("hardness", self.hardness, most=1.0)
         _check_number("temperature", self.temperature, above=True)
         _check_number("hidden", self.hidden)
-        _check_number("token_noise", self.token_noise, most=1.0)
         if self.outputs is not None:
             object.__setattr__(self, "outputs", tuple(self.outputs))
             if not self.outputs or not all(isinstance(name, str) for name in self.outputs):

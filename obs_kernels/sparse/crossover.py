@@ -31,6 +31,8 @@ where measured tiles say that this is faster: for them it is a bound on the safe
 _MOST_TOKENS = 1 << 17
 _FARTHEST = 1.0
 """Of the nearest measured shape, in log2, by the farther of rows and columns."""
+_LEAST_SHARE = 0.5
+"""Of the products of the smallest measured neighbour, by which an estimate may fall short of them."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ class KernelTable:
         apart = {shape: _apart(shape, (rows, cols)) for shape in shapes}
         near = [shape for shape, (far, _) in apart.items() if far <= _FARTHEST]
         near = [shape for shape in near if apart[shape][1] == 0] or near  # rows of the very shape stand alone
-        near = [shape for shape in near if tokens >= min(row.tokens for row in shapes[shape])]
-        if not near:
+        # a large shape that was measured at few tokens says nothing about a small one, which has less to do then
+        fewest = [min(row.tokens for row in shapes[shape]) for shape in near]
+        least = min((r * c * count for (r, c), count in zip(near, fewest, strict=True)), default=0)
+        if not near or tokens < max(fewest) or rows * cols * tokens < _LEAST_SHARE * least:
             return None
         weights = {shape: 1.0 / max(apart[shape][1], 1e-6) for shape in near}
         total = sum(weights.values())

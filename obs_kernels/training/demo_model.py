@@ -15,12 +15,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +30,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from obs_kernels.errors import ConfigError
-from obs_kernels.training.demo_corpus import Passage, Split, make_corpus, make_passage
+from obs_kernels.training.demo_corpus import Split, make_corpus, make_passage
+from obs_kernels.training.demo_tokens import CONTEXT_BIT, FACT_BIT, KEY_BIT, PAD, encode_passages, train_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import BertForQuestionAnswering
 
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_PAD, _CLS, _SEP = 0, 2, 3
-_WORD = re.compile(r"\w+|[^\w\s]")
-_KEY_BIT, _FACT_BIT, _CONTEXT_BIT = 1, 2, 4
 _PASSAGES_PER_CHUNK = 500
 _QUESTIONS_PER_PASSAGE = 8
 _WINDOW_CHUNKS, _FIRST_CHUNKS = 48, 6
@@ -83,85 +78,6 @@ class DemoModelConfig:
 def demo_model_dir() -> Path:
     """The folder of the demo model inside the package; it exists once the model was trained or installed."""
     return Path(__file__).parent / "demo_data"
-
-
-def train_tokenizer(*, seed: int) -> Tokenizer:
-    """Train the WordPiece vocabulary on a training corpus; its pieces stop at syllables, before whole names.
-
-    A name that became a single token would be one that the held-out split cannot have, so the least frequency of a
-    merge lies between that of a syllable and that of a name. The pieces are those of a byte pair encoding: the
-    WordPiece trainer of ``tokenizers`` breaks ties in an order that changes from run to run.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    corpus = make_corpus(num_paragraphs=6000, split="train", seed=seed, max_questions=2)
-    paragraphs = [p for article in corpus["data"] for p in article["paragraphs"]]
-    texts = [text for p in paragraphs for text in (p["context"], *(qa["question"] for qa in p["qas"]))]
-    pairs = Tokenizer(models.BPE())
-    pairs.normalizer = normalizers.BertNormalizer(lowercase=True)
-    pairs.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    pairs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, min_frequency=80, show_progress=False))
-    words = sorted({word for text in texts for word in _WORD.findall(text.lower())})
-    pieces = {piece for char in sorted({c for word in words for c in word}) for piece in (char, f"##{char}")}
-    for encoded in pairs.encode_batch(words):
-        pieces.update(f"##{token}" if i else token for i, token in enumerate(encoded.tokens))
-
-    vocab = {piece: i for i, piece in enumerate((*_SPECIAL, *sorted(pieces)))}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = pairs.normalizer
-    tokenizer.pre_tokenizer = pairs.pre_tokenizer
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(list(_SPECIAL))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", _CLS), ("[SEP]", _SEP)],
-    )
-    return tokenizer
-
-
-def encode_passages(passages: Sequence[Passage], vocab: dict[str, int], *, length: int) -> np.ndarray:
-    """Encode all questions of ``passages`` to ``[questions, 2, length + 2]`` int16.
-
-    Row 0 is start token, end token, then the ids of ``[CLS] question [SEP] passage [SEP]``; row 1 has two unused
-    entries, then a bit field a token: repeats the name of the question, sentence about its entity, is passage.
-    Same ids as the trained tokenizer, several times faster because the words of a passage are split once.
-    """
-    import numpy as np
-
-    pieces: dict[str, list[int]] = {}
-
-    def words(text: str) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        starts: list[int] = []
-        for match in _WORD.finditer(text.lower()):
-            word = match.group()
-            if word not in pieces:
-                pieces[word] = _wordpiece(word, vocab)
-            ids += pieces[word]
-            starts += [match.start()] * len(pieces[word])
-        return ids, starts
-
-    rows: list[list[int]] = []
-    for passage in passages:
-        context, starts = words(passage.context)
-        for question in passage.questions:
-            asked, _ = words(question.text)
-            offset = len(asked) + 2
-            total = offset + len(context) + 1
-            if total > length:
-                continue
-            first = bisect_left(starts, question.answer_start)
-            last = bisect_left(starts, question.answer_start + len(question.answer)) - 1
-            bits = [_CONTEXT_BIT] * len(context)
-            for bit, spans in ((_KEY_BIT, question.key_spans), (_FACT_BIT, question.fact_spans)):
-                for left, right in spans:
-                    for i in range(bisect_left(starts, left), bisect_left(starts, right)):
-                        bits[i] |= bit
-            pad = [_PAD] * (length - total)
-            rows.append([offset + first, offset + last, _CLS, *asked, _SEP, *context, _SEP, *pad])
-            rows.append([0, 0, *([0] * offset), *bits, 0, *pad])
-    return np.asarray(rows, dtype=np.int16).reshape(-1, 2, length + 2)
 
 
 def train_demo_model(out: Path, config: DemoModelConfig, *, report: Callable[[str], None]) -> dict[str, Any]:
@@ -203,7 +119,7 @@ def score_folder(
     torch.nn.Module.to(model, device)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(model.config.max_position_embeddings, strategy="only_second")
-    tokenizer.enable_padding(pad_id=_PAD, pad_token="[PAD]")
+    tokenizer.enable_padding(pad_id=PAD, pad_token="[PAD]")
     items = [(qa, p["context"]) for article in corpus["data"] for p in article["paragraphs"] for qa in p["qas"]]
     exact = f1 = 0.0
     for at in range(0, len(items), batch_size):
@@ -250,21 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush=True,
     )
     return 0
-
-
-def _wordpiece(word: str, vocab: dict[str, int]) -> list[int]:
-    ids: list[int] = []
-    at = 0
-    while at < len(word):
-        for end in range(len(word), at, -1):
-            piece = word[at:end] if at == 0 else f"##{word[at:end]}"
-            if piece in vocab:
-                ids.append(vocab[piece])
-                at = end
-                break
-        else:
-            return [vocab["[UNK]"]]
-    return ids
 
 
 def _make_chunk(index: int, *, config: DemoModelConfig, vocab: dict[str, int], split: Split = "train") -> np.ndarray:
@@ -396,7 +297,7 @@ def _new_model(
         max_position_embeddings=config.max_positions,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        pad_token_id=_PAD,
+        pad_token_id=PAD,
     )
     model = BertForQuestionAnswering(bert).train()
     torch.nn.Module.to(model, device)
@@ -406,11 +307,11 @@ def _new_model(
 def _forward(model: BertForQuestionAnswering, rows: Tensor) -> tuple[Any, Tensor]:
     """Run the model on rows of `encode_passages`; returns its output and the bit fields of the tokens."""
     ids, bits = rows[:, 0, 2:].long(), rows[:, 1, 2:]
-    passage = (bits & _CONTEXT_BIT) > 0
+    passage = (bits & CONTEXT_BIT) > 0
     # the last [SEP] has type 1 too: it is the token after the last one of the passage
     types = passage.roll(1, dims=1) | passage
     output = model(
-        input_ids=ids, attention_mask=(ids != _PAD).long(), token_type_ids=types.long(), output_hidden_states=True
+        input_ids=ids, attention_mask=(ids != PAD).long(), token_type_ids=types.long(), output_hidden_states=True
     )
     return output, bits
 
@@ -424,9 +325,9 @@ def _losses(model: BertForQuestionAnswering, marks: nn.Linear, rows: Tensor) -> 
     span = functional.cross_entropy(output.start_logits.float(), start)
     span = (span + functional.cross_entropy(output.end_logits.float(), end)) / 2
     half = model.config.num_hidden_layers // 2
-    passage = ((bits & _CONTEXT_BIT) > 0).float()
+    passage = ((bits & CONTEXT_BIT) > 0).float()
     auxiliary = []
-    for head, (layer, bit, emphasis) in enumerate(((half, _KEY_BIT, 8.0), (half + 1, _FACT_BIT, 3.0))):
+    for head, (layer, bit, emphasis) in enumerate(((half, KEY_BIT, 8.0), (half + 1, FACT_BIT, 3.0))):
         logits = functional.linear(output.hidden_states[layer], marks.weight[head], marks.bias[head])
         wanted = ((bits & bit) > 0).float()
         weight = passage * (1 + (emphasis - 1) * wanted)
@@ -445,7 +346,7 @@ def _score_tensors(model: BertForQuestionAnswering, rows: Tensor) -> tuple[float
         device = part.device.type
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             output, bits = _forward(model, part)
-        start, end = _best_spans(output.start_logits.float(), output.end_logits.float(), (bits & _CONTEXT_BIT) > 0)
+        start, end = _best_spans(output.start_logits.float(), output.end_logits.float(), (bits & CONTEXT_BIT) > 0)
         wanted_start, wanted_end = part[:, 0, 0].long(), part[:, 0, 1].long()
         exact += ((start == wanted_start) & (end == wanted_end)).sum().item()
         shared = (torch.minimum(end, wanted_end) - torch.maximum(start, wanted_start) + 1).clamp(min=0)

@@ -4,8 +4,7 @@
 ``loss = (1 - hardness) * task + hardness * term`` with ``term = T^2 * KL(teacher || student) / items`` at temperature
 T, averaged over the named outputs. An item is what one distribution belongs to: a window for the positions of an
 answer, a sample for a class, a token for a vocabulary. ``hidden`` adds the error of what the layers give: a pruned
-model has the teacher's width, so that every token of every layer has an aim. ``token_noise`` makes new texts of those
-at hand.
+model has the teacher's width, so that every token of every layer has an aim.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obs_kernels.errors import ConfigError
-from obs_kernels.training.token_noise import exchange_tokens
 
 SPAN_OUTPUTS = ("start_logits", "end_logits")
 """Distributions over the tokens of a window: padding has no share in them."""
@@ -39,8 +37,6 @@ class Distiller:
         temperature: T > 0 by which the logits of both are divided.
         outputs: names of the logits that are compared.
         hidden: factor >= 0 of ``hidden_term``, added to the loss; 0 leaves it out.
-        token_noise: share of the tokens that ``perturb`` exchanges, 0 to 1.
-        special_ids: tokens it leaves: ``tokenizer.all_special_ids``.
 
     Raises:
         ConfigError: a value out of its range.
@@ -54,8 +50,6 @@ class Distiller:
         temperature: float = 2.0,
         outputs: Sequence[str] = SPAN_OUTPUTS,
         hidden: float = 0.0,
-        token_noise: float = 0.0,
-        special_ids: Sequence[int] = (),
     ) -> None:
         if not 0.0 <= hardness <= 1.0:
             raise ConfigError(f"hardness must be 0 to 1, got {hardness}; 1.0 takes the teacher alone")
@@ -63,13 +57,11 @@ class Distiller:
             raise ConfigError(f"temperature must be greater than 0, got {temperature}; try 2.0")
         if not (math.isfinite(hidden) and hidden >= 0):
             raise ConfigError(f"hidden must be at least 0, got {hidden}; 0 compares no hidden states")
-        if not 0.0 <= token_noise <= 1.0:
-            raise ConfigError(f"token_noise must be 0 to 1, got {token_noise}; try 0.1")
         if not outputs:
             raise ConfigError(f"outputs must name at least one of the model's outputs, got none; try {SPAN_OUTPUTS}")
         self.teacher = teacher.eval().requires_grad_(False)
         self.hardness, self.temperature, self.outputs = float(hardness), float(temperature), tuple(outputs)
-        self.hidden, self.token_noise, self.special_ids = float(hidden), float(token_noise), tuple(special_ids)
+        self.hidden = float(hidden)
 
     @classmethod
     def of_copy(cls, model: nn.Module, **settings: Any) -> Distiller:
@@ -80,14 +72,6 @@ class Distiller:
     def options(self) -> dict[str, bool]:
         """What the student has to be called with beside its inputs: ``model(**inputs, **distiller.options)``."""
         return {f"output_{HIDDEN}": True} if self.hidden else {}
-
-    def perturb(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``inputs`` with a share ``token_noise`` of their ``input_ids`` exchanged, for both models: to be drawn once
-        for each batch, before the student is called. See ``token_noise.exchange_tokens``.
-        """
-        if not self.token_noise:
-            return inputs
-        return {**inputs, "input_ids": exchange_tokens(inputs["input_ids"], self.token_noise, self.special_ids)}
 
     def check(self, student: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         """Refuse a teacher that does not answer as ``student`` does, by one run of both on ``inputs``.
@@ -121,7 +105,7 @@ class Distiller:
         Args:
             task: mean loss on the labels, a scalar; None only for ``hardness=1``.
             student: the student's outputs on ``inputs`` and ``options``, with gradient.
-            inputs: what both models take, perturbed or not; ``attention_mask`` says which tokens count.
+            inputs: what both models take; ``attention_mask`` says which tokens count.
             attention_mask: [B, T], where that of ``inputs`` has another shape; nonzero (True) at tokens that count.
 
         Raises:

@@ -181,7 +181,7 @@ def _prepare(
     net, tokenizer = load_model(model, HEADS[training.task], device=picked, num_labels=labels)
     make_trainable(net)
     task = load_task(training, net, tokenizer, data=data, train=train, max_train=limits[0], max_eval=limits[1])
-    distiller = _distiller(recipe, teacher, net, tokenizer, picked)
+    distiller = _distiller(recipe, teacher, net, picked)
     notes = []
     if recipe.layer_drop is not None:
         removed = drop_layers_(net, recipe.layer_drop.keep)
@@ -206,9 +206,7 @@ def _pick(device: str, recipe: Recipe) -> torch.device:
     return picked
 
 
-def _distiller(
-    recipe: Recipe, name: Source | None, net: nn.Module, tokenizer: Any, device: torch.device
-) -> Distiller | None:
+def _distiller(recipe: Recipe, name: Source | None, net: nn.Module, device: torch.device) -> Distiller | None:
     """The teacher; one that reads other tokens is refused here."""
     settings = recipe.distillation
     if settings is None:
@@ -227,8 +225,6 @@ def _distiller(
         "temperature": settings.temperature,
         "outputs": settings.outputs,
         "hidden": settings.hidden,
-        "token_noise": settings.token_noise,
-        "special_ids": tokenizer.all_special_ids,
     }
     if name == SELF:
         return Distiller.of_copy(net, **values)

@@ -87,11 +87,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss on the labels, the teacher's term, or both, as the recipe says."""
-        options = {}
-        if self.distiller is not None:
-            options = self.distiller.options
-            if model.training:
-                inputs = dict(self.distiller.perturb(inputs))
+        options = {} if self.distiller is None else self.distiller.options
         outputs = model(**model_inputs(model, inputs), **options)
         loss = None
         if self.distiller is None or self.distiller.hardness < 1:
