@@ -31,8 +31,8 @@ def key_of(values: Tensor, codes: Tensor, columns: Tensor | None, pattern: str) 
 
 
 def sources_of(values: Tensor, codes: Tensor, columns: Tensor | None) -> tuple[StorageWeakRef, ...]:
-    """What an entry holds, never to look at: while there is a weak reference to a storage that died, no new one gets its
-    ``_cdata``, so that the key of an entry cannot come to mean another weight.
+    """What an entry holds, never to look at: while a weak reference to a storage that died is there, no new one gets
+    its ``_cdata``, so that the key of an entry cannot come to mean another weight.
     """
     return tuple(StorageWeakRef(part.untyped_storage()) for part in (values, codes, columns) if part is not None)
 
