@@ -146,7 +146,7 @@ def _notes(device: torch.device, plan: Plan, imposed: dict[str, int], source: st
         notes.append(f"masks imposed by magnitude on {source}: {', '.join(cut)}; times hold, answers do not")
     reason = unavailable("sparse_linear", "cuda", device.type)
     if reason is not None:
-        notes.append(f"sparse_linear runs on the reference path here, slower than dense: cuda: {reason}")
+        notes.append(f"sparse_linear runs on the reference path here, unpacking W in each call: cuda: {reason}")
     if plan.fuse_ffn is not None:
         notes.append(
             "predictions by kernel rows count bare products: that the activation runs inside one, and what a shared "

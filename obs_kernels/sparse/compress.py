@@ -306,7 +306,9 @@ def _notes(packed: dict[str, SparseLinear], tokens: int | None, *, measure: bool
     for kind in sorted(kinds):
         reason = unavailable("sparse_linear", "cuda", kind)
         if reason is not None:
-            notes.append(f"sparse_linear on {kind} runs on the reference path, slower than dense: cuda: {reason}")
+            notes.append(
+                f"sparse_linear on {kind} runs on the reference path, unpacking W in each call: cuda: {reason}"
+            )
     return notes
 
 
