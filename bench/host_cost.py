@@ -28,7 +28,8 @@ from bench.gpu_report import describe_machine, describe_tree
 from bench.stored import run_command, save
 from obs_kernels import ops
 from obs_kernels.errors import BackendUnavailableError
-from obs_kernels.patterns import VNMPattern, parse_pattern
+from obs_kernels.inference.encoders import impose_
+from obs_kernels.patterns import parse_pattern
 from obs_kernels.sparse.linear import SparseLinear
 from obs_kernels.timing import Spread, make_clock, spread
 
@@ -74,9 +75,8 @@ def calls(rows: int, cols: int, tokens: int, device: torch.device) -> list[tuple
     found: list[tuple[str, str, str, Call]] = [("nn.Linear", "dense", "token", lambda: linear(x))]
     for pattern, x_layout in WEIGHTS:
         pruned = nn.Linear(cols, rows, bias=False, device=device, dtype=torch.bfloat16)
-        weight, given = pruned.weight.detach(), turned if x_layout == "feature" else x
-        search = ops.search_vnm if isinstance(parse_pattern(pattern), VNMPattern) else ops.search_nm
-        weight.mul_(search(weight.float(), None, pattern, method="magnitude").mask)
+        given = turned if x_layout == "feature" else x
+        impose_(pruned.weight.detach(), parse_pattern(pattern))
         layer = SparseLinear.from_linear(pruned, pattern)
         found.append(("SparseLinear", pattern, x_layout, _bound(layer, given)))
         found.append(("ops.sparse_linear", pattern, x_layout, _product(layer, given, x_layout)))

@@ -12,6 +12,7 @@ import torch
 
 from bench import host_cost
 from obs_kernels.errors import BackendUnavailableError
+from obs_kernels.ops.layout import is_feature_major
 
 
 def test_calls_are_one_product_each_of_the_size_and_layout_they_say() -> None:
@@ -23,6 +24,17 @@ def test_calls_are_one_product_each_of_the_size_and_layout_they_say() -> None:
         assert isinstance(y, torch.Tensor) and y.shape == (24, 256) and y.abs().sum() > 0
         if name == "SparseLinear":  # the op below it gives the same
             assert torch.equal(y, results["ops.sparse_linear", pattern, layout])
+
+
+def test_every_call_reads_the_same_inputs_in_the_layout_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[torch.Tensor] = []
+    dense: list[torch.Tensor] = []
+    monkeypatch.setattr(host_cost, "_bound", lambda layer, x: read.append(x))
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda layer, x: dense.append(x))
+    calls = host_cost.calls(256, 128, 24, torch.device("cpu"))
+    calls[0][-1]()
+    assert [is_feature_major(x) for x in read] == [layout == "feature" for _, layout in host_cost.WEIGHTS]
+    assert len(dense) == 1 and all(torch.equal(x, dense[0]) for x in read)
 
 
 def test_the_table_shows_each_call_and_its_gap() -> None:

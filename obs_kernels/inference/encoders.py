@@ -127,7 +127,7 @@ def sparse_twin(
         if not _fits(weight, parsed):
             continue
         if parsed.count_violations(weight != 0) or bool((weight != 0).all()):
-            _impose(weight, parsed)
+            impose_(weight, parsed)
             imposed += 1
     report = compress_(twin, tokens, pattern=pattern, measure=measure, fuse_ffn=fuse_ffn)
     return twin, report, imposed
@@ -233,7 +233,7 @@ def _fits(weight: Tensor, pattern: NMPattern) -> bool:
     return True
 
 
-def _impose(weight: Tensor, pattern: NMPattern) -> None:
+def impose_(weight: Tensor, pattern: NMPattern) -> None:
     """Zero all but the largest weights that ``pattern`` allows, in place."""
     search = ops.search_vnm if isinstance(pattern, VNMPattern) else ops.search_nm
     mask = search(weight.float(), None, pattern, method="magnitude").mask

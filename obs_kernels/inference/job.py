@@ -20,7 +20,7 @@ from obs_kernels.inference.encoders import build, check_pattern, found_pattern
 from obs_kernels.inference.measure import LAYERS, Plan, Twin, measure_cell
 from obs_kernels.inference.power import EnergyMeter
 from obs_kernels.inference.ways import check_ways
-from obs_kernels.ops.dispatch import unavailable
+from obs_kernels.sparse.compress import reference_note
 from obs_kernels.sparse.crossover import KernelTable, packaged_table
 from obs_kernels.timing import make_clock
 from obs_kernels.training.environment import environment
@@ -144,9 +144,7 @@ def _notes(device: torch.device, plan: Plan, imposed: dict[str, int], source: st
     cut = [f"{pattern} ({count} layers)" for pattern, count in imposed.items() if count]
     if cut:
         notes.append(f"masks imposed by magnitude on {source}: {', '.join(cut)}; times hold, answers do not")
-    reason = unavailable("sparse_linear", "cuda", device.type)
-    if reason is not None:
-        notes.append(f"sparse_linear runs on the reference path here, unpacking W in each call: cuda: {reason}")
+    notes += reference_note(device.type)
     if plan.fuse_ffn is not None:
         notes.append(
             "predictions by kernel rows count bare products: that the activation runs inside one, and what a shared "

@@ -141,13 +141,18 @@ def _dual(
     """``run(x, bias=, activation=)`` with its tangent: torch.library knows no forward mode, and would lose it."""
     before = run(x, bias=bias)
     change = torch.zeros_like(before) if x_change is None else run(x_change)
-    if bias_change is not None:
-        change = change + (bias_change if y_layout == "token" else bias_change[:, None])
-    y = forward_ad.make_dual(before, change)
+    y = forward_ad.make_dual(before, _plus_bias(change, bias_change, y_layout))
     # by torch, which knows second derivatives: the formula below would miss the tangent of what it has kept
     if activation == "silu":  # aten's has no forward mode in its backward
         return y * torch.sigmoid(y)
     return y if activation is None else activate(y, activation)
+
+
+def _plus_bias(change: Tensor, bias_change: Tensor | None, y_layout: str) -> Tensor:
+    """Tangent of ``x W^T + bias`` from that of ``x W^T``."""
+    if bias_change is None:
+        return change
+    return change + (bias_change if y_layout == "token" else bias_change[:, None])
 
 
 def is_heard(*tensors: Tensor | None) -> bool:
@@ -244,11 +249,15 @@ def _(*arguments: Any) -> Tensor:
     return _fake_sparse_linear(*operands, activation=activation, x_layout=x_layout, y_layout=y_layout, backend=backend)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Keeps, and returns, what the formulas need."""
     x, values, codes, columns, bias, pattern = inputs
     ctx.options = (pattern, keyword_only_inputs)
-    activation = keyword_only_inputs["activation"]
-    ctx.save_for_backward(x if activation else None, values, codes, columns, bias)
+    kept = x if keyword_only_inputs["activation"] else None, values, codes, columns, bias
+    ctx.save_for_backward(*kept)
+    return kept
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -286,9 +295,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *operands, options = inputs
-        _setup_context(ctx, tuple(operands), options, output)
-        x, values, codes, columns, bias, _ = operands
-        ctx.save_for_forward(x if options["activation"] else None, values, codes, columns, bias)
+        ctx.save_for_forward(*_setup_context(ctx, tuple(operands), options, output))
         ctx.shape = output.shape
 
     @staticmethod
@@ -299,12 +306,11 @@ class _Transformed(torch.autograd.Function):
     def jvp(ctx: Any, x_change: Tensor | None, *changes: Any) -> Tensor:
         pattern, options = ctx.options
         x, values, codes, columns, bias = ctx.saved_tensors
-        bias_change, bare = changes[3], options | {"activation": ""}
+        bare = options | {"activation": ""}
         change = values.new_zeros(ctx.shape)
         if x_change is not None:
             change = _with_gradient(x_change, values, codes, columns, None, pattern, bare)
-        if bias_change is not None:
-            change = change + (bias_change if options["y_layout"] == "token" else bias_change[:, None])
+        change = _plus_bias(change, changes[3], options["y_layout"])
         if not options["activation"]:
             return change
         before = _with_gradient(x, values, codes, columns, bias, pattern, bare)

@@ -304,12 +304,16 @@ def _notes(packed: dict[str, SparseLinear], tokens: int | None, *, measure: bool
         notes.append(f"layers were chosen by kernel rows of {table.device} in bf16, commit {table.commit}")
     kinds = {layer.values.device.type for layer in packed.values()}
     for kind in sorted(kinds):
-        reason = unavailable("sparse_linear", "cuda", kind)
-        if reason is not None:
-            notes.append(
-                f"sparse_linear on {kind} runs on the reference path, unpacking W in each call: cuda: {reason}"
-            )
+        notes += reference_note(kind)
     return notes
+
+
+def reference_note(kind: str) -> list[str]:
+    """That packed layers on devices of ``kind`` run without a kernel, and why; empty where there is one."""
+    reason = unavailable("sparse_linear", "cuda", kind)
+    if reason is None:
+        return []
+    return [f"sparse_linear on {kind} runs on the reference path, unpacking W in each call: cuda: {reason}"]
 
 
 def _check_arguments(tokens: int | None, *, measure: bool, fuse_ffn: str | None) -> None:

@@ -28,7 +28,7 @@ def layers(pattern: str = "64:2:8", **options: bool) -> tuple[nn.Linear, SparseL
     torch.manual_seed(0)
     dense = nn.Linear(256, 128, device=DEVICE, dtype=torch.bfloat16)
     parsed = obs.parse_pattern(pattern)
-    encoders._impose(dense.weight.data, parsed)
+    encoders.impose_(dense.weight.data, parsed)
     return dense, SparseLinear.from_linear(dense, pattern, **options)
 
 
@@ -78,7 +78,7 @@ def test_feature_major_between_two_layers() -> None:
 def _second() -> nn.Linear:
     torch.manual_seed(1)
     dense = nn.Linear(128, 64, device=DEVICE, dtype=torch.bfloat16)
-    encoders._impose(dense.weight.data, obs.parse_pattern("64:2:8"))
+    encoders.impose_(dense.weight.data, obs.parse_pattern("64:2:8"))
     return dense
 
 
