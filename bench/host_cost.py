@@ -31,7 +31,7 @@ from obs_kernels.errors import BackendUnavailableError
 from obs_kernels.inference.encoders import impose_
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.sparse.linear import SparseLinear
-from obs_kernels.timing import make_clock, spread
+from obs_kernels.timing import Spread, make_clock, spread
 
 RESULTS = Path(__file__).parent / "results" / "host_cost.json"
 SHAPES = ((768, 768, 128), (1024, 1024, 512), (4096, 4096, 512))
@@ -56,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     document: dict[str, Any] = {**describe_tree(args.commit), "machine": describe_machine(), "rows": []}
     with torch.no_grad():
         for shape in SHAPES:
-            for name, pattern, x_layout, call in calls(*shape, torch.device("cuda")):
-                sizes = dict(zip(("rows", "cols", "tokens"), shape, strict=True))
-                document["rows"].append(sizes | {"call": name, "pattern": pattern, "x": x_layout} | measure(call))
+            found = calls(*shape, torch.device("cuda"))
+            sizes = dict(zip(("rows", "cols", "tokens"), shape, strict=True))
+            for (name, pattern, x_layout, call), host in zip(found, host_times([c for *_, c in found]), strict=True):
+                row = sizes | {"call": name, "pattern": pattern, "x": x_layout, "host": asdict(host)}
+                document["rows"].append(row | on_device(call))
     save(args.json, document, to_markdown)
     print(to_markdown(document))
     return 0
@@ -90,18 +92,24 @@ def _product(layer: SparseLinear, x: Tensor, x_layout: str) -> Call:
     return lambda: ops.sparse_linear(given, sparse, x_layout=x_layout)
 
 
-def measure(call: Call) -> dict[str, Any]:
-    """Microseconds of host, in a graph and of kernels, a call; and kernels a call."""
-    for _ in range(5):
-        call()
-    host = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):  # few enough for the queue of the device, which does not stop the host
-            call()
-        host.append((time.perf_counter() - start) / CALLS * 1e6)
+def host_times(run: Sequence[Call]) -> list[Spread]:
+    """Microseconds of host a call; all in turn, round by round, as the speed of a host drifts by more than they differ.
+    The first round warms up.
+    """
+    taken: list[list[float]] = [[] for _ in run]
+    for _ in range(1 + REPEATS):
+        for call, own in zip(run, taken, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):  # few enough for the queue of the device, which does not stop the host
+                call()
+            own.append((time.perf_counter() - start) / CALLS * 1e6)
     torch.cuda.synchronize()
+    return [spread(own[1:]) for own in taken]
+
+
+def on_device(call: Call) -> dict[str, Any]:
+    """Microseconds in a graph and of kernels, a call; and kernels a call."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
@@ -117,7 +125,6 @@ def measure(call: Call) -> dict[str, Any]:
     busy = sum(e.device_time for e in kernels) / CALLS
     in_graph = spread(replays)
     return {
-        "host": asdict(spread(host)),
         "graph": asdict(in_graph),
         "kernels_us": busy,
         "kernels": len(kernels) / CALLS,
@@ -131,12 +138,12 @@ def to_markdown(document: dict[str, Any]) -> str:
     lines = [
         "# What the host takes for one product",
         "",
-        f"Microseconds a call, bf16, medians of {REPEATS} runs of {CALLS} calls (p20 to p80 of the host's). host: "
-        f"until the call returns; graph: in a graph of {CALLS} calls; kernels: by the profiler, outside of a graph; "
-        f"gap: graph less kernels. {machine['device']}, torch {machine['versions']['torch']}; commit "
-        f"{document['commit'][:7]}.",
+        f"Microseconds a call, bf16, medians of {REPEATS} runs of {CALLS} calls, all calls of a size in turn (p20 to "
+        f"p80 of the host's). host: until the call returns; graph: in a graph of {CALLS} calls; kernels: by the "
+        f"profiler, outside of a graph; gap: graph less kernels, which are of another run. {machine['device']}, torch "
+        f"{machine['versions']['torch']}; commit {document['commit'][:7]}.",
         "",
-        "| R x C, T | call | weight | x | host | graph | kernels | a call | gap |",
+        "| R x C, T | call | weight | x | host | graph | kernels | kernels a call | gap |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in document["rows"]:

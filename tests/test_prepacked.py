@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -156,20 +157,38 @@ def test_a_write_leaves_one_entry(made: list[Tensor], gen: torch.Generator) -> N
     assert not prepacked._PREPACKED
 
 
-def test_threads(made: list[Tensor], gen: torch.Generator) -> None:
-    weights = [parts(gen) for _ in range(50)]
+def test_threads_pack_a_weight_once_and_again_after_a_write(
+    made: list[Tensor], gen: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, fast = 4, prepacked.prepack
+    together = threading.Barrier(at_once)
+
+    def slow(*arguments: object, **options: object) -> Tensor:
+        time.sleep(0.005)  # the others come meanwhile
+        return fast(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepacked, "prepack", slow)
+    weights = [parts(gen) for _ in range(20)]
+    found: list[Tensor] = []
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
             for weight in weights:
-                prepacked.prepacked(*weight, "8:2:4")
+                together.wait()
+                found.append(prepacked.prepacked(*weight, "8:2:4").packed)
         except BaseException as error:
+            together.abort()
             failed.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed and len(prepacked._PREPACKED) == len(weights)
+    for round_number in (1, 2):
+        threads = [threading.Thread(target=work) for _ in range(at_once)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed and len(prepacked._PREPACKED) == len(weights)
+        assert len(made) == round_number * len(weights), "each weight was packed by one of the threads"
+        assert len({id(packed) for packed in found}) == len(weights), "into the same memory"
+        for values, _, _ in weights:
+            values.add_(1)

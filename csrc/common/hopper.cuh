@@ -14,6 +14,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// --- Grids that follow each other (9.7.14, griddepcontrol) ----------------------------------
+
+// Lets the next kernel of the stream, if it was launched to overlap, take multiprocessors that this
+// one leaves. What it may touch there it learns by wait_for_grids_before.
+__device__ __forceinline__ void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Until all kernels before this one are done and what they wrote can be seen. To be called by every
+// thread before its first access to global memory, writes too: kernels before may still read there.
+__device__ __forceinline__ void wait_for_grids_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // --- Barriers (9.7.13.15) -------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {

@@ -44,7 +44,7 @@ __device__ __forceinline__ float gelu(float value) {
   tail = fmaf(tail, t, 0.5f * -0.284496736f);
   tail = fmaf(tail, t, 0.5f * 0.254829592f);
   tail *= t * fast_exp2(-kHalfLog2E * value * value);
-  return fmaf(-size, tail, fmaxf(value, 0.0f));  // NaN by `tail`
+  return fmaf(-size, tail, fmaxf(value, 0.0f));  // NaN by `tail`, not by size
 }
 
 // The approximation by tanh: 1 + tanh(u) = 2 / (1 + exp(-2u)).

@@ -127,7 +127,9 @@ __global__ __launch_bounds__(kSparseThreads,
   extern __shared__ uint8_t raw[];
   const CtaMemory<Tile> cta{(shared_address(raw) + 1023u) & ~1023u};
 
+  let_next_grid_start();
   if (threadIdx.x == 0) {
+    if (args.sparse.boxes) prefetch_map(&y_map);
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       barrier_init(cta.full(stage), kWarpgroup + Tile::kWeightTiles);
       barrier_init(cta.empty(stage), kConsumers);
@@ -135,6 +137,7 @@ __global__ __launch_bounds__(kSparseThreads,
     fence_barrier_init();
   }
   __syncthreads();
+  wait_for_grids_before();
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;

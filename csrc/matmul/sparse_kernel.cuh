@@ -42,7 +42,6 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap& x_map,
                 "each CTA of a cluster of two brings a part, which keeps them in step");
   static_assert(Tile::kStageBytes == Tile::kTokenBytes + Tile::kWeightTiles * kWeightBytes,
                 "what copies bring");
-  prefetch_map(&x_map);
   const auto rank = static_cast<int>(cluster_rank());
   const auto ctas = static_cast<uint16_t>((1u << args.cluster) - 1u);
   const auto fill = [&](const TilePlace& place, int step, uint32_t stage, uint32_t arrived) {
@@ -87,7 +86,10 @@ __global__ __launch_bounds__(kSparseThreads,
   extern __shared__ uint8_t raw[];
   const CtaMemory<Tile> cta{(shared_address(raw) + 1023u) & ~1023u};
 
+  let_next_grid_start();
   if (threadIdx.x == 0) {
+    prefetch_map(&x_map);
+    prefetch_map(&y_map);
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       barrier_init(cta.full(stage), 1);
       barrier_init(cta.empty(stage), static_cast<uint32_t>(kConsumers * args.cluster));
@@ -95,6 +97,7 @@ __global__ __launch_bounds__(kSparseThreads,
     fence_barrier_init();
   }
   cluster_sync();
+  wait_for_grids_before();
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;

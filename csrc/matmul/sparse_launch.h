@@ -149,7 +149,9 @@ inline CUtensorMap boxes_of_y(const SparseLinearParams& params) {
                           : boxes_of(params.y, params.tokens, params.rows, params.type);
 }
 
-// As many clusters as run at a time, or as there are tiles. Returns the CTAs.
+// As many clusters as run at a time, or as there are tiles. Returns the CTAs. They may come to the
+// GPU while the kernel before is about to end (programmatic dependent launch), and wait there for
+// its end: of a product of 10 us, launching and setting up take more than one.
 template <auto kKernel, int kBytes, int kThreads, typename Element, typename... Arguments>
 unsigned launch_clusters(const SparseArgs<Element>& args,
                          int device,
@@ -159,16 +161,18 @@ unsigned launch_clusters(const SparseArgs<Element>& args,
       std::min<int64_t>(static_cast<int64_t>(args.row_groups) * args.token_tiles,
                         clusters_at_once<kKernel, kBytes, kThreads>(device, args.cluster));
   const auto blocks = static_cast<unsigned>(clusters * args.cluster);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(args.cluster), 1, 1};
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(args.cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
   OBS_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, arguments...));
   count_launch();
   return blocks;

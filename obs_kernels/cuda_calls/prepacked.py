@@ -33,6 +33,12 @@ class Prepacked:
     joined: set[int]
     """Streams that come after it: the one that packed, and those that waited."""
 
+    def joined_by(self, stream: torch.cuda.Stream) -> Prepacked:
+        """Itself, behind which torch's current stream comes."""
+        if stream.cuda_stream not in self.joined:
+            self.join()
+        return self
+
     def join(self) -> None:
         """Let torch's current stream wait for the packing."""
         if self.done is None or _is_capturing(self.packed.device):  # torch.cuda.graph begins with a sync
@@ -68,13 +74,14 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> P
     version = versions(parts)
     found = _PREPACKED.get(key)
     if found is not None and found.version == version:
-        if stream.cuda_stream not in found.joined:
-            found.join()
-        return found
+        return found.joined_by(stream)
     sources = sources_of(*weight)
     if _is_capturing(values.device):
         return Prepacked(sources, version, prepack(*parts, pattern), None, {stream.cuda_stream})
     with _LOCK:
+        found = _PREPACKED.get(key)
+        if found is not None and found.version == version:  # another thread has packed it meanwhile
+            return found.joined_by(stream)
         if found is not None and found.done is not None:
             stream.wait_event(found.done)
         packed = prepack(*parts, pattern, out=_lasting_memory(parts, pattern) if found is None else found.packed)

@@ -31,14 +31,18 @@ def key_of(values: Tensor, codes: Tensor, columns: Tensor | None, pattern: str) 
 
 
 def sources_of(values: Tensor, codes: Tensor, columns: Tensor | None) -> tuple[StorageWeakRef, ...]:
-    """What an entry must hold: no storage that dies hands on its place in a key while there is such a reference."""
+    """What an entry holds, never to look at: while a weak reference to a storage that died is there, no new one gets
+    its ``_cdata``, so that the key of an entry cannot come to mean another weight.
+    """
     return tuple(StorageWeakRef(part.untyped_storage()) for part in (values, codes, columns) if part is not None)
 
 
 def forget_with(
     table: dict[Hashable, Any], key: Hashable, values: Tensor, codes: Tensor, columns: Tensor | None
 ) -> None:
-    """Take ``key`` out of ``table`` when the first of the storages dies. Without a lock: it may happen anywhere."""
+    """Take ``key``, which is new in ``table``, out of it when the first of the storages dies. Without a lock: that may
+    happen anywhere.
+    """
     watchers: list[weakref.finalize[..., Any]] = []
 
     def forget() -> None:
