@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from product_checks import DTYPES, hopper
 from torch import nn
 
 from obs_kernels import ops
@@ -12,6 +13,7 @@ from obs_kernels.reference.matmul import activate
 from obs_kernels.sparse.linear import SparseLinear
 
 pytestmark = pytest.mark.gpu
+__all__ = ["hopper"]  # fixture
 
 ROWS, COLS, TOKENS = 1024, 64, 16
 
@@ -24,7 +26,7 @@ def values(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.cat([fine, coarse, extremes]).to(device, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_activations_are_those_of_torch_at_every_size(activation, dtype):
     device = torch.device("cuda")

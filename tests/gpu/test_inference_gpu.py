@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_matmul_gpu import DEVICE, hopper
+from product_checks import DEVICE, hopper
 from torch import Tensor, nn
 
 import obs_kernels as obs

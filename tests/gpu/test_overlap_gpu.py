@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from product_checks import DEVICE, hopper, normal
+from torch import Tensor
 
-from obs_kernels import ops
-from obs_kernels.sparse.linear import SparseLinear
+from obs_kernels import ops, parse_pattern
+from obs_kernels.inference.encoders import impose_
 
 pytestmark = pytest.mark.gpu
+__all__ = ["hopper"]  # fixture
 
 SIZE, TOKENS, ROUNDS = 1024, 1536, 40
 WAYS = (("2:4", "token"), ("2:4", "feature"), ("128:2:8", "feature"), ("128:2:16", "token"))
@@ -22,14 +24,9 @@ WAYS = (("2:4", "token"), ("2:4", "feature"), ("128:2:8", "feature"), ("128:2:16
 
 
 def weight_of(pattern: str, seed: int) -> ops.SparseWeight:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    linear = nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        linear.weight.normal_(generator=generator).mul_(SIZE**-0.5)
-        panels = pattern.count(":") == 2
-        search = ops.search_vnm if panels else ops.search_nm
-        linear.weight.mul_(search(linear.weight.float(), None, pattern, method="magnitude").mask)
-        return SparseLinear.from_linear(linear, pattern).sparse
+    weight = normal(torch.Generator(DEVICE).manual_seed(seed), (SIZE, SIZE), torch.bfloat16) * SIZE**-0.5
+    impose_(weight, parse_pattern(pattern))
+    return ops.pack(weight, weight != 0, pattern)
 
 
 def product(x: Tensor, sparse: ops.SparseWeight, layout: str) -> Tensor:
@@ -38,9 +35,8 @@ def product(x: Tensor, sparse: ops.SparseWeight, layout: str) -> Tensor:
 
 
 def given(layout: str, seed: int) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
     shape = (TOKENS, SIZE) if layout == "token" else (SIZE, TOKENS)
-    return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+    return normal(torch.Generator(DEVICE).manual_seed(seed), shape, torch.bfloat16)
 
 
 def with_waits(steps: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
@@ -77,7 +73,7 @@ def test_what_lies_around_a_product_is_in_order(pattern, layout):
     wanted = [product(x, w, layout) for x in (first, second) for w in (sparse, other)]
     torch.cuda.synchronize()
     x = torch.empty_like(first)
-    large = torch.empty(64 << 20, device="cuda", dtype=torch.uint8)
+    large = torch.empty(64 << 20, device=DEVICE, dtype=torch.uint8)
     for _ in range(ROUNDS):
         large.zero_()  # the writes of x end long after its launch
         x.copy_(first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_matmul_gpu import DEVICE, assert_exact, hopper, integer_weight, integers, matmul
+from product_checks import DEVICE, assert_exact, hopper, integer_weight, integers, matmul
 from torch import Tensor
 
 from obs_kernels import _ext
