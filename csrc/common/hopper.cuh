@@ -28,6 +28,14 @@ __device__ __forceinline__ void wait_for_grids_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// The number of this thread in its warp. Volatile: what is computed from it is not kept in
+// registers from before a loop that needs them all.
+__device__ __forceinline__ int lane_here() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // --- Barriers (9.7.13.15) -------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -137,6 +145,17 @@ __device__ __forceinline__ void copy_bytes(uint32_t to,
       "r"(bytes),
       "r"(barrier)
       : "memory");
+}
+
+// Brings `bytes` in a row, a multiple of 16 at a multiple of 16, to L2 alone (9.7.9.25.4.2), where
+// writes of other kernels are seen: allowed before wait_for_grids_before.
+__device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// The same for the 128 bytes around an address.
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 // Sixteen bytes by this thread (9.7.9.25.3.1), kTo and kFrom bytes from the addresses, or as many

@@ -118,12 +118,26 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   }
 }
 
+// What the first stages of this CTA want to know of their weight to L2, by a warpgroup: the columns
+// must be there before any of X can be asked for.
+template <typename Element, typename Tile>
+__device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, int thread) {
+  constexpr int kLine = 128;
+  const SparseArgs<Element>& sparse = args.sparse;
+  const TilePlace place = place_of(first_tile(sparse), sparse.row_groups, sparse.token_tiles, 1, 0);
+  const int64_t bytes = int64_t{args.groups} * kGroupColumns;
+  const uint8_t* kept = args.columns + place.row_tile * Tile::kRows / args.v * bytes;
+  if (thread * kLine < bytes) hopper::prefetch_line(kept + thread * kLine);
+  if (thread == 0) prefetch_weight<Element, Tile>(sparse, place.row_tile);
+}
+
 template <typename Element, typename Tile>
 __global__ __launch_bounds__(kSparseThreads,
                              1) void gather_linear_kernel(const __grid_constant__ CUtensorMap y_map,
                                                           const GatherArgs<Element> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
+  constexpr bool kWide = (Tile::kParts * Tile::kSumTokens > 256);  // 192 sums a thread
   extern __shared__ uint8_t raw[];
   const CtaMemory<Tile> cta{(shared_address(raw) + 1023u) & ~1023u};
 
@@ -136,16 +150,17 @@ __global__ __launch_bounds__(kSparseThreads,
     }
     fence_barrier_init();
   }
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  if (warpgroup == kConsumers) prefetch_panel<Element, Tile>(args, thread);
   __syncthreads();
   wait_for_grids_before();
 
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   if (warpgroup == kConsumers) {
-    give_registers<88>();
+    give_registers<kWide ? 56 : 88>();
     bring_columns<Element, Tile>(args, cta, thread / 32, thread % 32);
   } else {
-    take_registers<208>();
+    take_registers<kWide ? 224 : 208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
 #else

@@ -40,6 +40,8 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
                        int device,
                        cudaStream_t stream) {
   switch (tile.rows * 1024 + tile.tokens) {
+    case 256 * 1024 + 192:
+      return launch<Element, SparseTile<2, 192>>(params, tile, device, stream);
     case 256 * 1024 + 128:
       return launch<Element, SparseTile<2, 128>>(params, tile, device, stream);
     case 128 * 1024 + 256:

@@ -133,7 +133,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *
                       kParts * kPartRows;
     place.first_token = at.token_tile * Tile::kTokens + token_part;
-    place.row = place.first_row + thread / 32 * 16 + thread % 32 / 4;
+    place.row = place.first_row + thread / 32 * 16 + lane_here() / 4;
     place.warpgroup = warpgroup;
     place.thread = thread;
     float bias[kParts][2];  // while the last product is on its way
@@ -152,7 +152,8 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
       for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sum[part][i])::"memory");
       finish_sums(sum[part], bias[part], args.activation);
       if (args.boxes) {
-        write_boxes<Element, kTokens>(sum[part], y_map, args, place, buffers);
+        write_boxes<Element, kTokens>(
+            sum[part], y_map, args, place, buffers, part * (kTokens / kSlabTokens));
       } else {
         write_elements<Element, kTokens>(sum[part], args, place);
       }

@@ -74,66 +74,65 @@ __device__ __forceinline__ void finish_sums(float (&sum)[kSums],
   }
 }
 
-// By slabs of 64 tokens through `buffers` of shared memory, kBuffers of them on their way.
+// By slabs of 64 tokens through `buffers` of shared memory, kBuffers of them on their way. Each
+// slab leaves as soon as it is there, so that its buffer is free again by the time it is wanted.
+// `slabs_before` of the warpgroup's share of the tile are on their way already, a constant.
 template <typename Element, int kTokens>
 __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
                                             const CUtensorMap& y_map,
                                             const SparseArgs<Element>& args,
                                             const SumPlace& place,
-                                            uint32_t buffers) {
+                                            uint32_t buffers,
+                                            int slabs_before) {
   using namespace hopper;
   constexpr int kSlabs = kTokens / kSlabTokens;
-  const int lane = place.thread % 32;
+  const int lane = lane_here();
   const int warp = place.thread / 32;
   const int matrix = lane / 8;  // of the four that one instruction stores
 #pragma unroll
-  for (int first = 0; first < kSlabs; first += kBuffers) {
-    const int last = first + kBuffers < kSlabs ? first + kBuffers : kSlabs;
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    const int number = slabs_before + slab;
+    const uint32_t buffer = buffers + number % kBuffers * kSlabBytes;
     // The stores of this thread that may still be reading are of buffers not used now.
-    if (place.thread == 0) {
-      if (first == 0) {
-        store_wait_read<0>();
-      } else {
-        store_wait_read<2 * kBuffers - kSlabs>();
-      }
-    }
-    named_barrier(1 + place.warpgroup, kWarpgroup);
-#pragma unroll
-    for (int slab = first; slab < last; ++slab) {
-      const uint32_t buffer = buffers + (slab - first) * kSlabBytes;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {  // 16 tokens
-        uint32_t part[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = slab * 32 + pair * 8 + 2 * j;
-          part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
-        }
-        // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
-        if (args.feature_y) {
-          const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
-          const int chunk = 2 * pair + matrix / 2;
-          store_matrices<false>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+    if (number == 0 || number >= kBuffers) {
+      if (place.thread == 0) {
+        if (number == 0) {
+          store_wait_read<0>();  // of the tile before
         } else {
-          const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
-          const int chunk = 2 * warp + matrix % 2;
-          store_matrices<true>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+          store_wait_read<kBuffers - 1>();
         }
+      }
+      named_barrier(1 + place.warpgroup, kWarpgroup);
+    }
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {  // 16 tokens
+      uint32_t part[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = slab * 32 + pair * 8 + 2 * j;
+        part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
+      }
+      // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
+      if (args.feature_y) {
+        const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
+        const int chunk = 2 * pair + matrix / 2;
+        store_matrices<false>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+      } else {
+        const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
+        const int chunk = 2 * warp + matrix % 2;
+        store_matrices<true>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
       }
     }
     fence_async_shared();
     named_barrier(1 + place.warpgroup, kWarpgroup);
     if (place.thread == 0) {
-      for (int slab = first; slab < last; ++slab) {
-        const int token = place.first_token + slab * kSlabTokens;
-        const uint32_t buffer = buffers + (slab - first) * kSlabBytes;
-        if (place.first_row < args.rows && token < args.tokens) {
-          const int inner = args.feature_y ? token : place.first_row;
-          const int outer = args.feature_y ? place.first_row : token;
-          store_box(&y_map, inner, outer, buffer);
-        }
-        store_commit();
+      const int token = place.first_token + slab * kSlabTokens;
+      if (place.first_row < args.rows && token < args.tokens) {
+        const int inner = args.feature_y ? token : place.first_row;
+        const int outer = args.feature_y ? place.first_row : token;
+        store_box(&y_map, inner, outer, buffer);
       }
+      store_commit();
     }
   }
 }

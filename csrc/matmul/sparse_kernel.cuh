@@ -96,6 +96,14 @@ __global__ __launch_bounds__(kSparseThreads,
     }
     fence_barrier_init();
   }
+  if (threadIdx.x == 32) {
+    const TilePlace place = place_of(first_tile(args),
+                                     args.row_groups,
+                                     args.token_tiles,
+                                     args.cluster,
+                                     static_cast<int>(cluster_rank()));
+    prefetch_weight<Element, Tile>(args, place.row_tile);
+  }
   cluster_sync();
   wait_for_grids_before();
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/hopper.cuh"
 #include "matmul/sparse_config.h"
 #include "obs_kernels/matmul.h"
 
@@ -44,7 +45,6 @@ struct SparseTile {
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
-  static_assert(kSumTokens / kSlabTokens <= 2 * kBuffers, "two passes write a tile of Y");
 };
 
 template <typename Element>
@@ -91,6 +91,19 @@ place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
   const int width = min(kRasterTokens, token_tiles - first);
   const int in = tile % whole;
   return {in / width * cluster + rank, first + in % width};
+}
+
+// W of the first stages of this CTA to L2, by one thread: weights are what nothing before had to
+// bring, and rows beyond the last tile have none.
+template <typename Element, typename Tile>
+__device__ __forceinline__ void prefetch_weight(const SparseArgs<Element>& args, int row_tile) {
+  const int steps = min(args.steps, Tile::kStages);
+#pragma unroll
+  for (int i = 0; i < Tile::kWeightTiles; ++i) {
+    const int64_t at = min(row_tile * Tile::kWeightTiles + i, args.weight_tiles - 1);
+    hopper::prefetch_bytes(args.packed + at * args.steps * kPackedBytes,
+                           static_cast<uint32_t>(steps * kPackedBytes));
+  }
 }
 
 }  // namespace obs_kernels
