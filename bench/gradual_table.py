@@ -80,16 +80,23 @@ def _summary(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _spread(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Mean, least and largest F1 of what was run with several seeds."""
-    groups: dict[tuple[str, ...], list[float]] = {}
-    for row in rows.values():
-        groups.setdefault((row["way"], row["pattern"], row["curvature"], row["method"]), []).append(row["f1"])
+    several = over_seeds(rows)
+    if not several:
+        return ["Not run."]
     lines = [
         "| way | pattern | curvature | method | seeds | mean F1 | least | largest |",
         "|---|---|---|---|" + "---:|" * 4,
     ]
-    several = {key: values for key, values in groups.items() if len(values) > 1}
-    for key, values in sorted(several.items(), key=lambda item: -sum(item[1]) / len(item[1])):
+    for key, values in several:
         mean = sum(values) / len(values)
         lines.append(f"| {' | '.join(key)} | {len(values)} | {mean:.2f} | {min(values):.2f} | {max(values):.2f} |")
-    return lines if several else ["Not run."]
+    return lines
+
+
+def over_seeds(rows: dict[str, dict[str, Any]]) -> list[tuple[tuple[str, ...], list[float]]]:
+    """((way, pattern, curvature, method), F1 of each seed) of what was run with several, the best mean first."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in rows.values():
+        groups.setdefault((row["way"], row["pattern"], row["curvature"], row["method"]), []).append(row["f1"])
+    several = [(key, values) for key, values in groups.items() if len(values) > 1]
+    return sorted(several, key=lambda item: -sum(item[1]) / len(item[1]))

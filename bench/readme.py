@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import choices_squad, squad_gradual
 from bench.gradual_rows import DENSE, GRADUAL
+from bench.gradual_table import over_seeds
 from bench.inference_table import inference_table, stored_results
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import devices_of, summary_table
@@ -219,10 +220,15 @@ def gradual_line() -> str:
         if row["way"] == GRADUAL and (row["must"] or row["curvature"] == "row"):
             kind = names["row" if row["curvature"] == "row" else row["method"]]
             parts.append(f"{row['pattern']} {kind} {row['f1']:.2f} ({100 * row['f1'] / dense:.1f} %)")
+    seeds = [
+        f"{pattern} {curvature}, {method} {sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+        for (_, pattern, curvature, method), found in over_seeds(stored["rows"])
+    ]
+    spread = f"means of several seeds: {'; '.join(seeds)}" if seeds else "one seed"
     return (
         f"Pruned in steps and trained for {epochs:g} epochs, F1 (share of the dense {dense:.2f}"
         f"{f', which gets to {alike:.2f} by as much training' if alike else ''}): "
-        f"{', '.join(parts)}; one seed, every row: [squad_gradual.md](bench/results/squad_gradual.md)."
+        f"{', '.join(parts)}; {spread}. Every row: [squad_gradual.md](bench/results/squad_gradual.md)."
     )
 
 
