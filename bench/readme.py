@@ -217,7 +217,7 @@ def gradual_line() -> str:
     names = {"row": "row", "combinatorial": "block", "magnitude": "magnitude"}
     parts = list[str]()
     for row in (stored["rows"][wanted["key"]] for wanted in stored["wanted"] if wanted["key"] in stored["rows"]):
-        if row["way"] == GRADUAL and (row["must"] or row["curvature"] == "row"):
+        if row["way"] == GRADUAL and row["seed"] == 0 and (row["must"] or row["curvature"] == "row"):
             kind = names["row" if row["curvature"] == "row" else row["method"]]
             parts.append(f"{row['pattern']} {kind} {row['f1']:.2f} ({100 * row['f1'] / dense:.1f} %)")
     seeds = [
