@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gradual_rows, squad_gradual
+from bench import gradual_rows, readme, squad_gradual
 from bench.gradual_run import Trainee, TrainSettings
-from bench.gradual_table import MUST, to_markdown
+from bench.gradual_table import MUST, over_seeds, to_markdown
 from obs_kernels.errors import ConfigError
 from obs_kernels.recipes import load_recipe
 from tests.tiny_folders import save_tiny_bert, write_questions
@@ -127,6 +127,26 @@ def test_the_dense_row_and_the_table(work: Path, tmp_path: Path, capsys: pytest.
     assert text.count("not run |") > 30 and "| dense (must) | - | - | - | 0 |" in text
     assert "| 2:4 | not run | not run |" in text and "98 | not run |" in text
     assert "hidden states 10)" in text
+
+
+def test_seeds_have_means_and_ranges_best_first_and_readme_lists_rows_of_seed_0(monkeypatch, tmp_path) -> None:
+    stored = json.loads(squad_gradual.RESULTS.read_text())
+    first = {key: row for key, row in stored["rows"].items() if row["seed"] == 0}
+    assert over_seeds(first) == [] and "Not run." in to_markdown(stored | {"rows": first})
+    names = ("gradual", "64:2:8", "row", "combinatorial"), ("gradual", "64:2:8", "block", "magnitude")
+    rows = dict(first)
+    for (way, pattern, curvature, method), scores in zip(names, ((50.0, 54.0), (70.0, 71.0)), strict=True):
+        for seed, f1 in enumerate(scores):
+            key = f"{way}/{pattern}/{curvature}/{method}/seed{seed}"
+            rows[key] = first[key.replace("seed1", "seed0")] | {"seed": seed, "f1": f1}
+    assert over_seeds(rows) == [(names[1], [70.0, 71.0]), (names[0], [50.0, 54.0])]
+    text = to_markdown(stored | {"rows": rows})
+    assert "| gradual | 64:2:8 | row | combinatorial | 2 | 52.00 | 50.00 | 54.00 |" in text
+    monkeypatch.setattr(squad_gradual, "RESULTS", tmp_path / "r.json")
+    squad_gradual.RESULTS.write_text(json.dumps(stored | {"rows": rows}))
+    line = readme.gradual_line()
+    assert line.count("64:2:8 row 50.00") == 1 and "64:2:8 row 54.00" not in line
+    assert "64:2:8 row, combinatorial 52.00 (50.00 to 54.00)" in line and "one seed" not in line
 
 
 def test_hidden_states_are_in_the_loss_and_in_the_table(work: Path, tmp_path: Path) -> None:
@@ -275,7 +295,7 @@ class Block:
         if name.split(".")[0] in ("pydantic", "datasets", "yaml", "typer"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-from bench import gradual_rows, squad_gradual
+from bench import gradual_rows, readme, squad_gradual
 for row in gradual_rows.all_rows():
     gradual_rows.config_of(row, num_grads=8, dampening_frac=0.01, block_size=64)
 """
