@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from masks import random_mask
 from test_matmul import expected
 from torch import Tensor
 
-from obs_kernels import parse_pattern
+from obs_kernels import _ext, parse_pattern
 from obs_kernels.ops import SparseWeight, pack
 from obs_kernels.patterns import NMPattern, VNMPattern
 
@@ -25,8 +26,9 @@ GRADIENT = 2.0
 """Times eps of the dtype, relative to the largest: the gradient behind the activation is rounded once more."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hopper() -> None:
+    """Skips where the tensor cores lack the product."""
     found = torch.cuda.get_device_capability()
     if found != (9, 0):
         pytest.skip(f"wgmma.sp needs sm_90, found sm_{found[0]}{found[1]}")
@@ -105,3 +107,14 @@ def rows_between_nans(x: Tensor) -> Tensor:
 
 def prepacked_kept(matmul: ModuleType, sparse: SparseWeight) -> Tensor:
     return matmul.prepack(*matmul.kept_columns(sparse.values, sparse.codes, sparse.columns), "2:4")
+
+
+def fresh(sparse: SparseWeight) -> SparseWeight:
+    """The same weight in memory that no call has packed yet."""
+    columns = None if sparse.columns is None else sparse.columns.clone()
+    return replace(sparse, values=sparse.values.clone(), codes=sparse.codes.clone(), columns=columns)
+
+
+def taken() -> tuple[int, int]:
+    """(launches of the compiled module, allocations) so far."""
+    return _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]

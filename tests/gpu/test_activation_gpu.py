@@ -12,7 +12,7 @@ from obs_kernels import ops
 from obs_kernels.reference.matmul import activate
 from obs_kernels.sparse.linear import SparseLinear
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper"]  # fixture
 
 ROWS, COLS, TOKENS = 1024, 64, 16

@@ -35,7 +35,7 @@ from obs_kernels import _ext, parse_pattern
 from obs_kernels.errors import ConfigError, DeviceMismatchError, DTypeNotSupportedError, ShapeNotSupportedError
 from obs_kernels.ops import SparseWeight, pack, unpack
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper", "matmul"]  # fixtures
 
 PANELS = (1, 3)
@@ -184,6 +184,18 @@ def test_random_inputs(gen, matmul, tokens, rows, cols, text, activation, dtype)
             for layout in ("token", "feature"):
                 again = launch(matmul, config, given, sparse, bias, layout, activation=activation or "")
                 assert same_bits(again, y), (config, layout)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("y_layout", ["token", "feature"])
+@pytest.mark.parametrize("v", [128, 256])
+def test_every_configuration_under_sanitizers(gen, matmul, v, y_layout):
+    """Three steps, the last one ragged, and a ragged tile of tokens."""
+    sparse, dense = integer_weight(256, 8 * 34, f"{v}:2:8", torch.float16)
+    x = integers(gen, 7, (200, 8 * 34), torch.float16)
+    given = matmul.as_gathered(x, "token")
+    for config in configs(matmul, v):
+        assert_exact(launch(matmul, config, given, sparse, None, y_layout), x, dense, None, config)
 
 
 def test_runs_give_the_same_bits(gen, matmul):

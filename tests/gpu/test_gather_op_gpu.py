@@ -13,21 +13,23 @@ from product_checks import (
     GRADIENT,
     NAN,
     assert_exact,
+    fresh,
     hopper,
     integer_weight,
     integers,
     matmul,
     normal,
     normal_weight,
+    taken,
 )
 from test_matmul import check, expected
 from torch import Tensor
 
 from obs_kernels import _ext, parse_pattern
 from obs_kernels.cuda_calls.product_plan import ProductPlan
-from obs_kernels.ops import SparseWeight, sparse_linear, unpack
+from obs_kernels.ops import sparse_linear, unpack
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper", "matmul"]  # fixtures
 
 
@@ -60,11 +62,6 @@ SMALL = (8, 64, 64, "64:2:16")
 def takes_gather(matmul: ModuleType, case: tuple[int, int, int, str], x_layout: str) -> bool:
     tokens, rows, cols, text = case
     return matmul.gathers(parse_pattern(text), rows, cols, tokens, x_layout, torch.device(DEVICE, 0))
-
-
-def fresh(sparse: SparseWeight) -> SparseWeight:
-    """The same weight in memory that no call has packed yet."""
-    return replace(sparse, values=sparse.values.clone(), codes=sparse.codes.clone(), columns=sparse.columns.clone())
 
 
 def as_given(x: Tensor, x_layout: str) -> Tensor:
@@ -136,11 +133,6 @@ def test_an_equal_call_launches_alone(gen, matmul, launches, x_layout):
         assert_exact(y, x, dense, bias, call)
         assert call == 0 or launched == allocated == (2 if x_layout == "token" else 1)
     assert len(launches) == 3 and launches[1] is launches[2]
-
-
-def taken() -> tuple[int, int]:
-    """(our launches, allocations) so far."""
-    return _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
 
 
 def test_columns_off_their_alignment(gen, matmul, launches):

@@ -35,7 +35,7 @@ from obs_kernels.ops import SparseWeight, feature_major, pack, sparse_linear
 from obs_kernels.ops.layout import NEVER, shared_from
 from obs_kernels.patterns import NMPattern
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper", "matmul"]  # fixtures
 
 PATTERNS = ["2:4", "2:8", "2:16", "1:4", "4:2:4", "4:2:8", "4:2:16"]

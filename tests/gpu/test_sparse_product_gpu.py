@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from product_checks import DEVICE, assert_exact, hopper, integer_weight, integers, matmul
-from torch import Tensor
+from product_checks import DEVICE, NAN, assert_exact, fresh, hopper, integer_weight, integers, matmul, taken
 
-from obs_kernels import _ext
-from obs_kernels.ops import SparseWeight, sparse_linear
+from obs_kernels.ops import sparse_linear
 from obs_kernels.ops.self_check import check_ops
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper", "matmul"]  # fixtures
 
 
@@ -32,7 +30,7 @@ def test_several_tiles_of_a_block(gen, matmul, rows, x_layout, y_layout):
     packed = matmul.prepack(sparse.values, sparse.codes, sparse.columns_or_empty(), "2:4")
     given = x if x_layout == "token" else x.T.contiguous()
     for config in matmul.CONFIGS:
-        y = torch.full((tokens, rows) if y_layout == "token" else (rows, tokens), float("nan"), device=DEVICE).to(x)
+        y = torch.full((tokens, rows) if y_layout == "token" else (rows, tokens), NAN, device=DEVICE).to(x)
         matmul.launch_sparse_linear(
             given, packed, bias, y, rows=rows, cols=cols, activation="", x_layout=x_layout, y_layout=y_layout,
             config=config,
@@ -40,31 +38,27 @@ def test_several_tiles_of_a_block(gen, matmul, rows, x_layout, y_layout):
         assert_exact(y if y_layout == "token" else y.T, x, dense, bias, (config, rows))
 
 
-def fresh_weight(rows: int, cols: int) -> tuple[SparseWeight, Tensor]:
-    """One that no call has packed yet."""
-    sparse, dense = integer_weight(rows, cols, "2:4", torch.bfloat16)
-    return SparseWeight(sparse.values.clone(), sparse.codes.clone(), None, sparse.pattern, sparse.shape), dense
-
-
 def test_an_equal_call_launches_once(gen):
     """No weight is packed again, and only y takes memory; a write and other inputs are seen all the same."""
-    sparse, dense = fresh_weight(72, 64)
+    known, dense = integer_weight(72, 64, "2:4", torch.bfloat16)
+    sparse = fresh(known)
     bias = integers(gen, 7, (72,), torch.bfloat16)
     for call in range(6):
         x = integers(gen, 7, (2, 9, 64), torch.bfloat16)
         if call == 3:
             sparse.values.mul_(2)
             dense = 2 * dense
-        before = _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
+        before = taken()
         y = sparse_linear(x, sparse, bias)
-        after = _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
+        after = taken()
         assert_exact(y.flatten(0, 1), x.flatten(0, 1), dense, bias, call)
         assert call in (0, 3) or (after[0] - before[0], after[1] - before[1]) == (1, 1)
 
 
 def test_equal_calls_in_a_graph_and_on_other_streams(gen):
     """What an earlier call decided is taken by a capture, and by a stream that has to wait for its packing."""
-    sparse, dense = fresh_weight(72, 64)
+    known, dense = integer_weight(72, 64, "2:4", torch.bfloat16)
+    sparse = fresh(known)
     x = integers(gen, 7, (16, 64), torch.bfloat16)
     assert_exact(sparse_linear(x, sparse), x, dense)  # loads the kernels
     torch.cuda.synchronize()
@@ -92,7 +86,8 @@ def test_compiled(gen, monkeypatch, options, warm):
     """One graph without breaks; tokens vary."""
     monkeypatch.undo()  # the garbage in new memory: a patched method is not traced
     torch.compiler.reset()
-    sparse, dense = fresh_weight(72, 64)
+    known, dense = integer_weight(72, 64, "2:4", torch.bfloat16)
+    sparse = fresh(known)
     compiled = torch.compile(lambda x: sparse_linear(x, sparse, activation="relu") + 1, fullgraph=True, **options)
     if warm:
         sparse_linear(integers(gen, 7, (8, 64), torch.bfloat16), sparse)
@@ -105,7 +100,8 @@ def test_compiled(gen, monkeypatch, options, warm):
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_graph_follows_its_weight(gen, warm):
     """Captured with a packed weight it reads that memory, into which a later eager call packs what was written."""
-    sparse, dense = fresh_weight(72, 64)
+    known, dense = integer_weight(72, 64, "2:4", torch.bfloat16)
+    sparse = fresh(known)
     x = integers(gen, 7, (16, 64), torch.bfloat16)
     if warm:
         sparse_linear(x, sparse)

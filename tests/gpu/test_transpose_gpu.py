@@ -13,7 +13,7 @@ from torch import Tensor
 
 from obs_kernels import _ext
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper", "matmul"]  # fixtures
 
 
