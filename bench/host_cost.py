@@ -8,7 +8,8 @@ For ``nn.Linear``, ``SparseLinear`` and the op below it, of small layers, where 
 * host: time until a call returns, the device not waited for.
 * graph: time a call of a graph of ``CALLS`` equal ones.
 * kernels: what its kernels take by the profiler, of which ``graph - kernels`` is the gap: below 0 where a product
-  comes to the GPU before the one in front has ended, as the profiler counts that time twice.
+  comes to the GPU before the one in front has ended, as the profiler counts that time twice, and by what two runs
+  differ in caches and clocks.
 
 Writes ``bench/results/host_cost.json`` and the Markdown table beside it. Needs a GPU.
 """
@@ -141,9 +142,9 @@ def to_markdown(document: dict[str, Any]) -> str:
         "",
         f"Microseconds a call, bf16, medians of {REPEATS} runs of {CALLS} calls, all calls of a size in turn (p20 to "
         f"p80 of the host's). host: until the call returns; graph: in a graph of {CALLS} calls; kernels: by the "
-        f"profiler, outside of a graph; gap: graph less kernels, which are of another run, below 0 where products "
-        f"overlap, as the profiler counts that time twice. {machine['device']}, torch "
-        f"{machine['versions']['torch']}; commit {document['commit'][:7]}.",
+        "profiler, outside of a graph; gap: graph less kernels, below 0 where products overlap, as the profiler counts "
+        "that time twice, and by what the two runs differ in caches and clocks. "
+        f"{machine['device']}, torch {machine['versions']['torch']}; commit {document['commit'][:7]}.",
         "",
         "| R x C, T | call | weight | x | host | graph | kernels | kernels a call | gap |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",

@@ -116,6 +116,8 @@ def _rows(topic: str) -> list[dict[str, Any]]:
 
 PANELS = ("128:2:8", "128:2:16", "128:2:32")
 """Patterns of the product's table beside 2:4, once there are rows of them on feature-major x."""
+STEADY = 1.25
+"""Times the 20th percentile that the 80th of a peer's runs may be, for a ratio to say something."""
 
 
 def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
@@ -134,21 +136,29 @@ def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
     panels = [p for p in PANELS if {(p, "token-major"), (p, "feature-major")} <= found.keys()]
     layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
 
+    peers = {(r["name"], r["shape"]["T"]): r for r in stored["rows"] if r["config"].get("peer") == "cuSPARSELt"}
+
     def ratio(pattern: str, layout: str, at: tuple[str, int]) -> str:
         row = found[pattern, layout].get(at)
         return f"{row['x_dense']:.2f}" if row else "-"
 
+    def beside_peer(row: dict[str, Any]) -> str:
+        peer = peers.get((row["name"], row["shape"]["T"]))
+        if peer is not None and peer["p80"] > STEADY * peer["p20"]:
+            return "unsteady"
+        return f"{row['x_peer'].get('cuSPARSELt', float('nan')):.2f}"
+
     more = f"; {', '.join(panels)}: x token-major / feature-major" if panels else ""
     lines = [
-        f"{stored['env']['device']}, commit {stored['env']['commit']}, 2:4, bf16, kernel time: x dense cuBLAS of the "
-        f"same run (x cuSPARSELt, best algorithm){more}:",
+        f"{stored['env']['device']}, commit {stored['env']['commit']}, 2:4, bf16, kernel time of calls back to "
+        f"back, whose starts overlap: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm){more}:",
         "",
         f"| tokens | {' | '.join(layers.values())} |",
         f"|---:{'|---:' * len(layers)}|",
     ]
     for tokens in sorted({tokens for _, tokens in rows}):
         cells = [rows.get((name, tokens)) for name in layers]
-        shown = [f"{c['x_dense']:.2f} ({c['x_peer'].get('cuSPARSELt', float('nan')):.2f})" if c else "-" for c in cells]
+        shown = [f"{c['x_dense']:.2f} ({beside_peer(c)})" if c else "-" for c in cells]
         for pattern in panels:
             for index, name in enumerate(layers):
                 if cells[index] is None:
@@ -210,25 +220,26 @@ def questions_line(pattern: str = "2:8") -> str:
 
 
 def gradual_line() -> str:
-    """F1 of the rows of gradual pruning that must be there, and 2:16, from the stored results."""
+    """F1 of gradual rows from the stored results: those that must be there, row curvature, and means over seeds."""
     stored = json.loads(squad_gradual.RESULTS.read_text())
     epochs, dense = stored["header"]["epochs"], stored["dense"]["f1"]
     alike = next((row["f1"] for row in stored["rows"].values() if row["way"] == DENSE), None)
-    names = {"row": "row", "combinatorial": "block", "magnitude": "magnitude"}
+    several = dict(over_seeds(stored["rows"]))
     parts = list[str]()
     for row in (stored["rows"][wanted["key"]] for wanted in stored["wanted"] if wanted["key"] in stored["rows"]):
-        if row["way"] == GRADUAL and row["seed"] == 0 and (row["must"] or row["curvature"] == "row"):
-            kind = names["row" if row["curvature"] == "row" else row["method"]]
-            parts.append(f"{row['pattern']} {kind} {row['f1']:.2f} ({100 * row['f1'] / dense:.1f} %)")
-    seeds = [
-        f"{pattern} {curvature}, {method} {sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-        for (_, pattern, curvature, method), found in over_seeds(stored["rows"])
-    ]
-    spread = f"means of several seeds: {'; '.join(seeds)}" if seeds else "one seed"
+        if row["way"] != GRADUAL or row["seed"] != 0:
+            continue
+        found = several.get((GRADUAL, row["pattern"], row["curvature"], row["method"]), [row["f1"]])
+        if not (row["must"] or row["curvature"] == "row" or len(found) > 1):
+            continue
+        kind = "row" if row["curvature"] == "row" else f"block, {row['method']}"
+        mean = sum(found) / len(found)
+        spread = f", {len(found)} seeds {min(found):.2f} to {max(found):.2f}" if len(found) > 1 else ""
+        parts.append(f"{row['pattern']} {kind} {mean:.2f} ({100 * mean / dense:.1f} %{spread})")
     return (
         f"Pruned in steps and trained for {epochs:g} epochs, F1 (share of the dense {dense:.2f}"
-        f"{f', which gets to {alike:.2f} by as much training' if alike else ''}): "
-        f"{', '.join(parts)}; {spread}. Every row: [squad_gradual.md](bench/results/squad_gradual.md)."
+        f"{f', which gets to {alike:.2f} by as much training' if alike else ''}; one seed where no number is given): "
+        f"{'; '.join(parts)}. Every row: [squad_gradual.md](bench/results/squad_gradual.md)."
     )
 
 

@@ -343,6 +343,10 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
         "| 2,048<br>128:2:8 | 1.50 (1.04)<br>1.60 / 2.25 |",
     ]
     assert after[0].endswith("best algorithm); 128:2:8: x token-major / feature-major:") and len(after) == len(before)
+    peer = rows[0] | {"config": {"peer": "cuSPARSELt"}, "p20": 10.0}
+    assert table([*rows, peer | {"p80": 12.0}]) == after
+    unsteady = table([*rows, peer | {"p80": 20.0}])
+    assert unsteady[-2:] == [after[-2].replace("(1.04)", "(unsteady)"), after[-1]]
 
 
 # the peer

@@ -129,7 +129,7 @@ def test_the_dense_row_and_the_table(work: Path, tmp_path: Path, capsys: pytest.
     assert "hidden states 10)" in text
 
 
-def test_seeds_have_means_and_ranges_best_first_and_readme_lists_rows_of_seed_0(monkeypatch, tmp_path) -> None:
+def test_seeds_have_means_and_ranges_best_first_also_in_the_readme(monkeypatch, tmp_path) -> None:
     stored = json.loads(squad_gradual.RESULTS.read_text())
     first = {key: row for key, row in stored["rows"].items() if row["seed"] == 0}
     assert over_seeds(first) == [] and "Not run." in to_markdown(stored | {"rows": first})
@@ -145,8 +145,9 @@ def test_seeds_have_means_and_ranges_best_first_and_readme_lists_rows_of_seed_0(
     monkeypatch.setattr(squad_gradual, "RESULTS", tmp_path / "r.json")
     squad_gradual.RESULTS.write_text(json.dumps(stored | {"rows": rows}))
     line = readme.gradual_line()
-    assert line.count("64:2:8 row 50.00") == 1 and "64:2:8 row 54.00" not in line
-    assert "64:2:8 row, combinatorial 52.00 (50.00 to 54.00)" in line and "one seed" not in line
+    dense = stored["dense"]["f1"]
+    assert line.count("64:2:8 row") == 1 and f"64:2:8 row 52.00 ({5200 / dense:.1f} %, 2 seeds 50.00 to 54.00)" in line
+    assert line.count("64:2:8 block, magnitude") == 1 and "2 seeds 70.00 to 71.00)" in line
 
 
 def test_hidden_states_are_in_the_loss_and_in_the_table(work: Path, tmp_path: Path) -> None:

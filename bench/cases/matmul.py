@@ -10,6 +10,9 @@ them half of the dense time, v:2:m 2/m of it if only the four columns of a panel
 transposition of x and a gathering product. ``cuda, x feature-major`` is the same on x that is transposed outside of the
 times, as a layer that follows another gets it. ``as`` in the config of a row says which of the two kernels ran.
 
+Times are of calls back to back: a product comes to the GPU while the one in front ends, which a model gets from
+products and not from other kernels in front.
+
 ``--samples`` picks T and ``--block-size`` m. A CPU takes the first T of a shape only. cuSPARSELt's algorithm is
 searched once a size; what its search, compression and our prepacking cost is not in the times.
 """
