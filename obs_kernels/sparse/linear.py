@@ -135,23 +135,18 @@ class SparseLinear(nn.Module):
     def _forward_in_layouts(self, x: Tensor, sparse: SparseWeight, bias: Tensor | None) -> Tensor:
         lead = x.shape[:-1]
         feature = is_feature_major(x)
-        if x.dim() == 2:  # as below, in fewer ops: each takes the host some microseconds
-            flat = x.t() if feature else x
-        else:
-            flat = x.movedim(-1, 0).reshape(x.shape[-1], -1) if feature else x.reshape(math.prod(lead), x.shape[-1])
+        # no reshape of what has two dimensions: each op takes the host some microseconds
+        flat = x if x.dim() == 2 else x.reshape(math.prod(lead), x.shape[-1])
         y = sparse_linear(
-            flat,
+            flat.t() if feature else flat,
             sparse,
             bias,
             activation=self.activation,
             x_layout="feature" if feature else "token",
             y_layout=self.y_layout,
         )
-        if x.dim() == 2:
-            return y.t() if self.y_layout == "feature" else y
-        if self.y_layout == "feature":
-            return y.reshape(self.out_features, *lead).movedim(0, -1)
-        return y.reshape(*lead, self.out_features)
+        y = y.t() if self.y_layout == "feature" else y
+        return y if x.dim() == 2 else y.reshape(*lead, self.out_features)
 
     def takes_dense(self, x: Tensor) -> bool:
         """Whether ``x`` will be multiplied by the dense copy."""

@@ -39,6 +39,11 @@ def matmul() -> ModuleType:
     return importlib.import_module("obs_kernels.cuda_calls.matmul")
 
 
+@pytest.fixture
+def gen() -> torch.Generator:
+    return torch.Generator(device=DEVICE).manual_seed(77)
+
+
 def integers(gen: torch.Generator, limit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randint(-limit, limit + 1, shape, generator=gen, device=DEVICE).to(dtype)
 
@@ -118,3 +123,10 @@ def fresh(sparse: SparseWeight) -> SparseWeight:
 def taken() -> tuple[int, int]:
     """(launches of the compiled module, allocations) so far."""
     return _ext.load().launch_count(), torch.cuda.memory_stats()["allocation.all.allocated"]
+
+
+def takes_gather(matmul: ModuleType, case: tuple[int, int, int, str], x_layout: str) -> bool:
+    """Whether a call of (tokens, rows, cols, pattern) runs on the kept columns alone."""
+    tokens, rows, cols, text = case
+    found: bool = matmul.gathers(parse_pattern(text), rows, cols, tokens, x_layout, torch.device(DEVICE, 0))
+    return found

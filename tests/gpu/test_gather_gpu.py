@@ -18,6 +18,7 @@ from product_checks import (
     NAN,
     assert_exact,
     every_place,
+    gen,
     hopper,
     integer_weight,
     integers,
@@ -36,7 +37,7 @@ from obs_kernels.errors import ConfigError, DeviceMismatchError, DTypeNotSupport
 from obs_kernels.ops import SparseWeight, pack, unpack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
-__all__ = ["hopper", "matmul"]  # fixtures
+__all__ = ["gen", "hopper", "matmul"]  # fixtures
 
 PANELS = (1, 3)
 M = (4, 8, 12, 16, 32, 64)
@@ -51,11 +52,6 @@ RAGGED = [
     (1000, 768, 3072, "256:2:8"),
 ]
 """(tokens, rows, cols, pattern)."""
-
-
-@pytest.fixture
-def gen() -> torch.Generator:
-    return torch.Generator(device=DEVICE).manual_seed(77)
 
 
 def configs(matmul: ModuleType, v: int) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from product_checks import (
     NAN,
     assert_exact,
     fresh,
+    gen,
     hopper,
     integer_weight,
     integers,
@@ -21,21 +21,17 @@ from product_checks import (
     normal,
     normal_weight,
     taken,
+    takes_gather,
 )
 from test_matmul import check, expected
 from torch import Tensor
 
-from obs_kernels import _ext, parse_pattern
+from obs_kernels import _ext
 from obs_kernels.cuda_calls.product_plan import ProductPlan
 from obs_kernels.ops import sparse_linear, unpack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
-__all__ = ["hopper", "matmul"]  # fixtures
-
-
-@pytest.fixture
-def gen() -> torch.Generator:
-    return torch.Generator(device=DEVICE).manual_seed(77)
+__all__ = ["gen", "hopper", "matmul"]  # fixtures
 
 
 @pytest.fixture
@@ -57,11 +53,6 @@ LARGE = (4096, 4096, 4096, "128:2:16")
 """(tokens, rows, cols, pattern) for which a quarter of the columns is far less work, transposed or not."""
 SMALL = (8, 64, 64, "64:2:16")
 """One step as 2:4."""
-
-
-def takes_gather(matmul: ModuleType, case: tuple[int, int, int, str], x_layout: str) -> bool:
-    tokens, rows, cols, text = case
-    return matmul.gathers(parse_pattern(text), rows, cols, tokens, x_layout, torch.device(DEVICE, 0))
 
 
 def as_given(x: Tensor, x_layout: str) -> Tensor:

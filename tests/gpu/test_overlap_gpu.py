@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from product_checks import DEVICE, hopper, matmul, normal, normal_weight
+from product_checks import DEVICE, hopper, matmul, normal, normal_weight, prepacked_kept, takes_gather
 from torch import Tensor
 
-from obs_kernels import ops, parse_pattern
+from obs_kernels import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 __all__ = ["hopper", "matmul"]  # fixtures
@@ -59,10 +59,7 @@ def with_waits(steps: list[Step], x: Tensor) -> Tensor:
 
 def test_the_ways_are_what_they_say(matmul: ModuleType) -> None:
     for pattern, layout in WAYS:
-        parsed = parse_pattern(pattern)
-        gathers = pattern.count(":") == 2 and matmul.gathers(
-            parsed, SIZE, SIZE, TOKENS, layout, torch.device(DEVICE, 0)
-        )
+        gathers = pattern.count(":") == 2 and takes_gather(matmul, (TOKENS, SIZE, SIZE, pattern), layout)
         assert gathers == (pattern != "2:4"), (pattern, layout)
 
 
@@ -96,7 +93,7 @@ def test_every_tile_waits_for_the_product_before(matmul, pattern, layout):
         packed = matmul.prepack(sparse.values, sparse.codes, sparse.columns_or_empty(), pattern)
         tiles = matmul.CONFIGS
     else:
-        packed = matmul.prepack(*matmul.kept_columns(sparse.values, sparse.codes, sparse.columns), "2:4")
+        packed = prepacked_kept(matmul, sparse)
         tiles = matmul.GATHER_CONFIGS
     ours, x = [torch.empty_like(given(layout, 5)) for _ in range(2)], given(layout, 5)
 

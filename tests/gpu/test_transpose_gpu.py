@@ -8,18 +8,13 @@ import itertools
 import pytest
 import torch
 from fisher_checks import Guarded
-from product_checks import DEVICE, DTYPES, hopper, matmul, rows_between_nans
+from product_checks import DEVICE, DTYPES, gen, hopper, matmul, rows_between_nans
 from torch import Tensor
 
 from obs_kernels import _ext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
-__all__ = ["hopper", "matmul"]  # fixtures
-
-
-@pytest.fixture
-def gen() -> torch.Generator:
-    return torch.Generator(device=DEVICE).manual_seed(77)
+__all__ = ["gen", "hopper", "matmul"]  # fixtures
 
 
 def random_bits(gen: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
