@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- Grids that follow each other (9.7.14, griddepcontrol) ----------------------------------
+// --- Grids that follow each other (griddepcontrol) ------------------------------------------
 
 // Lets the next kernel of the stream, if it was launched to overlap, take multiprocessors that this
 // one leaves. What it may touch there it learns by wait_for_grids_before.
@@ -91,6 +91,19 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+
+// What lies at an address of this CTA's shared memory in that of CTA `rank`.
+__device__ __forceinline__ void load_of_cta(float (&values)[4], uint32_t address, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
+      "}\n"
+      : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+      : "r"(address), "r"(rank)
+      : "memory");
 }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -252,6 +265,15 @@ __device__ __forceinline__ void load_shared(uint32_t (&words)[4], uint32_t addre
 
 __device__ __forceinline__ void load_shared(uint32_t& word, uint32_t address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const float* values) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "f"(values[0]),
+               "f"(values[1]),
+               "f"(values[2]),
+               "f"(values[3])
+               : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit elements, as fragments of a product hold them; lane l has the

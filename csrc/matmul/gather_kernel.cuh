@@ -80,9 +80,9 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
     for (int slab = 0; slab < Tile::kSlabs; ++slab) {
       exists[slab] = token + slab * kSlabTokens < sparse.tokens;
     }
-    const auto columns_of = [&](int group) {  // of the m, a byte each
-      return group < args.groups ? __ldg(kept + group) : 0;
-    };
+    // Of the m, a byte each. By plain loads: while this kernel waits, the one in front may write
+    // them, and memory read through the path for constants must not change while a kernel lives.
+    const auto columns_of = [&](int group) { return group < args.groups ? kept[group] : 0; };
     uint32_t next[kGroups];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) next[g] = columns_of(warp * kGroups + g);

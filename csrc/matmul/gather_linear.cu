@@ -29,8 +29,7 @@ LaunchPlan launch(const GatherLinearParams& params,
   args.m = static_cast<int>(params.m);
   args.groups = static_cast<int>(product.cols / 4);
   const CUtensorMap y_map = args.sparse.boxes ? boxes_of_y(product) : CUtensorMap{};
-  const unsigned blocks = launch_clusters<kernel, Tile::kBytes, kSparseThreads>(
-      args.sparse, device, stream, y_map, args);
+  const unsigned blocks = launch_clusters<kernel, Tile>(args.sparse, device, stream, y_map, args);
   return {"sparse_linear", tile.name, blocks, kSparseThreads};
 }
 

@@ -9,11 +9,14 @@ namespace obs_kernels {
 
 // A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers; CTAs of a
 // cluster hold different rows of the same tokens, and each brings its share of X to all of them.
+// For few tokens, whose tiles leave multiprocessors idle, `split` CTAs share out the columns of a
+// tile and add up; 0: a CTA takes all columns, and may compute several tiles, one after the other.
 struct SparseTileShape {
   const char* name;
   int rows;
   int tokens;
   int cluster;
+  int split;
   // What a step and a tile cost in cycles, fitted to 9 shapes on an H200 (2.5 % rms). The tensor
   // cores alone take rows * tokens / 64 a step, and 1/8 to 1/4 more as they read W from shared
   // memory; the rest is waiting for copies, of which an SM takes 52 bytes a clock.
@@ -22,14 +25,23 @@ struct SparseTileShape {
 };
 
 inline constexpr SparseTileShape kSparseTiles[] = {
-    {"256x192 cluster 2", 256, 192, 2, 1045, 6130},  // fewest bytes for a product
-    {"256x128 cluster 2", 256, 128, 2, 760, 3520},
-    {"128x256 cluster 2", 128, 256, 2, 724, 3970},
-    {"128x192 cluster 2", 128, 192, 2, 561, 3650},  // fills the last wave of some shapes better
-    {"128x128 cluster 2", 128, 128, 2, 457, 1840},
-    {"256x192", 256, 192, 1, 1055, 5920},  // where the last cluster would be half empty
-    {"128x256", 128, 256, 1, 808, 3500},   // one tile of rows has nothing to share
-    {"128x128", 128, 128, 1, 541, 1510},
+    {"256x192 cluster 2", 256, 192, 2, 0, 1045, 6130},  // fewest bytes for a product
+    {"256x128 cluster 2", 256, 128, 2, 0, 760, 3520},
+    {"128x256 cluster 2", 128, 256, 2, 0, 724, 3970},
+    {"128x192 cluster 2", 128, 192, 2, 0, 561, 3650},  // fills the last wave of some shapes better
+    {"128x128 cluster 2", 128, 128, 2, 0, 457, 1840},
+    {"256x192", 256, 192, 1, 0, 1055, 5920},  // where the last cluster would be half empty
+    {"128x256", 128, 256, 1, 0, 808, 3500},   // one tile of rows has nothing to share
+    {"128x128", 128, 128, 1, 0, 541, 1510},
+    {"128x128 split 2", 128, 128, 1, 2, 541, 5000},
+    {"128x128 split 4", 128, 128, 1, 4, 541, 6000},
+    {"128x64", 128, 64, 1, 1, 350, 1700},
+    {"128x64 split 2", 128, 64, 1, 2, 350, 3400},
+    {"128x64 split 4", 128, 64, 1, 4, 350, 4200},
+    {"64x64", 64, 64, 1, 1, 260, 1500},
+    {"64x64 split 2", 64, 64, 1, 2, 260, 2700},
+    {"64x64 split 4", 64, 64, 1, 4, 260, 3000},
+    {"64x64 split 8", 64, 64, 1, 8, 260, 3400},
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
@@ -83,11 +95,12 @@ inline ChosenTile choose_sparse_tile(int64_t rows,
     const int64_t row_groups =
         round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
     const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
+    const int split = std::max(1, tile.split);
     take_faster(best,
                 i,
                 groups,
-                std::max(1, multiprocessors / tile.cluster),
-                steps * tile.step_cycles + tile.tile_cycles);
+                std::max(1, multiprocessors / (tile.cluster * split)),
+                round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
   }
   return best;
 }

@@ -12,6 +12,7 @@
 #include "common/hopper.cuh"
 #include "matmul/sparse_epilogue.cuh"
 #include "matmul/sparse_layout.cuh"
+#include "matmul/sparse_split.cuh"
 #include "matmul/wgmma_sp.cuh"
 
 namespace obs_kernels {
@@ -27,7 +28,7 @@ struct CtaMemory {
   }
   // Barrier: a stage has arrived.
   __device__ __forceinline__ uint32_t full(uint32_t stage) const {
-    return epilogue() + kEpilogueBytes + 8 * stage;
+    return epilogue() + Tile::kBufferBytes + 8 * stage;
   }
   // Barrier: all CTAs of the cluster are done with a stage.
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const {
@@ -65,6 +66,9 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   constexpr int kTokens = Tile::kSumTokens;
   const int row_part = Tile::kShareRows ? 0 : warpgroup * kParts;  // of the 64 rows of a product
   const int token_part = Tile::kShareRows ? warpgroup * kTokens : 0;
+  // A slab of feature-major X has a token's 16 bits in each line.
+  const int part_bytes = token_part * (kFeatureX && kTokens < kSlabTokens ? 2 : 128);
+  const StepRange steps = steps_here<Tile>(args);
   constexpr uint32_t kLeading = kFeatureX ? kSlabBytes : 16;
   constexpr uint32_t kSecond = kFeatureX ? 32 * 128 : 64;  // bytes from columns 0 to 32 of a step
   StageRing<Tile::kStages> ring;
@@ -86,13 +90,17 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     if constexpr (kGathered) fence_async_shared();
   };
   const auto release = [&](uint32_t stage) {
-    if (thread < args.cluster) barrier_arrive(cta.empty(stage), static_cast<uint32_t>(thread));
+    if constexpr (Tile::kSplit) {
+      if (thread == 0) barrier_arrive(cta.empty(stage), cluster_rank());
+    } else {
+      if (thread < args.cluster) barrier_arrive(cta.empty(stage), static_cast<uint32_t>(thread));
+    }
   };
   // Multiplies the stage at hand, whose metadata is in `now`; meanwhile that of the next one comes
   // to `then`. The stage before goes back as soon as its products are done, which is when the first
   // product of this one may begin: a thread that has issued all of them would be late for it.
   const auto multiply = [&](const uint32_t (&now)[kParts], uint32_t (&then)[kParts], int step) {
-    const uint32_t x = cta.stages + ring.stage * Tile::kStageBytes + token_part * 128;
+    const uint32_t x = cta.stages + ring.stage * Tile::kStageBytes + part_bytes;
     const uint64_t first = swizzled_operand<128>(x, kLeading, 1024);
     const uint64_t second = swizzled_operand<128>(x + kSecond, kLeading, 1024);
     product_fence();
@@ -111,23 +119,22 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     }
     product_commit();
     ring.next();
-    if (step + 1 < args.steps) {
+    if (step + 1 < steps.count) {
       arrived();
       load_meta(then);
     }
   };
 
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
-    const auto rank = static_cast<int>(cluster_rank());
-    const TilePlace at = place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
+    const TilePlace at = place_here<Tile>(args, tile);
     arrived();
     load_meta(meta[0]);
     int step = 0;
-    for (; step + 1 < args.steps; step += 2) {
+    for (; step + 1 < steps.count; step += 2) {
       multiply(meta[0], meta[1], step);
       multiply(meta[1], meta[0], step + 1);
     }
-    if (step < args.steps) multiply(meta[0], meta[1], step);
+    if (step < steps.count) multiply(meta[0], meta[1], step);
 
     SumPlace place{};
     place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *
@@ -144,12 +151,21 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     product_wait<0>();
     release(ring.before());
 
+    // The wait does not name the sums: this keeps the compiler from reading them before it.
+    const auto hold = [](float (&sums)[kTokens / 2]) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+    };
+    if constexpr (Tile::kSplit) {
+      hold(sum[0]);
+      add_up_and_write<Element, Tile>(sum[0], bias[0], args, place, cta.stages);
+      return;
+    }
+
     const uint32_t buffers = cta.epilogue() + warpgroup * kBuffers * kSlabBytes;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      // The wait does not name the sums: this keeps the compiler from reading them before it.
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sum[part][i])::"memory");
+      hold(sum[part]);
       finish_sums(sum[part], bias[part], args.activation);
       if (args.boxes) {
         write_boxes<Element, kTokens>(

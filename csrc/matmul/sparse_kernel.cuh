@@ -20,10 +20,10 @@ __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
                                             CtaMemory<Tile> cta,
                                             const Fill& fill) {
   StageRing<Tile::kStages> ring;
-  const auto rank = static_cast<int>(hopper::cluster_rank());
+  const StepRange steps = steps_here<Tile>(args);
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
-    const TilePlace place = place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
-    for (int step = 0; step < args.steps; ++step) {
+    const TilePlace place = place_here<Tile>(args, tile);
+    for (int step = steps.first; step < steps.first + steps.count; ++step) {
       hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
       fill(place, step, cta.stages + ring.stage * Tile::kStageBytes, cta.full(ring.stage));
       ring.next();
@@ -38,14 +38,12 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap& x_map,
                                              const SparseArgs<Element>& args,
                                              CtaMemory<Tile> cta) {
   using namespace hopper;
-  static_assert(Tile::kSlabs >= 2,
+  static_assert(Tile::kSplit || Tile::kSlabs >= 2,
                 "each CTA of a cluster of two brings a part, which keeps them in step");
-  static_assert(Tile::kStageBytes == Tile::kTokenBytes + Tile::kWeightTiles * kWeightBytes,
-                "what copies bring");
-  const auto rank = static_cast<int>(cluster_rank());
+  const int rank = Tile::kSplit ? 0 : static_cast<int>(cluster_rank());
   const auto ctas = static_cast<uint16_t>((1u << args.cluster) - 1u);
   const auto fill = [&](const TilePlace& place, int step, uint32_t stage, uint32_t arrived) {
-    barrier_expect(arrived, Tile::kStageBytes);
+    barrier_expect(arrived, Tile::kBroughtBytes);
     for (int slab = rank; slab < Tile::kSlabs; slab += args.cluster) {
       const int token = place.token_tile * Tile::kTokens + slab * kSlabTokens;
       const int column = step * kStepCols;
@@ -97,12 +95,7 @@ __global__ __launch_bounds__(kSparseThreads,
     fence_barrier_init();
   }
   if (threadIdx.x == 32) {
-    const TilePlace place = place_of(first_tile(args),
-                                     args.row_groups,
-                                     args.token_tiles,
-                                     args.cluster,
-                                     static_cast<int>(cluster_rank()));
-    prefetch_weight<Element, Tile>(args, place.row_tile);
+    prefetch_weight<Element, Tile>(args, place_here<Tile>(args, first_tile(args)).row_tile);
   }
   cluster_sync();
   wait_for_grids_before();
@@ -110,11 +103,15 @@ __global__ __launch_bounds__(kSparseThreads,
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   if (warpgroup == kConsumers) {
-    give_registers<40>();
+    if constexpr (!Tile::kSplit) give_registers<40>();  // sums of a split tile are few
     if (thread == 0) bring_tokens<Element, Tile, kFeatureX>(x_map, args, cta);
     if (thread == 32) bring_weight<Element, Tile>(args, cta);
+    if constexpr (Tile::kSplit) {  // in which consumers wait for each other
+      __syncwarp();
+      cluster_sync();
+    }
   } else {
-    take_registers<232>();
+    if constexpr (!Tile::kSplit) take_registers<232>();
     consume<Element, Tile, kFeatureX, false>(y_map, args, cta, warpgroup, thread);
   }
   // Copies and arrivals of the others must find this CTA alive.

@@ -92,11 +92,13 @@ inline int multiprocessors_of(int device) {
   return count;
 }
 
+inline constexpr int kMostCluster = 8;  // CTAs
+
 // Clusters of `kernel` that a device runs at a time, after letting it take that much shared memory.
 // Asked once for each kernel, device and cluster: the two calls cost more than a launch.
 template <auto kKernel, int kBytes, int kThreads>
 int clusters_at_once(int device, int cluster) {
-  static std::array<std::array<std::atomic<int>, 2>, kKnownDevices> known{};
+  static std::array<std::array<std::atomic<int>, kMostCluster>, kKnownDevices> known{};
   const bool keeps = device >= 0 && device < kKnownDevices;
   std::atomic<int>* kept =
       keeps ? &known[static_cast<size_t>(device)][static_cast<size_t>(cluster - 1)] : nullptr;
@@ -120,13 +122,11 @@ int clusters_at_once(int device, int cluster) {
   return count;
 }
 
-// What all kernels of the product are told alike, of clusters of so many rows and
-// CTAs of so many tokens.
+// What all kernels of the product are told alike, of clusters of so many rows and CTAs of so many
+// tokens; at most `split` of these share out the columns.
 template <typename Element>
-SparseArgs<Element> sparse_args(const SparseLinearParams& params,
-                                int group_rows,
-                                int tile_tokens,
-                                int cluster) {
+SparseArgs<Element> sparse_args(
+    const SparseLinearParams& params, int group_rows, int tile_tokens, int cluster, int split = 1) {
   SparseArgs<Element> args{};
   args.packed = static_cast<const uint8_t*>(params.packed);
   args.bias = static_cast<const Element*>(params.bias);
@@ -138,6 +138,7 @@ SparseArgs<Element> sparse_args(const SparseLinearParams& params,
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
   args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
   args.cluster = cluster;
+  args.split = std::clamp(split, 1, args.steps);
   args.activation = params.activation;
   args.feature_y = params.feature_y;
   args.boxes = (params.feature_y ? params.tokens : params.rows) % 8 == 0 && aligned(params.y, 16);
@@ -149,27 +150,29 @@ inline CUtensorMap boxes_of_y(const SparseLinearParams& params) {
                           : boxes_of(params.y, params.tokens, params.rows, params.type);
 }
 
-// As many clusters as run at a time, or as there are tiles. Returns the CTAs. They may come to the
-// GPU while the kernel before is about to end (programmatic dependent launch), and wait there for
-// its end: of a product of 10 us, launching and setting up take more than one.
-template <auto kKernel, int kBytes, int kThreads, typename Element, typename... Arguments>
+// As many clusters as there are tiles, or, where a CTA computes several, as run at a time. Returns
+// the CTAs. They may come to the GPU while the kernel before is about to end (programmatic
+// dependent launch), and wait there for its end: of a product of 10 us, launching and setting up
+// take more than one.
+template <auto kKernel, typename Tile, typename Element, typename... Arguments>
 unsigned launch_clusters(const SparseArgs<Element>& args,
                          int device,
                          cudaStream_t stream,
                          const Arguments&... arguments) {
-  const int64_t clusters =
-      std::min<int64_t>(static_cast<int64_t>(args.row_groups) * args.token_tiles,
-                        clusters_at_once<kKernel, kBytes, kThreads>(device, args.cluster));
-  const auto blocks = static_cast<unsigned>(clusters * args.cluster);
+  const int cluster = args.cluster * args.split;
+  const int at_once = clusters_at_once<kKernel, Tile::kBytes, kSparseThreads>(device, cluster);
+  const int64_t tiles = static_cast<int64_t>(args.row_groups) * args.token_tiles;
+  const int64_t clusters = Tile::kSplit ? tiles : std::min<int64_t>(tiles, at_once);
+  const auto blocks = static_cast<unsigned>(clusters * cluster);
   std::array<cudaLaunchAttribute, 2> attributes{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(args.cluster), 1, 1};
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
+  config.blockDim = dim3(kSparseThreads);
+  config.dynamicSmemBytes = Tile::kBytes;
   config.stream = stream;
   config.attrs = attributes.data();
   config.numAttrs = static_cast<unsigned>(attributes.size());
@@ -204,9 +207,9 @@ inline void check_product(const SparseLinearParams& params, int configs) {
             "x and packed must be aligned to 16 bytes");
 }
 
-inline void check_tiles(const SparseLinearParams& params, int rows, int tokens) {
+inline void check_tiles(const SparseLinearParams& params, int rows, int tokens, int split = 1) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // numbers of tiles are 32-bit, as is a stride more
-  const int64_t tiles = (params.rows / rows + 1) * (params.tokens / tokens + 1);
+  const int64_t tiles = (params.rows / rows + 1) * (params.tokens / tokens + 1) * split;
   OBS_CHECK(tiles < kLimit, "a product of at most 2^30 tiles is taken, got ", tiles);
 }
 

@@ -27,24 +27,31 @@ inline constexpr int kBuffers = 3;
 inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 
 // Sizes for a tile of kTokens tokens whose sums two warpgroups hold, each of kParts times 64 rows:
-// rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens.
-template <int kParts_, int kTokens_, bool kShareRows_ = false>
+// rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens. kSplit: the
+// CTAs of a cluster share out the columns of a tile and add up their sums at the end; a CTA then
+// computes one tile only.
+template <int kParts_, int kTokens_, bool kShareRows_ = false, bool kSplit_ = false>
 struct SparseTile {
   static constexpr int kParts = kParts_;
   static constexpr int kTokens = kTokens_;
   static constexpr bool kShareRows = kShareRows_;
+  static constexpr bool kSplit = kSplit_;
   static constexpr int kWeightTiles = kShareRows ? kParts : kConsumers * kParts;
   static constexpr int kRows = kWeightTiles * kPartRows;
   static constexpr int kSumTokens = kShareRows ? kTokens / kConsumers : kTokens;
   static constexpr int kSlabs = kTokens / kSlabTokens;
   static constexpr int kTokenBytes = kSlabs * kSlabBytes;  // of a stage; W follows
+  static constexpr int kBroughtBytes = kTokenBytes + kWeightTiles * kWeightBytes;
   // The swizzle wants stages of whole patterns.
-  static constexpr int kStageBytes =
-      (kTokenBytes + kWeightTiles * kWeightBytes + 1023) / 1024 * 1024;
-  static constexpr int kAround = 1024 + kEpilogueBytes + 256;  // alignment, epilogue, barriers
-  static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
+  static constexpr int kStageBytes = (kBroughtBytes + 1023) / 1024 * 1024;
+  static constexpr int kBufferBytes = kSplit ? 0 : kEpilogueBytes;  // their sums go to stages
+  static constexpr int kAround = 1024 + kBufferBytes + 256;         // alignment, epilogue, barriers
+  static constexpr int kFittingStages = (kSharedLimit - kAround) / kStageBytes;
+  static constexpr int kStages = kSplit && kFittingStages > 8 ? 8 : kFittingStages;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
+  static constexpr int kSumBytes = kRows * kTokens * 4;
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
+  static_assert(!kSplit || (kParts == 1 && kSumBytes <= kStages * kStageBytes), "sums in stages");
 };
 
 template <typename Element>
@@ -58,7 +65,8 @@ struct SparseArgs {
   int weight_tiles;  // of 64 rows, that exist; those of the last cluster may be more
   int row_groups;    // of the rows of a cluster
   int token_tiles;
-  int cluster;
+  int cluster;  // CTAs that share tokens
+  int split;    // CTAs that share out columns; one of the two is 1
   Activation activation;
   bool feature_y;
   bool boxes;  // y is written by the copy engine; else element by element, for odd sizes
@@ -67,11 +75,11 @@ struct SparseArgs {
 // Tiles of a cluster: the first, how many on the next one is, and how many there are.
 template <typename Element>
 __device__ __forceinline__ int first_tile(const SparseArgs<Element>& args) {
-  return static_cast<int>(blockIdx.x) / args.cluster;
+  return static_cast<int>(blockIdx.x) / (args.cluster * args.split);
 }
 template <typename Element>
 __device__ __forceinline__ int tile_stride(const SparseArgs<Element>& args) {
-  return static_cast<int>(gridDim.x) / args.cluster;
+  return static_cast<int>(gridDim.x) / (args.cluster * args.split);
 }
 template <typename Element>
 __device__ __forceinline__ int num_tiles(const SparseArgs<Element>& args) {
@@ -93,16 +101,44 @@ place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
   return {in / width * cluster + rank, first + in % width};
 }
 
+// The place of a tile of this CTA.
+template <typename Tile, typename Element>
+__device__ __forceinline__ TilePlace place_here(const SparseArgs<Element>& args, int tile) {
+  if constexpr (Tile::kSplit) {
+    return place_of(tile, args.row_groups, args.token_tiles, 1, 0);
+  } else {
+    const auto rank = static_cast<int>(hopper::cluster_rank());
+    return place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
+  }
+}
+
+// The steps that this CTA multiplies: all, or its share.
+struct StepRange {
+  int first;
+  int count;
+};
+
+template <typename Tile, typename Element>
+__device__ __forceinline__ StepRange steps_here(const SparseArgs<Element>& args) {
+  if constexpr (Tile::kSplit) {
+    const auto rank = static_cast<int>(hopper::cluster_rank());
+    const int first = args.steps * rank / args.split;
+    return {first, args.steps * (rank + 1) / args.split - first};
+  } else {
+    return {0, args.steps};
+  }
+}
+
 // W of the first stages of this CTA to L2, by one thread: weights are what nothing before had to
 // bring, and rows beyond the last tile have none.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void prefetch_weight(const SparseArgs<Element>& args, int row_tile) {
-  const int steps = min(args.steps, Tile::kStages);
+  const StepRange steps = steps_here<Tile>(args);
 #pragma unroll
   for (int i = 0; i < Tile::kWeightTiles; ++i) {
     const int64_t at = min(row_tile * Tile::kWeightTiles + i, args.weight_tiles - 1);
-    hopper::prefetch_bytes(args.packed + at * args.steps * kPackedBytes,
-                           static_cast<uint32_t>(steps * kPackedBytes));
+    hopper::prefetch_bytes(args.packed + (at * args.steps + steps.first) * kPackedBytes,
+                           static_cast<uint32_t>(min(steps.count, Tile::kStages) * kPackedBytes));
   }
 }
 

@@ -13,21 +13,19 @@
 namespace obs_kernels {
 namespace {
 
-template <typename Element, int kParts, int kTokens, bool kFeatureX>
+template <typename Element, typename Tile, bool kFeatureX>
 LaunchPlan launch(const SparseLinearParams& params,
                   const SparseTileShape& tile,
                   int device,
                   cudaStream_t stream) {
-  using Tile = SparseTile<kParts, kTokens>;
   constexpr auto kernel = sparse_linear_kernel<Element, Tile, kFeatureX>;
   const auto args =
-      sparse_args<Element>(params, tile.rows * tile.cluster, tile.tokens, tile.cluster);
+      sparse_args<Element>(params, tile.rows * tile.cluster, tile.tokens, tile.cluster, tile.split);
   const CUtensorMap x_map = params.feature_x
                                 ? boxes_of(params.x, params.cols, params.tokens, params.type)
                                 : boxes_of(params.x, params.tokens, params.cols, params.type);
   const CUtensorMap y_map = args.boxes ? boxes_of_y(params) : x_map;
-  const unsigned blocks = launch_clusters<kernel, Tile::kBytes, kSparseThreads>(
-      args, device, stream, x_map, y_map, args);
+  const unsigned blocks = launch_clusters<kernel, Tile>(args, device, stream, x_map, y_map, args);
   return {"sparse_linear", tile.name, blocks, kSparseThreads};
 }
 
@@ -36,17 +34,26 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
                        const SparseTileShape& tile,
                        int device,
                        cudaStream_t stream) {
-  if (tile.rows == 256) {
-    return tile.tokens == 192 ? launch<Element, 2, 192, kFeatureX>(params, tile, device, stream)
-                              : launch<Element, 2, 128, kFeatureX>(params, tile, device, stream);
-  }
-  switch (tile.tokens) {
-    case 128:
-      return launch<Element, 1, 128, kFeatureX>(params, tile, device, stream);
-    case 192:
-      return launch<Element, 1, 192, kFeatureX>(params, tile, device, stream);
+  const auto with = [&](auto sizes) {
+    return launch<Element, decltype(sizes), kFeatureX>(params, tile, device, stream);
+  };
+  switch (tile.rows * 1024 + tile.tokens + (tile.split > 0 ? 1 : 0)) {
+    case 256 * 1024 + 192:
+      return with(SparseTile<2, 192>{});
+    case 256 * 1024 + 128:
+      return with(SparseTile<2, 128>{});
+    case 128 * 1024 + 256:
+      return with(SparseTile<1, 256>{});
+    case 128 * 1024 + 192:
+      return with(SparseTile<1, 192>{});
+    case 128 * 1024 + 128:
+      return with(SparseTile<1, 128>{});
+    case 128 * 1024 + 128 + 1:
+      return with(SparseTile<1, 128, false, true>{});
+    case 128 * 1024 + 64 + 1:
+      return with(SparseTile<1, 64, false, true>{});
     default:
-      return launch<Element, 1, 256, kFeatureX>(params, tile, device, stream);
+      return with(SparseTile<1, 64, true, true>{});
   }
 }
 
