@@ -248,7 +248,7 @@ def _launches(
     for tile in launcher.CONFIGS:
         yield launch(False, f"cuda {tile}", tile=tile, forced=True)
     for tile in launcher.GATHER_CONFIGS if feature else ():  # "gather 128x256"
-        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split()[-1].split("x")[0]) == 0:
+        if isinstance(pattern, VNMPattern) and pattern.v % int(tile.split()[1].split("x")[0]) == 0:
             yield launch(True, f"cuda {tile}", x_layout="feature", tile=tile, forced=True)
 
 

@@ -55,6 +55,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   using namespace hopper;
   constexpr int kGroups = kStepGroups / kGatherWarps;
   static_assert(Tile::kWeightTiles <= kGatherWarps, "a warp brings at most one");
+  static_assert(Tile::kStageSteps == 1, "a warp brings its groups of one step");
   const SparseArgs<Element>& sparse = args.sparse;
   const auto stride = static_cast<uint32_t>(args.x_stride * 2);  // bytes
   const int64_t group_stride = int64_t{stride} * args.m;
@@ -64,17 +65,20 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   const auto lane_place = static_cast<uint32_t>((warp * kGroups * kGroupColumns + column) * 128 +
                                                 ((piece ^ column) << 4));
   const uint32_t column_byte = 0x4440u | static_cast<uint32_t>(column);  // zeros above it
+  const StepRange steps = steps_here<Tile>(sparse);
+  const int first_step_group = steps.first * kStepGroups + warp * kGroups;
   StageRing<Tile::kStages> ring;
   for (int tile = first_tile(sparse); tile < num_tiles(sparse); tile += tile_stride(sparse)) {
-    const TilePlace place = place_of(tile, sparse.row_groups, sparse.token_tiles, 1, 0);
+    const TilePlace place = place_here<Tile>(sparse, tile);
     const int panel = place.row_tile * Tile::kRows / args.v;
     const auto* kept =
         reinterpret_cast<const uint32_t*>(args.columns) + int64_t{panel} * args.groups;
-    const uint8_t* weight = sparse.packed + (int64_t{place.row_tile} * Tile::kWeightTiles + warp) *
-                                                sparse.steps * kPackedBytes;
+    const int64_t row_of_tiles = int64_t{place.row_tile} * Tile::kWeightTiles + warp;
+    const uint8_t* weight =
+        sparse.packed + (row_of_tiles * sparse.steps + steps.first) * kPackedBytes;
     const int64_t token = int64_t{place.token_tile} * Tile::kTokens + piece * 8;
     const auto* group_x =
-        reinterpret_cast<const uint8_t*>(args.x + token) + int64_t{warp} * kGroups * group_stride;
+        reinterpret_cast<const uint8_t*>(args.x + token) + first_step_group * group_stride;
     bool exists[Tile::kSlabs];
 #pragma unroll
     for (int slab = 0; slab < Tile::kSlabs; ++slab) {
@@ -85,9 +89,9 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
     const auto columns_of = [&](int group) { return group < args.groups ? kept[group] : 0; };
     uint32_t next[kGroups];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) next[g] = columns_of(warp * kGroups + g);
-    for (int step = 0; step < sparse.steps; ++step) {
-      const int first_group = step * kStepGroups + warp * kGroups;
+    for (int g = 0; g < kGroups; ++g) next[g] = columns_of(first_step_group + g);
+    for (int step = 0; step < steps.count; ++step) {
+      const int first_group = first_step_group + step * kStepGroups;
       uint32_t now[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
@@ -124,7 +128,7 @@ template <typename Element, typename Tile>
 __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, int thread) {
   constexpr int kLine = 128;
   const SparseArgs<Element>& sparse = args.sparse;
-  const TilePlace place = place_of(first_tile(sparse), sparse.row_groups, sparse.token_tiles, 1, 0);
+  const TilePlace place = place_here<Tile>(sparse, first_tile(sparse));
   const int64_t bytes = int64_t{args.groups} * kGroupColumns;
   const uint8_t* kept = args.columns + place.row_tile * Tile::kRows / args.v * bytes;
   if (thread * kLine < bytes) hopper::prefetch_line(kept + thread * kLine);
@@ -157,12 +161,14 @@ __global__ __launch_bounds__(kSparseThreads,
   wait_for_grids_before();
 
   if (warpgroup == kConsumers) {
-    give_registers<kWide ? 56 : 88>();
+    if constexpr (!Tile::kSplit) give_registers<kWide ? 56 : 88>();
     bring_columns<Element, Tile>(args, cta, thread / 32, thread % 32);
+    if constexpr (Tile::kSplit) cluster_sync();  // in which consumers wait for each other
   } else {
-    take_registers<kWide ? 224 : 208>();
+    if constexpr (!Tile::kSplit) take_registers<kWide ? 224 : 208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
+  if constexpr (Tile::kSplit) cluster_sync();  // reads of the others must find this CTA alive
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

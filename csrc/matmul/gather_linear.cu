@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/check.h"
@@ -21,7 +22,7 @@ LaunchPlan launch(const GatherLinearParams& params,
   constexpr auto kernel = gather_linear_kernel<Element, Tile>;
   const SparseLinearParams& product = params.product;
   GatherArgs<Element> args{};
-  args.sparse = sparse_args<Element>(product, tile.rows, tile.tokens, 1);
+  args.sparse = sparse_args<Element>(product, tile.rows, tile.tokens, 1, tile.split);
   args.x = static_cast<const Element*>(product.x);
   args.columns = params.columns;
   args.x_stride = params.x_stride;
@@ -38,19 +39,26 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
                        const GatherTileShape& tile,
                        int device,
                        cudaStream_t stream) {
-  switch (tile.rows * 1024 + tile.tokens) {
+  const auto with = [&](auto sizes) {
+    return launch<Element, decltype(sizes)>(params, tile, device, stream);
+  };
+  switch (tile.rows * 1024 + tile.tokens + (tile.split > 0 ? 1 : 0)) {
     case 256 * 1024 + 192:
-      return launch<Element, SparseTile<2, 192>>(params, tile, device, stream);
+      return with(SparseTile<2, 192>{});
     case 256 * 1024 + 128:
-      return launch<Element, SparseTile<2, 128>>(params, tile, device, stream);
+      return with(SparseTile<2, 128>{});
     case 128 * 1024 + 256:
-      return launch<Element, SparseTile<1, 256>>(params, tile, device, stream);
+      return with(SparseTile<1, 256>{});
     case 128 * 1024 + 192:
-      return launch<Element, SparseTile<1, 192>>(params, tile, device, stream);
+      return with(SparseTile<1, 192>{});
     case 128 * 1024 + 128:
-      return launch<Element, SparseTile<1, 128>>(params, tile, device, stream);
+      return with(SparseTile<1, 128>{});
+    case 128 * 1024 + 128 + 1:
+      return with(SparseTile<1, 128, false, true>{});
+    case 128 * 1024 + 64 + 1:
+      return with(SparseTile<1, 64, false, true>{});
     default:
-      return launch<Element, SparseTile<1, 256, true>>(params, tile, device, stream);
+      return with(SparseTile<1, 256, true>{});
   }
 }
 
@@ -128,7 +136,7 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
             ", those of ",
             tile.name,
             " do not");
-  check_tiles(product, tile.rows, tile.tokens);
+  check_tiles(product, tile.rows, tile.tokens, std::max(1, tile.split));
   return product.type == MatmulType::kHalf
              ? launch_tile<__half>(params, tile, device, stream)
              : launch_tile<__nv_bfloat16>(params, tile, device, stream);

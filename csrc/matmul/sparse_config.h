@@ -37,7 +37,10 @@ inline constexpr SparseTileShape kSparseTiles[] = {
     {"128x128 split 4", 128, 128, 1, 4, 541, 6000},
     {"128x64", 128, 64, 1, 1, 350, 1700},
     {"128x64 split 2", 128, 64, 1, 2, 350, 3400},
+    {"128x64 split 3", 128, 64, 1, 3, 350, 3800},
     {"128x64 split 4", 128, 64, 1, 4, 350, 4200},
+    {"128x64 split 6", 128, 64, 1, 6, 350, 4200},
+    {"128x64 split 8", 128, 64, 1, 8, 350, 4200},
     {"64x64", 64, 64, 1, 1, 260, 1500},
     {"64x64 split 2", 64, 64, 1, 2, 260, 2700},
     {"64x64 split 4", 64, 64, 1, 4, 260, 3000},
@@ -51,17 +54,24 @@ struct GatherTileShape {
   const char* name;
   int rows;
   int tokens;
+  int split;
   int step_cycles;
   int tile_cycles;
 };
 
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x192", 256, 192, 1000, 8300},  // fewest bytes for a product: X once for 256 rows
-    {"gather 256x128", 256, 128, 930, 3923},
-    {"gather 128x256", 128, 256, 894, 4613},
-    {"gather 128x192", 128, 192, 846, 3684},
-    {"gather 128x128", 128, 128, 655, 2704},
-    {"gather 64x256", 64, 256, 769, 2618},
+    {"gather 256x192", 256, 192, 0, 1000, 8300},  // fewest bytes for a product
+    {"gather 256x128", 256, 128, 0, 930, 3923},
+    {"gather 128x256", 128, 256, 0, 894, 4613},
+    {"gather 128x192", 128, 192, 0, 846, 3684},
+    {"gather 128x128", 128, 128, 0, 655, 2704},
+    {"gather 64x256", 64, 256, 0, 769, 2618},
+    {"gather 128x128 split 2", 128, 128, 2, 655, 4000},
+    {"gather 128x128 split 4", 128, 128, 4, 655, 4500},
+    {"gather 128x64", 128, 64, 1, 500, 2704},
+    {"gather 128x64 split 2", 128, 64, 2, 500, 3600},
+    {"gather 128x64 split 3", 128, 64, 3, 500, 3600},
+    {"gather 128x64 split 4", 128, 64, 4, 500, 4000},
 };
 inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
 
@@ -112,11 +122,12 @@ inline ChosenTile choose_gather_tile(
   for (int i = 0; i < kNumGatherTiles; ++i) {
     const GatherTileShape& tile = kGatherTiles[i];
     if (v % tile.rows != 0) continue;
+    const int split = std::max(1, tile.split);
     take_faster(best,
                 i,
                 rows / tile.rows * (round_up(tokens, tile.tokens) / tile.tokens),
-                std::max(1, multiprocessors),
-                steps * tile.step_cycles + tile.tile_cycles);
+                std::max(1, multiprocessors / split),
+                round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
   }
   return best;
 }

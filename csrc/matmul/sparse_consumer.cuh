@@ -64,6 +64,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   using namespace hopper;
   constexpr int kParts = Tile::kParts;
   constexpr int kTokens = Tile::kSumTokens;
+  constexpr int kSteps = Tile::kStageSteps;
   const int row_part = Tile::kShareRows ? 0 : warpgroup * kParts;  // of the 64 rows of a product
   const int token_part = Tile::kShareRows ? warpgroup * kTokens : 0;
   // A slab of feature-major X has a token's 16 bits in each line.
@@ -73,16 +74,16 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   constexpr uint32_t kSecond = kFeatureX ? 32 * 128 : 64;  // bytes from columns 0 to 32 of a step
   StageRing<Tile::kStages> ring;
   float sum[kParts][kTokens / 2];
-  uint32_t meta[2][kParts];
+  uint32_t meta[2][kParts * kSteps];
 
-  const auto weight_at = [&](int part) {
-    return cta.stages + ring.stage * Tile::kStageBytes + Tile::kTokenBytes +
-           (row_part + part) * kWeightBytes;
+  const auto weight_at = [&](int part, int step) {
+    return cta.stages + ring.stage * Tile::kStageBytes + Tile::kWeightAt +
+           ((row_part + part) * kSteps + step) * kWeightBytes;
   };
-  const auto load_meta = [&](uint32_t (&to)[kParts]) {
+  const auto load_meta = [&](uint32_t (&to)[kParts* kSteps]) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      load_shared(to[part], weight_at(part) + kValueBytes + thread * 4);
+    for (int i = 0; i < kParts * kSteps; ++i) {
+      load_shared(to[i], weight_at(i / kSteps, i % kSteps) + kValueBytes + thread * 4);
     }
   };
   const auto arrived = [&] {
@@ -96,45 +97,57 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
       if (thread < args.cluster) barrier_arrive(cta.empty(stage), static_cast<uint32_t>(thread));
     }
   };
-  // Multiplies the stage at hand, whose metadata is in `now`; meanwhile that of the next one comes
-  // to `then`. The stage before goes back as soon as its products are done, which is when the first
-  // product of this one may begin: a thread that has issued all of them would be late for it.
-  const auto multiply = [&](const uint32_t (&now)[kParts], uint32_t (&then)[kParts], int step) {
-    const uint32_t x = cta.stages + ring.stage * Tile::kStageBytes + part_bytes;
-    const uint64_t first = swizzled_operand<128>(x, kLeading, 1024);
-    const uint64_t second = swizzled_operand<128>(x + kSecond, kLeading, 1024);
-    product_fence();
+  // Multiplies the stage at hand, whose metadata is in `now` and before which `done` steps are
+  // done; meanwhile that of the next one comes to `then`. The stage before goes back as soon as its
+  // products are done, which is when the first product of this one may begin: a thread that has
+  // issued all of them would be late for it.
+  const auto multiply =
+      [&](const uint32_t (&now)[kParts* kSteps], uint32_t (&then)[kParts* kSteps], int done) {
+        product_fence();
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const uint32_t w = weight_at(part);
-      sparse_product<Element, kTokens, 0, kFeatureX>(
-          sum[part], swizzled_operand<64>(w, 16, 512), first, now[part], step);
-      if (part == 0) {
+        for (int i = 0; i < kParts * kSteps; ++i) {
+          const int part = i % kParts;
+          const int step = i / kParts;
+          if (step > 0 && done + step >= steps.count) break;  // the last stage holds fewer
+          const uint32_t x =
+              cta.stages + ring.stage * Tile::kStageBytes + step * Tile::kTokenBytes + part_bytes;
+          const uint32_t w = weight_at(part, step);
+          const uint32_t places = now[part * kSteps + step];
+          sparse_product<Element, kTokens, 0, kFeatureX>(sum[part],
+                                                         swizzled_operand<64>(w, 16, 512),
+                                                         swizzled_operand<128>(x, kLeading, 1024),
+                                                         places,
+                                                         done + step);
+          if (i == 0) {
+            product_commit();
+            product_wait<1>();
+            if (done > 0) release(ring.before());
+          }
+          sparse_product<Element, kTokens, 1, kFeatureX>(
+              sum[part],
+              swizzled_operand<64>(w + 32, 16, 512),
+              swizzled_operand<128>(x + kSecond, kLeading, 1024),
+              places,
+              1);
+        }
         product_commit();
-        product_wait<1>();
-        if (step > 0) release(ring.before());
-      }
-      sparse_product<Element, kTokens, 1, kFeatureX>(
-          sum[part], swizzled_operand<64>(w + 32, 16, 512), second, now[part], 1);
-    }
-    product_commit();
-    ring.next();
-    if (step + 1 < steps.count) {
-      arrived();
-      load_meta(then);
-    }
-  };
+        ring.next();
+        if (done + kSteps < steps.count) {
+          arrived();
+          load_meta(then);
+        }
+      };
 
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
     const TilePlace at = place_here<Tile>(args, tile);
     arrived();
     load_meta(meta[0]);
-    int step = 0;
-    for (; step + 1 < steps.count; step += 2) {
-      multiply(meta[0], meta[1], step);
-      multiply(meta[1], meta[0], step + 1);
+    int done = 0;
+    for (; done + kSteps < steps.count; done += 2 * kSteps) {
+      multiply(meta[0], meta[1], done);
+      multiply(meta[1], meta[0], done + kSteps);
     }
-    if (step < steps.count) multiply(meta[0], meta[1], step);
+    if (done < steps.count) multiply(meta[0], meta[1], done);
 
     SumPlace place{};
     place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *

@@ -13,8 +13,8 @@
 
 namespace obs_kernels {
 
-// Calls fill(place, step, stage of shared memory, its barrier) for all stages of this CTA, one
-// after the other, when they are free.
+// Calls fill(place, first step, steps, stage of shared memory, its barrier) for all stages of this
+// CTA, one after the other, when they are free.
 template <typename Element, typename Tile, typename Fill>
 __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
                                             CtaMemory<Tile> cta,
@@ -23,9 +23,11 @@ __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
   const StepRange steps = steps_here<Tile>(args);
   for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
     const TilePlace place = place_here<Tile>(args, tile);
-    for (int step = steps.first; step < steps.first + steps.count; ++step) {
+    for (int done = 0; done < steps.count; done += Tile::kStageSteps) {
+      const int count = Tile::kStageSteps == 1 ? 1 : min(Tile::kStageSteps, steps.count - done);
+      const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
       hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
-      fill(place, step, cta.stages + ring.stage * Tile::kStageBytes, cta.full(ring.stage));
+      fill(place, steps.first + done, count, stage, cta.full(ring.stage));
       ring.next();
     }
   }
@@ -42,35 +44,40 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap& x_map,
                 "each CTA of a cluster of two brings a part, which keeps them in step");
   const int rank = Tile::kSplit ? 0 : static_cast<int>(cluster_rank());
   const auto ctas = static_cast<uint16_t>((1u << args.cluster) - 1u);
-  const auto fill = [&](const TilePlace& place, int step, uint32_t stage, uint32_t arrived) {
-    barrier_expect(arrived, Tile::kBroughtBytes);
-    for (int slab = rank; slab < Tile::kSlabs; slab += args.cluster) {
-      const int token = place.token_tile * Tile::kTokens + slab * kSlabTokens;
-      const int column = step * kStepCols;
-      const int inner = kFeatureX ? token : column;
-      const int outer = kFeatureX ? column : token;
-      if (args.cluster > 1) {
-        copy_box(stage + slab * kSlabBytes, &x_map, inner, outer, arrived, ctas);
-      } else {
-        copy_box(stage + slab * kSlabBytes, &x_map, inner, outer, arrived);
-      }
-    }
-  };
+  const auto fill =
+      [&](const TilePlace& place, int step, int count, uint32_t stage, uint32_t arrived) {
+        barrier_expect(arrived, static_cast<uint32_t>(count * Tile::kBroughtBytes));
+        for (int slab = rank; slab < count * Tile::kSlabs; slab += args.cluster) {
+          const int token = place.token_tile * Tile::kTokens + slab % Tile::kSlabs * kSlabTokens;
+          const int column = (step + slab / Tile::kSlabs) * kStepCols;
+          const int inner = kFeatureX ? token : column;
+          const int outer = kFeatureX ? column : token;
+          if (args.cluster > 1) {
+            copy_box(stage + slab * kSlabBytes, &x_map, inner, outer, arrived, ctas);
+          } else {
+            copy_box(stage + slab * kSlabBytes, &x_map, inner, outer, arrived);
+          }
+        }
+      };
   fill_stages(args, cta, fill);
 }
 
 // Another thread, as a copy takes some 70 cycles to issue: this CTA's W.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void bring_weight(const SparseArgs<Element>& args, CtaMemory<Tile> cta) {
-  const auto fill = [&](const TilePlace& place, int step, uint32_t stage, uint32_t arrived) {
+  const auto fill =
+      [&](const TilePlace& place, int step, int count, uint32_t stage, uint32_t arrived) {
 #pragma unroll
-    for (int i = 0; i < Tile::kWeightTiles; ++i) {
-      // Rows beyond the last tile have no weight of their own: they repeat the last one, unseen.
-      const int64_t at = min(place.row_tile * Tile::kWeightTiles + i, args.weight_tiles - 1);
-      const uint8_t* from = args.packed + (at * args.steps + step) * kPackedBytes;
-      hopper::copy_bytes(stage + Tile::kTokenBytes + i * kWeightBytes, from, kWeightBytes, arrived);
-    }
-  };
+        for (int i = 0; i < Tile::kWeightTiles; ++i) {
+          // Rows beyond the last tile have no weight of their own: they repeat the last one,
+          // unseen.
+          const int64_t at = min(place.row_tile * Tile::kWeightTiles + i, args.weight_tiles - 1);
+          const uint8_t* from = args.packed + (at * args.steps + step) * kPackedBytes;
+          const auto bytes = static_cast<uint32_t>(count * kWeightBytes);
+          hopper::copy_bytes(
+              stage + Tile::kWeightAt + i * Tile::kStageSteps * kWeightBytes, from, bytes, arrived);
+        }
+      };
   fill_stages(args, cta, fill);
 }
 

@@ -29,25 +29,32 @@ inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 // Sizes for a tile of kTokens tokens whose sums two warpgroups hold, each of kParts times 64 rows:
 // rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens. kSplit: the
 // CTAs of a cluster share out the columns of a tile and add up their sums at the end; a CTA then
-// computes one tile only.
-template <int kParts_, int kTokens_, bool kShareRows_ = false, bool kSplit_ = false>
+// computes one tile only. A stage holds kStageSteps steps: to wait for one and to begin its
+// products takes some 230 cycles, which is more than the products of a step of a small tile.
+template <int kParts_,
+          int kTokens_,
+          bool kShareRows_ = false,
+          bool kSplit_ = false,
+          int kStageSteps_ = 1>
 struct SparseTile {
   static constexpr int kParts = kParts_;
   static constexpr int kTokens = kTokens_;
   static constexpr bool kShareRows = kShareRows_;
   static constexpr bool kSplit = kSplit_;
+  static constexpr int kStageSteps = kStageSteps_;
   static constexpr int kWeightTiles = kShareRows ? kParts : kConsumers * kParts;
   static constexpr int kRows = kWeightTiles * kPartRows;
   static constexpr int kSumTokens = kShareRows ? kTokens / kConsumers : kTokens;
   static constexpr int kSlabs = kTokens / kSlabTokens;
-  static constexpr int kTokenBytes = kSlabs * kSlabBytes;  // of a stage; W follows
-  static constexpr int kBroughtBytes = kTokenBytes + kWeightTiles * kWeightBytes;
+  // A stage: X, step after step; then W, its 64 rows one after the other.
+  static constexpr int kTokenBytes = kSlabs * kSlabBytes;  // of a step
+  static constexpr int kWeightAt = kStageSteps * kTokenBytes;
+  static constexpr int kBroughtBytes = kTokenBytes + kWeightTiles * kWeightBytes;  // of a step
   // The swizzle wants stages of whole patterns.
-  static constexpr int kStageBytes = (kBroughtBytes + 1023) / 1024 * 1024;
+  static constexpr int kStageBytes = (kStageSteps * kBroughtBytes + 1023) / 1024 * 1024;
   static constexpr int kBufferBytes = kSplit ? 0 : kEpilogueBytes;  // their sums go to stages
   static constexpr int kAround = 1024 + kBufferBytes + 256;         // alignment, epilogue, barriers
-  static constexpr int kFittingStages = (kSharedLimit - kAround) / kStageBytes;
-  static constexpr int kStages = kSplit && kFittingStages > 8 ? 8 : kFittingStages;
+  static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static constexpr int kSumBytes = kRows * kTokens * 4;
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
@@ -137,8 +144,9 @@ __device__ __forceinline__ void prefetch_weight(const SparseArgs<Element>& args,
 #pragma unroll
   for (int i = 0; i < Tile::kWeightTiles; ++i) {
     const int64_t at = min(row_tile * Tile::kWeightTiles + i, args.weight_tiles - 1);
-    hopper::prefetch_bytes(args.packed + (at * args.steps + steps.first) * kPackedBytes,
-                           static_cast<uint32_t>(min(steps.count, Tile::kStages) * kPackedBytes));
+    hopper::prefetch_bytes(
+        args.packed + (at * args.steps + steps.first) * kPackedBytes,
+        static_cast<uint32_t>(min(steps.count, Tile::kStages * Tile::kStageSteps) * kPackedBytes));
   }
 }
 

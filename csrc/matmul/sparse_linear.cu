@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/check.h"
@@ -49,11 +50,11 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
     case 128 * 1024 + 128:
       return with(SparseTile<1, 128>{});
     case 128 * 1024 + 128 + 1:
-      return with(SparseTile<1, 128, false, true>{});
+      return with(SparseTile<1, 128, false, true, 2>{});
     case 128 * 1024 + 64 + 1:
-      return with(SparseTile<1, 64, false, true>{});
+      return with(SparseTile<1, 64, false, true, 2>{});
     default:
-      return with(SparseTile<1, 64, true, true>{});
+      return with(SparseTile<1, 64, true, true, 2>{});
   }
 }
 
@@ -97,7 +98,7 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
                                               multiprocessors_of(device))
                                .index;
   const SparseTileShape& tile = kSparseTiles[chosen];
-  check_tiles(params, tile.rows, tile.tokens);
+  check_tiles(params, tile.rows, tile.tokens, std::max(1, tile.split));
   return params.type == MatmulType::kHalf
              ? launch_layout<__half>(params, tile, device, stream)
              : launch_layout<__nv_bfloat16>(params, tile, device, stream);

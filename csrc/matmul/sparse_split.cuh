@@ -18,13 +18,49 @@ inline constexpr int kMostSplit = 8;    // CTAs of a cluster that every GPU can 
 inline constexpr int kPieceTokens = 8;  // of four sums of a thread that follow each other
 inline constexpr int kPieceBytes = kWarpgroup * 16;
 
+// Adds up and writes this CTA's pieces, of kLeast to kMost CTAs. All loads first: they take 200
+// cycles, and more from another multiprocessor.
+template <int kLeast, int kMost, int kPieces, typename Element>
+__device__ __forceinline__ void add_up(const SparseArgs<Element>& args,
+                                       const float (&bias)[2],
+                                       const SumPlace& place,
+                                       uint32_t mine) {
+  constexpr int kShare = (kPieces + kLeast - 1) / kLeast;
+  const auto rank = static_cast<int>(hopper::cluster_rank());
+  const int first = kPieces * rank / args.split;
+  const int count = kPieces * (rank + 1) / args.split - first;
+  float part[kShare][kMost][4];
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+#pragma unroll
+    for (int cta = 0; cta < kMost; ++cta) {
+      const uint32_t from = mine + (first + i) * kPieceBytes;
+      if (i < count && cta < args.split) hopper::load_of_cta(part[i][cta], from, cta);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    if (i >= count) break;
+    float total[4] = {part[i][0][0], part[i][0][1], part[i][0][2], part[i][0][3]};
+#pragma unroll
+    for (int cta = 1; cta < kMost; ++cta) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total[j] += cta < args.split ? part[i][cta][j] : 0.0f;
+    }
+    finish_sums(total, bias, args.activation);
+    SumPlace at = place;
+    at.first_token += (first + i) * kPieceTokens;
+    write_elements<Element, kPieceTokens>(total, args, at);
+  }
+}
+
 // By the consumers, while the other warps of the CTA are at their cluster_sync. `stages`: memory
 // that nothing is brought to any more, for the sums of this CTA.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTokens / 2],
                                                  const float (&bias)[2],
                                                  const SparseArgs<Element>& args,
-                                                 SumPlace place,
+                                                 const SumPlace& place,
                                                  uint32_t stages) {
   using namespace hopper;
   constexpr int kPieces = Tile::kSumTokens / kPieceTokens;
@@ -36,28 +72,14 @@ __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTo
     store_shared(mine + piece * kPieceBytes, sum + 4 * piece);
   }
   cluster_sync();
-  const auto rank = static_cast<int>(cluster_rank());
-  const int last = kPieces * (rank + 1) / args.split;
-  for (int piece = kPieces * rank / args.split; piece < last; ++piece) {
-    float part[kMostSplit][4];
-#pragma unroll
-    for (int cta = 0; cta < kMostSplit; ++cta) {
-      if (cta < args.split) load_of_cta(part[cta], mine + piece * kPieceBytes, cta);
-    }
-    float total[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] = part[0][i];
-#pragma unroll
-    for (int cta = 1; cta < kMostSplit; ++cta) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (cta < args.split) total[i] += part[cta][i];
-      }
-    }
-    finish_sums(total, bias, args.activation);
-    SumPlace at = place;
-    at.first_token += piece * kPieceTokens;
-    write_elements<Element, kPieceTokens>(total, args, at);
+  if (args.split == 1) {
+    add_up<1, 1, kPieces>(args, bias, place, mine);
+  } else if (args.split == 2) {
+    add_up<2, 2, kPieces>(args, bias, place, mine);
+  } else if (args.split <= 4) {
+    add_up<3, 4, kPieces>(args, bias, place, mine);
+  } else {
+    add_up<5, kMostSplit, kPieces>(args, bias, place, mine);
   }
 }
 
