@@ -101,10 +101,10 @@ def only_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("only_peers")
 def test_every_size_and_pattern_of_the_targets_is_there():
     found = list(matmul.problems(GPU))
-    assert len(found) == len({p.label for p in found}) == (6 * 2 + 4 * 3) * 7
+    assert len(found) == len({p.label for p in found}) == 10 * 4 * 7
     assert {p.dtype for p in found} == {"bf16"} and all(p.real_shape is None for p in found)
-    assert {p.shape["T"] for p in found if p.name.startswith("bert")} == {2048, 12288}
-    assert {p.shape["T"] for p in found if p.name == "70b-gate"} == {512, 2048, 12288}
+    for name in matmul.SHAPES:
+        assert {p.shape["T"] for p in found if p.name == name} == {128, 512, 2048, 12288}
     for p in found:
         parse_pattern(str(p.pattern)).check_shape((p.shape["R"], p.shape["C"]))
         peers = ["dense", "cuSPARSELt"] if p.pattern == "2:4" else ["dense"]
@@ -447,7 +447,7 @@ def test_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(stored["rows"]) == 2 * 4 * 3
     for row in stored["rows"]:
         assert row["op"] == "sparse_linear" and (row["x_dense"] is None) == ("peer" in row["config"])
-        assert row["detail"]["real_shape"]["T"] == (512 if row["name"] == "70b-gate" else 2048)
+        assert row["detail"]["real_shape"]["T"] == 512
         assert ("packed_share" in row["detail"]) == ("backend" in row["config"])
     assert {row["path"] for row in stored["rows"]} == {"kernel", "call"}
     shown = capsys.readouterr().out

@@ -13,7 +13,7 @@ times, as a layer that follows another gets it. ``as`` in the config of a row sa
 Times are of calls back to back: a product comes to the GPU while the one in front ends, which a model gets from
 products and not from other kernels in front.
 
-``--samples`` picks T and ``--block-size`` m. A CPU takes the first T of a shape only. cuSPARSELt's algorithm is
+``--samples`` picks T and ``--block-size`` m. A CPU takes one T only. cuSPARSELt's algorithm is
 searched once a size; what its search, compression and our prepacking cost is not in the times.
 """
 
@@ -55,8 +55,8 @@ SHAPES = {
     "70b-gate": (28672, 8192),
 }
 """Rows and columns."""
-TOKENS = (512, 2048, 12288)
-"""For BERT without the first."""
+TOKENS = (128, 512, 2048, 12288)
+CPU_TOKENS = TOKENS[1:2]
 PATTERNS = ("2:4", "64:2:8", "128:2:8", "256:2:8", "64:2:16", "128:2:16", "128:2:32")
 CPU_SHARE = 32
 """A CPU takes one of so many rows, columns and tokens."""
@@ -77,8 +77,7 @@ Product = Callable[[Inputs], Tensor]
 def problems(selection: Selection) -> Iterator[Problem]:
     """Every shape, T, pattern and dtype that was asked for; bf16 unless another is named."""
     for name in selection.pick(SHAPES, selection.shapes):
-        known = TOKENS[1:] if name.startswith("bert") else TOKENS
-        for tokens in selection.samples or (known if selection.device.type == "cuda" else known[:1]):
+        for tokens in selection.samples or (TOKENS if selection.device.type == "cuda" else CPU_TOKENS):
             for text in PATTERNS:
                 pattern: NMPattern = parse_pattern(text)
                 fits = not any(size % step for size, step in zip(SHAPES[name], pattern.multiples(), strict=True))

@@ -65,6 +65,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   constexpr int kParts = Tile::kParts;
   constexpr int kTokens = Tile::kSumTokens;
   constexpr int kSteps = Tile::kStageSteps;
+  constexpr int kMeta = kParts * kSteps;                           // words of metadata of a stage
   const int row_part = Tile::kShareRows ? 0 : warpgroup * kParts;  // of the 64 rows of a product
   const int token_part = Tile::kShareRows ? warpgroup * kTokens : 0;
   // A slab of feature-major X has a token's 16 bits in each line.
@@ -74,15 +75,15 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   constexpr uint32_t kSecond = kFeatureX ? 32 * 128 : 64;  // bytes from columns 0 to 32 of a step
   StageRing<Tile::kStages> ring;
   float sum[kParts][kTokens / 2];
-  uint32_t meta[2][kParts * kSteps];
+  uint32_t meta[2][kMeta];
 
   const auto weight_at = [&](int part, int step) {
     return cta.stages + ring.stage * Tile::kStageBytes + Tile::kWeightAt +
            ((row_part + part) * kSteps + step) * kWeightBytes;
   };
-  const auto load_meta = [&](uint32_t (&to)[kParts* kSteps]) {
+  const auto load_meta = [&](uint32_t (&to)[kMeta]) {
 #pragma unroll
-    for (int i = 0; i < kParts * kSteps; ++i) {
+    for (int i = 0; i < kMeta; ++i) {
       load_shared(to[i], weight_at(i / kSteps, i % kSteps) + kValueBytes + thread * 4);
     }
   };
@@ -97,18 +98,17 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
       if (thread < args.cluster) barrier_arrive(cta.empty(stage), static_cast<uint32_t>(thread));
     }
   };
-  // Multiplies the stage at hand, whose metadata is in `now` and before which `done` steps are
-  // done; meanwhile that of the next one comes to `then`. The stage before goes back as soon as its
-  // products are done, which is when the first product of this one may begin: a thread that has
-  // issued all of them would be late for it.
+  // Multiplies `here` steps of the stage at hand, a constant, before which `done` are done; their
+  // metadata is in `now`, and meanwhile that of the next stage comes to `then`. The stage before
+  // goes back as soon as its products are done, which is when the first product of this one may
+  // begin: a thread that has issued all of them would be late for it.
   const auto multiply =
-      [&](const uint32_t (&now)[kParts* kSteps], uint32_t (&then)[kParts* kSteps], int done) {
+      [&](const int here, const uint32_t (&now)[kMeta], uint32_t (&then)[kMeta], int done) {
         product_fence();
 #pragma unroll
-        for (int i = 0; i < kParts * kSteps; ++i) {
+        for (int i = 0; i < kParts * here; ++i) {
           const int part = i % kParts;
           const int step = i / kParts;
-          if (step > 0 && done + step >= steps.count) break;  // the last stage holds fewer
           const uint32_t x =
               cta.stages + ring.stage * Tile::kStageBytes + step * Tile::kTokenBytes + part_bytes;
           const uint32_t w = weight_at(part, step);
@@ -132,7 +132,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
         }
         product_commit();
         ring.next();
-        if (done + kSteps < steps.count) {
+        if (done + here < steps.count) {
           arrived();
           load_meta(then);
         }
@@ -142,12 +142,23 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     const TilePlace at = place_here<Tile>(args, tile);
     arrived();
     load_meta(meta[0]);
+    // Products under a condition of their own would be waited for one by one.
     int done = 0;
-    for (; done + kSteps < steps.count; done += 2 * kSteps) {
-      multiply(meta[0], meta[1], done);
-      multiply(meta[1], meta[0], done + kSteps);
+    for (; done + 2 * kSteps <= steps.count; done += 2 * kSteps) {
+      multiply(kSteps, meta[0], meta[1], done);
+      multiply(kSteps, meta[1], meta[0], done + kSteps);
     }
-    if (done < steps.count) multiply(meta[0], meta[1], done);
+    if constexpr (kSteps == 1) {
+      if (done < steps.count) multiply(kSteps, meta[0], meta[1], done);
+    } else {
+      static_assert(kSteps == 2, "none, one, two or three steps are left");
+      if (done + kSteps <= steps.count) {
+        multiply(kSteps, meta[0], meta[1], done);
+        if (done + kSteps < steps.count) multiply(1, meta[1], meta[0], done + kSteps);
+      } else if (done < steps.count) {
+        multiply(1, meta[0], meta[1], done);
+      }
+    }
 
     SumPlace place{};
     place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *
@@ -181,7 +192,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
       hold(sum[part]);
       finish_sums(sum[part], bias[part], args.activation);
       if (args.boxes) {
-        write_boxes<Element, kTokens>(
+        write_boxes<Element, kTokens, Tile::kSlabsTogether>(
             sum[part], y_map, args, place, buffers, part * (kTokens / kSlabTokens));
       } else {
         write_elements<Element, kTokens>(sum[part], args, place);

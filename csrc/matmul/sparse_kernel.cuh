@@ -44,18 +44,27 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap& x_map,
                 "each CTA of a cluster of two brings a part, which keeps them in step");
   const int rank = Tile::kSplit ? 0 : static_cast<int>(cluster_rank());
   const auto ctas = static_cast<uint16_t>((1u << args.cluster) - 1u);
+  const auto copy = [&](uint32_t to, int inner, int outer, uint32_t arrived) {
+    if (args.cluster > 1) {
+      copy_box(to, &x_map, inner, outer, arrived, ctas);
+    } else {
+      copy_box(to, &x_map, inner, outer, arrived);
+    }
+  };
+  const int share = Tile::kTokens / args.cluster;  // tokens of a box, if not kFeatureX
   const auto fill =
       [&](const TilePlace& place, int step, int count, uint32_t stage, uint32_t arrived) {
         barrier_expect(arrived, static_cast<uint32_t>(count * Tile::kBroughtBytes));
-        for (int slab = rank; slab < count * Tile::kSlabs; slab += args.cluster) {
-          const int token = place.token_tile * Tile::kTokens + slab % Tile::kSlabs * kSlabTokens;
-          const int column = (step + slab / Tile::kSlabs) * kStepCols;
-          const int inner = kFeatureX ? token : column;
-          const int outer = kFeatureX ? column : token;
-          if (args.cluster > 1) {
-            copy_box(stage + slab * kSlabBytes, &x_map, inner, outer, arrived, ctas);
-          } else {
-            copy_box(stage + slab * kSlabBytes, &x_map, inner, outer, arrived);
+        const int token = place.token_tile * Tile::kTokens;
+        for (int i = 0; i < count; ++i) {
+          const uint32_t to = stage + i * Tile::kTokenBytes;
+          const int column = (step + i) * kStepCols;
+          if constexpr (kFeatureX) {
+            for (int slab = rank; slab < Tile::kSlabs; slab += args.cluster) {
+              copy(to + slab * kSlabBytes, token + slab * kSlabTokens, column, arrived);
+            }
+          } else {  // one copy, as the thread is slow to issue several
+            copy(to + rank * share * 128, column, token + rank * share, arrived);
           }
         }
       };

@@ -34,12 +34,13 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return found;
 }
 
-// A row-major matrix of 16-bit elements in boxes of 64 x 64, swizzled; outside it reads zeros.
-inline CUtensorMap boxes_of(const void* matrix, int64_t rows, int64_t cols, MatmulType type) {
+// A row-major matrix of 16-bit elements in boxes of 64 columns, swizzled; outside it reads zeros.
+inline CUtensorMap boxes_of(
+    const void* matrix, int64_t rows, int64_t cols, MatmulType type, int box_rows = 64) {
   CUtensorMap map{};
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(cols) * 2};
-  const cuuint32_t box[2] = {64, 64};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult status =
       encode_function()(&map,
@@ -138,7 +139,7 @@ SparseArgs<Element> sparse_args(
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
   args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
   args.cluster = cluster;
-  args.split = std::clamp(split, 1, args.steps);
+  args.split = split_of(split, args.steps);
   args.activation = params.activation;
   args.feature_y = params.feature_y;
   args.boxes = (params.feature_y ? params.tokens : params.rows) % 8 == 0 && aligned(params.y, 16);

@@ -57,6 +57,7 @@ struct SparseTile {
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static constexpr int kSumBytes = kRows * kTokens * 4;
+  static constexpr int kSlabsTogether = kParts == 1 ? 1 : kBuffers;  // of Y, as measured
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
   static_assert(!kSplit || (kParts == 1 && kSumBytes <= kStages * kStageBytes), "sums in stages");
 };

@@ -22,9 +22,10 @@ LaunchPlan launch(const SparseLinearParams& params,
   constexpr auto kernel = sparse_linear_kernel<Element, Tile, kFeatureX>;
   const auto args =
       sparse_args<Element>(params, tile.rows * tile.cluster, tile.tokens, tile.cluster, tile.split);
-  const CUtensorMap x_map = params.feature_x
-                                ? boxes_of(params.x, params.cols, params.tokens, params.type)
-                                : boxes_of(params.x, params.tokens, params.cols, params.type);
+  const CUtensorMap x_map =
+      params.feature_x
+          ? boxes_of(params.x, params.cols, params.tokens, params.type)
+          : boxes_of(params.x, params.tokens, params.cols, params.type, tile.tokens / tile.cluster);
   const CUtensorMap y_map = args.boxes ? boxes_of_y(params) : x_map;
   const unsigned blocks = launch_clusters<kernel, Tile>(args, device, stream, x_map, y_map, args);
   return {"sparse_linear", tile.name, blocks, kSparseThreads};

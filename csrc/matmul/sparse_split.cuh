@@ -14,28 +14,28 @@
 
 namespace obs_kernels {
 
-inline constexpr int kMostSplit = 8;    // CTAs of a cluster that every GPU can hold
 inline constexpr int kPieceTokens = 8;  // of four sums of a thread that follow each other
 inline constexpr int kPieceBytes = kWarpgroup * 16;
 
-// Adds up and writes this CTA's pieces, of kLeast to kMost CTAs. All loads first: they take 200
-// cycles, and more from another multiprocessor.
-template <int kLeast, int kMost, int kPieces, typename Element>
+// Adds up and writes this CTA's pieces of those of kCtas. All loads first: they take 200 cycles,
+// and more from another multiprocessor.
+template <int kCtas, int kPieces, typename Element>
 __device__ __forceinline__ void add_up(const SparseArgs<Element>& args,
                                        const float (&bias)[2],
                                        const SumPlace& place,
                                        uint32_t mine) {
-  constexpr int kShare = (kPieces + kLeast - 1) / kLeast;
+  constexpr int kShare = (kPieces + kCtas - 1) / kCtas;
+  constexpr bool kEqual = kPieces % kCtas == 0;
   const auto rank = static_cast<int>(hopper::cluster_rank());
-  const int first = kPieces * rank / args.split;
-  const int count = kPieces * (rank + 1) / args.split - first;
-  float part[kShare][kMost][4];
+  const int first = kPieces * rank / kCtas;
+  const int count = kEqual ? kShare : kPieces * (rank + 1) / kCtas - first;
+  float part[kShare][kCtas][4];
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
 #pragma unroll
-    for (int cta = 0; cta < kMost; ++cta) {
-      const uint32_t from = mine + (first + i) * kPieceBytes;
-      if (i < count && cta < args.split) hopper::load_of_cta(part[i][cta], from, cta);
+    for (int cta = 0; cta < kCtas; ++cta) {  // those beyond its share: some of its own again
+      const int piece = kEqual || i < count ? first + i : first;
+      hopper::load_of_cta(part[i][cta], mine + piece * kPieceBytes, cta);
     }
   }
 #pragma unroll
@@ -43,9 +43,9 @@ __device__ __forceinline__ void add_up(const SparseArgs<Element>& args,
     if (i >= count) break;
     float total[4] = {part[i][0][0], part[i][0][1], part[i][0][2], part[i][0][3]};
 #pragma unroll
-    for (int cta = 1; cta < kMost; ++cta) {
+    for (int cta = 1; cta < kCtas; ++cta) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) total[j] += cta < args.split ? part[i][cta][j] : 0.0f;
+      for (int j = 0; j < 4; ++j) total[j] += part[i][cta][j];
     }
     finish_sums(total, bias, args.activation);
     SumPlace at = place;
@@ -72,14 +72,19 @@ __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTo
     store_shared(mine + piece * kPieceBytes, sum + 4 * piece);
   }
   cluster_sync();
-  if (args.split == 1) {
-    add_up<1, 1, kPieces>(args, bias, place, mine);
-  } else if (args.split == 2) {
-    add_up<2, 2, kPieces>(args, bias, place, mine);
-  } else if (args.split <= 4) {
-    add_up<3, 4, kPieces>(args, bias, place, mine);
-  } else {
-    add_up<5, kMostSplit, kPieces>(args, bias, place, mine);
+  switch (args.split) {  // one of kSplits
+    case 8:
+      return add_up<8, kPieces>(args, bias, place, mine);
+    case 6:
+      return add_up<6, kPieces>(args, bias, place, mine);
+    case 4:
+      return add_up<4, kPieces>(args, bias, place, mine);
+    case 3:
+      return add_up<3, kPieces>(args, bias, place, mine);
+    case 2:
+      return add_up<2, kPieces>(args, bias, place, mine);
+    default:
+      return add_up<1, kPieces>(args, bias, place, mine);
   }
 }
 
