@@ -299,4 +299,20 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
   }
 }
 
+// The same for two.
+template <bool kTransposed>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&part)[2]) {
+  if constexpr (kTransposed) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+                 "r"(part[0]),
+                 "r"(part[1])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address),
+                 "r"(part[0]),
+                 "r"(part[1])
+                 : "memory");
+  }
+}
+
 }  // namespace obs_kernels::hopper

@@ -29,7 +29,7 @@ LaunchPlan launch(const GatherLinearParams& params,
   args.v = static_cast<int>(params.v);
   args.m = static_cast<int>(params.m);
   args.groups = static_cast<int>(product.cols / 4);
-  const CUtensorMap y_map = args.sparse.boxes ? boxes_of_y(product) : CUtensorMap{};
+  const CUtensorMap y_map = args.sparse.boxes ? boxes_of_y<Tile>(product) : CUtensorMap{};
   const unsigned blocks = launch_clusters<kernel, Tile>(args.sparse, device, stream, y_map, args);
   return {"sparse_linear", tile.name, blocks, kSparseThreads};
 }

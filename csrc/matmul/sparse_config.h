@@ -34,17 +34,13 @@ inline constexpr SparseTileShape kSparseTiles[] = {
     {"128x256", 128, 256, 1, 0, 808, 3500},   // one tile of rows has nothing to share
     {"128x128", 128, 128, 1, 0, 541, 1510},
     {"128x128 split 2", 128, 128, 1, 2, 541, 5000},
-    {"128x128 split 4", 128, 128, 1, 4, 541, 6000},
     {"128x64", 128, 64, 1, 1, 350, 1700},
     {"128x64 split 2", 128, 64, 1, 2, 350, 3400},
     {"128x64 split 3", 128, 64, 1, 3, 350, 3800},
     {"128x64 split 4", 128, 64, 1, 4, 350, 4200},
-    {"128x64 split 6", 128, 64, 1, 6, 350, 4200},
-    {"128x64 split 8", 128, 64, 1, 8, 350, 4200},
     {"64x64", 64, 64, 1, 1, 260, 1500},
     {"64x64 split 2", 64, 64, 1, 2, 260, 2700},
     {"64x64 split 4", 64, 64, 1, 4, 260, 3000},
-    {"64x64 split 8", 64, 64, 1, 8, 260, 3400},
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
@@ -67,7 +63,6 @@ inline constexpr GatherTileShape kGatherTiles[] = {
     {"gather 128x128", 128, 128, 0, 655, 2704},
     {"gather 64x256", 64, 256, 0, 769, 2618},
     {"gather 128x128 split 2", 128, 128, 2, 655, 4000},
-    {"gather 128x128 split 4", 128, 128, 4, 655, 4500},
     {"gather 128x64", 128, 64, 1, 500, 2704},
     {"gather 128x64 split 2", 128, 64, 2, 500, 3600},
     {"gather 128x64 split 3", 128, 64, 3, 500, 3600},
@@ -83,8 +78,8 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// CTAs that may share out the columns of a tile: 8 is the largest cluster of every GPU.
-inline constexpr int kSplits[] = {8, 6, 4, 3, 2, 1};
+// CTAs that may share out the columns of a tile.
+inline constexpr int kSplits[] = {4, 3, 2, 1};
 
 // As many as are asked for, but none without a step.
 inline int split_of(int asked, int64_t steps) {
@@ -99,6 +94,12 @@ struct ChosenTile {
   int index;  // -1: none fits
   int64_t cycles;
 };
+
+// Clusters of so many CTAs that run at a time, at one CTA a multiprocessor: multiprocessors come in
+// groups of an even number, which larger clusters do not fill.
+inline int64_t room_for(int multiprocessors, int ctas) {
+  return std::max(1, (ctas <= 2 ? multiprocessors : multiprocessors * 9 / 10) / ctas);
+}
 
 inline void take_faster(ChosenTile& best, int index, int64_t groups, int64_t at_once, int64_t one) {
   const int64_t cycles = round_up(groups, at_once) / at_once * one;  // all waves
@@ -120,7 +121,7 @@ inline ChosenTile choose_sparse_tile(int64_t rows,
     take_faster(best,
                 i,
                 groups,
-                std::max(1, multiprocessors / (tile.cluster * split)),
+                room_for(multiprocessors, tile.cluster * split),
                 round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
   }
   return best;
@@ -137,7 +138,7 @@ inline ChosenTile choose_gather_tile(
     take_faster(best,
                 i,
                 rows / tile.rows * (round_up(tokens, tile.tokens) / tile.tokens),
-                std::max(1, multiprocessors / split),
+                room_for(multiprocessors, split),
                 round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
   }
   return best;

@@ -182,7 +182,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     };
     if constexpr (Tile::kSplit) {
       hold(sum[0]);
-      add_up_and_write<Element, Tile>(sum[0], bias[0], args, place, cta.stages);
+      add_up_and_write<Element, Tile>(sum[0], bias[0], y_map, args, place, cta.stages);
       return;
     }
 
@@ -192,7 +192,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
       hold(sum[part]);
       finish_sums(sum[part], bias[part], args.activation);
       if (args.boxes) {
-        write_boxes<Element, kTokens, Tile::kSlabsTogether>(
+        write_boxes<Element, kTokens>(
             sum[part], y_map, args, place, buffers, part * (kTokens / kSlabTokens));
       } else {
         write_elements<Element, kTokens>(sum[part], args, place);

@@ -74,11 +74,10 @@ __device__ __forceinline__ void finish_sums(float (&sum)[kSums],
   }
 }
 
-// By slabs of 64 tokens through `buffers` of shared memory, kBuffers of them on their way. Up to
-// kTogether slabs leave at a time: one by one a buffer is free again sooner, at once there is less
-// to wait for. `slabs_before` of the warpgroup's share of the tile are on their way already, a
-// constant.
-template <typename Element, int kTokens, int kTogether>
+// By slabs of 64 tokens through `buffers` of shared memory, kBuffers of them on their way. Each
+// slab leaves as soon as it is there, so that its buffer is free again by the time it is wanted.
+// `slabs_before` of the warpgroup's share of the tile are on their way already, a constant.
+template <typename Element, int kTokens>
 __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
                                             const CUtensorMap& y_map,
                                             const SparseArgs<Element>& args,
@@ -87,64 +86,53 @@ __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
                                             int slabs_before) {
   using namespace hopper;
   constexpr int kSlabs = kTokens / kSlabTokens;
-  static_assert(kTogether <= kBuffers, "a buffer each");
   const int lane = lane_here();
   const int warp = place.thread / 32;
   const int matrix = lane / 8;  // of the four that one instruction stores
-  const auto buffer_of = [&](int slab) {
-    return buffers + (slabs_before + slab) % kBuffers * kSlabBytes;
-  };
 #pragma unroll
-  for (int first = 0; first < kSlabs; first += kTogether) {
-    const int last = first + kTogether < kSlabs ? first + kTogether : kSlabs;
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    const int number = slabs_before + slab;
+    const uint32_t buffer = buffers + number % kBuffers * kSlabBytes;
     // The stores of this thread that may still be reading are of buffers not used now.
-    if (slabs_before + first == 0 || slabs_before + last > kBuffers) {
+    if (number == 0 || number >= kBuffers) {
       if (place.thread == 0) {
-        if (slabs_before + first == 0) {
+        if (number == 0) {
           store_wait_read<0>();  // of the tile before
-        } else if (last - first == kTogether) {
-          store_wait_read<kBuffers - kTogether>();
         } else {
-          store_wait_read<kBuffers - kSlabs % kTogether>();
+          store_wait_read<kBuffers - 1>();
         }
       }
       named_barrier(1 + place.warpgroup, kWarpgroup);
     }
 #pragma unroll
-    for (int slab = first; slab < last; ++slab) {
+    for (int pair = 0; pair < 4; ++pair) {  // 16 tokens
+      uint32_t part[4];
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {  // 16 tokens
-        uint32_t part[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = slab * 32 + pair * 8 + 2 * j;
-          part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
-        }
-        // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
-        if (args.feature_y) {
-          const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
-          const int chunk = 2 * pair + matrix / 2;
-          store_matrices<false>(buffer_of(slab) + line * 128 + ((chunk ^ (line % 8)) << 4), part);
-        } else {
-          const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
-          const int chunk = 2 * warp + matrix % 2;
-          store_matrices<true>(buffer_of(slab) + line * 128 + ((chunk ^ (line % 8)) << 4), part);
-        }
+      for (int j = 0; j < 4; ++j) {
+        const int i = slab * 32 + pair * 8 + 2 * j;
+        part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
+      }
+      // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
+      if (args.feature_y) {
+        const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
+        const int chunk = 2 * pair + matrix / 2;
+        store_matrices<false>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
+      } else {
+        const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
+        const int chunk = 2 * warp + matrix % 2;
+        store_matrices<true>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
       }
     }
     fence_async_shared();
     named_barrier(1 + place.warpgroup, kWarpgroup);
     if (place.thread == 0) {
-#pragma unroll
-      for (int slab = first; slab < last; ++slab) {
-        const int token = place.first_token + slab * kSlabTokens;
-        if (place.first_row < args.rows && token < args.tokens) {
-          const int inner = args.feature_y ? token : place.first_row;
-          const int outer = args.feature_y ? place.first_row : token;
-          store_box(&y_map, inner, outer, buffer_of(slab));
-        }
-        store_commit();
+      const int token = place.first_token + slab * kSlabTokens;
+      if (place.first_row < args.rows && token < args.tokens) {
+        const int inner = args.feature_y ? token : place.first_row;
+        const int outer = args.feature_y ? place.first_row : token;
+        store_box(&y_map, inner, outer, buffer);
       }
+      store_commit();
     }
   }
 }

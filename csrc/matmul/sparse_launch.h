@@ -34,13 +34,18 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return found;
 }
 
-// A row-major matrix of 16-bit elements in boxes of 64 columns, swizzled; outside it reads zeros.
-inline CUtensorMap boxes_of(
-    const void* matrix, int64_t rows, int64_t cols, MatmulType type, int box_rows = 64) {
+// A row-major matrix of 16-bit elements in boxes, those of 64 columns swizzled; outside it reads
+// zeros.
+inline CUtensorMap boxes_of(const void* matrix,
+                            int64_t rows,
+                            int64_t cols,
+                            MatmulType type,
+                            int box_rows = 64,
+                            int box_cols = 64) {
   CUtensorMap map{};
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(cols) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult status =
       encode_function()(&map,
@@ -53,7 +58,7 @@ inline CUtensorMap boxes_of(
                         box,
                         steps,
                         CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B,
+                        box_cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   OBS_CHECK(status == CUDA_SUCCESS,
@@ -146,9 +151,13 @@ SparseArgs<Element> sparse_args(
   return args;
 }
 
-inline CUtensorMap boxes_of_y(const SparseLinearParams& params) {
-  return params.feature_y ? boxes_of(params.y, params.rows, params.tokens, params.type)
-                          : boxes_of(params.y, params.tokens, params.rows, params.type);
+// Of 64 rows of W and of the tokens that leave at a time.
+template <typename Tile>
+CUtensorMap boxes_of_y(const SparseLinearParams& params) {
+  constexpr int kTokens = Tile::kSplit ? kPieceTokens : kSlabTokens;
+  return params.feature_y
+             ? boxes_of(params.y, params.rows, params.tokens, params.type, kPartRows, kTokens)
+             : boxes_of(params.y, params.tokens, params.rows, params.type, kTokens, kPartRows);
 }
 
 // As many clusters as there are tiles, or, where a CTA computes several, as run at a time. Returns

@@ -22,6 +22,7 @@ inline constexpr int kSlabTokens = 64;       // of a box of X, and of a box of Y
 inline constexpr int kSlabBytes = 64 * 128;  // 64 tokens of 64 columns, or 64 columns of 64 tokens
 inline constexpr int kWeightBytes = static_cast<int>(kPackedBytes);  // of 64 rows in a step
 inline constexpr int kValueBytes = 64 * 64;                          // of them; then metadata
+inline constexpr int kPieceTokens = 8;  // of a box of Y of a split tile
 // Slabs of Y that a warpgroup has on their way out; a fourth would cost a stage.
 inline constexpr int kBuffers = 3;
 inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
@@ -57,9 +58,8 @@ struct SparseTile {
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
   static constexpr int kSumBytes = kRows * kTokens * 4;
-  static constexpr int kSlabsTogether = kParts == 1 ? 1 : kBuffers;  // of Y, as measured
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
-  static_assert(!kSplit || (kParts == 1 && kSumBytes <= kStages * kStageBytes), "sums in stages");
+  static_assert(!kSplit || kParts == 1, "what adds up knows one part");
 };
 
 template <typename Element>

@@ -26,7 +26,7 @@ LaunchPlan launch(const SparseLinearParams& params,
       params.feature_x
           ? boxes_of(params.x, params.cols, params.tokens, params.type)
           : boxes_of(params.x, params.tokens, params.cols, params.type, tile.tokens / tile.cluster);
-  const CUtensorMap y_map = args.boxes ? boxes_of_y(params) : x_map;
+  const CUtensorMap y_map = args.boxes ? boxes_of_y<Tile>(params) : x_map;
   const unsigned blocks = launch_clusters<kernel, Tile>(args, device, stream, x_map, y_map, args);
   return {"sparse_linear", tile.name, blocks, kSparseThreads};
 }
