@@ -78,17 +78,6 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// CTAs that may share out the columns of a tile.
-inline constexpr int kSplits[] = {4, 3, 2, 1};
-
-// As many as are asked for, but none without a step.
-inline int split_of(int asked, int64_t steps) {
-  for (const int split : kSplits) {
-    if (split <= asked && split <= steps) return split;
-  }
-  return 1;
-}
-
 // A tile and what the product takes with it.
 struct ChosenTile {
   int index;  // -1: none fits

@@ -144,7 +144,7 @@ SparseArgs<Element> sparse_args(
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
   args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
   args.cluster = cluster;
-  args.split = split_of(split, args.steps);
+  args.split = std::clamp(split, 1, args.steps);  // none without a step
   args.activation = params.activation;
   args.feature_y = params.feature_y;
   args.boxes = (params.feature_y ? params.tokens : params.rows) % 8 == 0 && aligned(params.y, 16);

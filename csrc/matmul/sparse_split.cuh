@@ -116,7 +116,7 @@ __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTo
     store_shared(mine + piece * kPieceBytes, sum + 4 * piece);
   }
   cluster_sync();
-  switch (args.split) {  // one of kSplits
+  switch (args.split) {  // at most four in the table of tiles
     case 4:
       return add_up<4, kPieces>(y_map, args, bias, place, mine, boxes);
     case 3:
