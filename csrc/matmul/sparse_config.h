@@ -17,9 +17,10 @@ struct SparseTileShape {
   int tokens;
   int cluster;
   int split;
-  // What a step and a tile cost in cycles, fitted to 9 shapes on an H200 (2.5 % rms). The tensor
-  // cores alone take rows * tokens / 64 a step, and 1/8 to 1/4 more as they read W from shared
-  // memory; the rest is waiting for copies, of which an SM takes 52 bytes a clock.
+  // What a step and a tile cost in cycles, fitted to times on an H200: of large products, and for
+  // `split` of those of 16 to 1024 tokens. The tensor cores alone take rows * tokens / 64 a step,
+  // and 1/8 to 1/4 more as they read W from shared memory; the rest is waiting for copies, of which
+  // an SM takes 52 to 56 bytes a clock.
   int step_cycles;
   int tile_cycles;  // filling the pipeline, and an epilogue that nothing hides
 };
@@ -31,16 +32,16 @@ inline constexpr SparseTileShape kSparseTiles[] = {
     {"128x192 cluster 2", 128, 192, 2, 0, 561, 3650},  // fills the last wave of some shapes better
     {"128x128 cluster 2", 128, 128, 2, 0, 457, 1840},
     {"256x192", 256, 192, 1, 0, 1055, 5920},  // where the last cluster would be half empty
-    {"128x256", 128, 256, 1, 0, 808, 3500},   // one tile of rows has nothing to share
-    {"128x128", 128, 128, 1, 0, 541, 1510},
-    {"128x128 split 2", 128, 128, 1, 2, 541, 5000},
-    {"128x64", 128, 64, 1, 1, 350, 1700},
-    {"128x64 split 2", 128, 64, 1, 2, 350, 3400},
-    {"128x64 split 3", 128, 64, 1, 3, 350, 3800},
-    {"128x64 split 4", 128, 64, 1, 4, 350, 4200},
-    {"64x64", 64, 64, 1, 1, 260, 1500},
-    {"64x64 split 2", 64, 64, 1, 2, 260, 2700},
-    {"64x64 split 4", 64, 64, 1, 4, 260, 3000},
+    {"128x256", 128, 256, 1, 0, 745, 3640},   // one tile of rows has nothing to share
+    {"128x128", 128, 128, 1, 0, 470, 1700},
+    {"128x128 split 2", 128, 128, 1, 2, 416, 7000},
+    {"128x64", 128, 64, 1, 1, 310, 4200},
+    {"128x64 split 2", 128, 64, 1, 2, 307, 3400},
+    {"128x64 split 3", 128, 64, 1, 3, 316, 3600},
+    {"128x64 split 4", 128, 64, 1, 4, 349, 3200},
+    {"64x64", 64, 64, 1, 1, 285, 2300},
+    {"64x64 split 2", 64, 64, 1, 2, 277, 1850},
+    {"64x64 split 4", 64, 64, 1, 4, 360, 2200},
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
@@ -57,16 +58,16 @@ struct GatherTileShape {
 
 inline constexpr GatherTileShape kGatherTiles[] = {
     {"gather 256x192", 256, 192, 0, 1000, 8300},  // fewest bytes for a product
-    {"gather 256x128", 256, 128, 0, 930, 3923},
-    {"gather 128x256", 128, 256, 0, 894, 4613},
-    {"gather 128x192", 128, 192, 0, 846, 3684},
-    {"gather 128x128", 128, 128, 0, 655, 2704},
-    {"gather 64x256", 64, 256, 0, 769, 2618},
-    {"gather 128x128 split 2", 128, 128, 2, 655, 4000},
-    {"gather 128x64", 128, 64, 1, 500, 2704},
-    {"gather 128x64 split 2", 128, 64, 2, 500, 3600},
-    {"gather 128x64 split 3", 128, 64, 3, 500, 3600},
-    {"gather 128x64 split 4", 128, 64, 4, 500, 4000},
+    {"gather 256x128", 256, 128, 0, 930, 3920},
+    {"gather 128x256", 128, 256, 0, 894, 4610},
+    {"gather 128x192", 128, 192, 0, 846, 3680},
+    {"gather 128x128", 128, 128, 0, 655, 2700},
+    {"gather 64x256", 64, 256, 0, 769, 2620},
+    {"gather 128x128 split 2", 128, 128, 2, 717, 7900},
+    {"gather 128x64", 128, 64, 1, 551, 6030},
+    {"gather 128x64 split 2", 128, 64, 2, 572, 5660},
+    {"gather 128x64 split 3", 128, 64, 3, 580, 4670},
+    {"gather 128x64 split 4", 128, 64, 4, 508, 4820},
 };
 inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
 
@@ -144,6 +145,12 @@ inline int64_t steps_of(int64_t columns) {
   return round_up(columns, kStepCols) / kStepCols;
 }
 
+// W as 2:4 on all of its columns.
+inline int64_t whole_cycles(int64_t rows, int64_t cols, int64_t tokens, int multiprocessors) {
+  constexpr int64_t kMore = 2200;  // than a gathering product takes beside its tiles, as measured
+  return choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles + kMore;
+}
+
 // Gathering the kept columns of a v:2:m weight, with a transposition before it unless x is
 // feature-major; no tile if none fits (v = 0: there are no panels).
 inline ChosenTile choose_gathered(int64_t rows,
@@ -169,8 +176,7 @@ inline bool gather_is_faster_on(int64_t rows,
                                 bool feature_x,
                                 int multiprocessors) {
   const ChosenTile gathered = choose_gathered(rows, cols, tokens, v, m, feature_x, multiprocessors);
-  return gathered.index >= 0 &&
-         gathered.cycles < choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles;
+  return gathered.index >= 0 && gathered.cycles < whole_cycles(rows, cols, tokens, multiprocessors);
 }
 
 // Of the faster of the two.
@@ -182,7 +188,7 @@ inline int64_t product_cycles_on(int64_t rows,
                                  bool feature_x,
                                  int multiprocessors) {
   const ChosenTile gathered = choose_gathered(rows, cols, tokens, v, m, feature_x, multiprocessors);
-  const int64_t whole = choose_sparse_tile(rows, tokens, steps_of(cols), multiprocessors).cycles;
+  const int64_t whole = whole_cycles(rows, cols, tokens, multiprocessors);
   return gathered.index >= 0 ? std::min(gathered.cycles, whole) : whole;
 }
 
