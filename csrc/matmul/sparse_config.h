@@ -34,7 +34,7 @@ inline constexpr SparseTileShape kSparseTiles[] = {
     {"256x192", 256, 192, 1, 0, 1055, 5920},  // where the last cluster would be half empty
     {"128x256", 128, 256, 1, 0, 745, 3640},   // one tile of rows has nothing to share
     {"128x128", 128, 128, 1, 0, 470, 1700},
-    {"128x128 split 2", 128, 128, 1, 2, 416, 7000},
+    {"128x128 split 2", 128, 128, 1, 2, 416, 7000},  // this and what follows: few tokens
     {"128x64", 128, 64, 1, 1, 310, 4200},
     {"128x64 split 2", 128, 64, 1, 2, 307, 3400},
     {"128x64 split 3", 128, 64, 1, 3, 316, 3600},
@@ -57,13 +57,13 @@ struct GatherTileShape {
 };
 
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x192", 256, 192, 0, 1000, 8300},  // fewest bytes for a product
+    {"gather 256x192", 256, 192, 0, 1000, 8300},  // fewest bytes for a product: X for 256 rows
     {"gather 256x128", 256, 128, 0, 930, 3920},
     {"gather 128x256", 128, 256, 0, 894, 4610},
     {"gather 128x192", 128, 192, 0, 846, 3680},
     {"gather 128x128", 128, 128, 0, 655, 2700},
     {"gather 64x256", 64, 256, 0, 769, 2620},
-    {"gather 128x128 split 2", 128, 128, 2, 717, 7900},
+    {"gather 128x128 split 2", 128, 128, 2, 717, 7900},  // this and what follows: few tokens
     {"gather 128x64", 128, 64, 1, 551, 6030},
     {"gather 128x64 split 2", 128, 64, 2, 572, 5660},
     {"gather 128x64 split 3", 128, 64, 3, 580, 4670},

@@ -65,7 +65,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   constexpr int kParts = Tile::kParts;
   constexpr int kTokens = Tile::kSumTokens;
   constexpr int kSteps = Tile::kStageSteps;
-  constexpr int kMeta = kParts * kSteps;                           // words of metadata of a stage
+  constexpr int kMeta = kParts * kSteps;
   const int row_part = Tile::kShareRows ? 0 : warpgroup * kParts;  // of the 64 rows of a product
   const int token_part = Tile::kShareRows ? warpgroup * kTokens : 0;
   // A slab of feature-major X has a token's 16 bits in each line.
@@ -75,7 +75,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
   constexpr uint32_t kSecond = kFeatureX ? 32 * 128 : 64;  // bytes from columns 0 to 32 of a step
   StageRing<Tile::kStages> ring;
   float sum[kParts][kTokens / 2];
-  uint32_t meta[2][kMeta];
+  uint32_t meta[2][kMeta];  // of this stage and of the next, by turns
 
   const auto weight_at = [&](int part, int step) {
     return cta.stages + ring.stage * Tile::kStageBytes + Tile::kWeightAt +

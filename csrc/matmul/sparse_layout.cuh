@@ -31,7 +31,7 @@ inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 // rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens. kSplit: the
 // CTAs of a cluster share out the columns of a tile and add up their sums at the end; a CTA then
 // computes one tile only. A stage holds kStageSteps steps: to wait for one and to begin its
-// products takes some 230 cycles, which is more than the products of a step of a small tile.
+// products takes longer than the products of one step of a small tile.
 template <int kParts_,
           int kTokens_,
           bool kShareRows_ = false,
