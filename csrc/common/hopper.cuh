@@ -23,7 +23,8 @@ __device__ __forceinline__ void let_next_grid_start() {
 }
 
 // Until all kernels before this one are done and what they wrote can be seen. To be called by every
-// thread before its first access to global memory, writes too: kernels before may still read there.
+// thread before its first access to global memory, writes too, as kernels before may still read
+// there; all but prefetches to L2.
 __device__ __forceinline__ void wait_for_grids_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
@@ -106,7 +107,9 @@ __device__ __forceinline__ void load_of_cta(float (&values)[4], uint32_t address
       : "memory");
 }
 
+// By every thread; those of a warp come together first, as the instructions want it.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;\n" ::

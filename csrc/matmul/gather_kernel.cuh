@@ -123,7 +123,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
 }
 
 // What the first stages of this CTA want to know of their weight to L2, by a warpgroup: the columns
-// must be there before any of X can be asked for.
+// must be there before any of X can be asked for. Of as many columns as it has threads for lines.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, int thread) {
   constexpr int kLine = 128;
@@ -131,7 +131,9 @@ __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, 
   const TilePlace place = place_here<Tile>(sparse, first_tile(sparse));
   const int64_t bytes = int64_t{args.groups} * kGroupColumns;
   const uint8_t* kept = args.columns + place.row_tile * Tile::kRows / args.v * bytes;
-  if (thread * kLine < bytes) hopper::prefetch_line(kept + thread * kLine);
+  const int64_t at =
+      int64_t{steps_here<Tile>(sparse).first} * kStepGroups * kGroupColumns + thread * kLine;
+  if (at < bytes) hopper::prefetch_line(kept + at);
   if (thread == 0) prefetch_weight<Element, Tile>(sparse, place.row_tile);
 }
 

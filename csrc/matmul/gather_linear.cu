@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/check.h"
@@ -136,7 +135,7 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
             ", those of ",
             tile.name,
             " do not");
-  check_tiles(product, tile.rows, tile.tokens, std::max(1, tile.split));
+  check_tiles(product, tile.rows, tile.tokens, tile.split);
   return product.type == MatmulType::kHalf
              ? launch_tile<__half>(params, tile, device, stream)
              : launch_tile<__nv_bfloat16>(params, tile, device, stream);

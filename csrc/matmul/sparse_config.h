@@ -7,10 +7,11 @@
 
 namespace obs_kernels {
 
-// A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers; CTAs of a
-// cluster hold different rows of the same tokens, and each brings its share of X to all of them.
-// For few tokens, whose tiles leave multiprocessors idle, `split` CTAs share out the columns of a
-// tile and add up; 0: a CTA takes all columns, and may compute several tiles, one after the other.
+// A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers. `cluster` CTAs
+// hold different rows of the same tokens, and each brings its share of X to all of them. Or, for
+// few tokens, whose tiles leave multiprocessors idle, a cluster of `split` CTAs, one to four,
+// shares out the columns of a tile, and adds up; 0: a CTA takes all columns, and several tiles, one
+// after the other.
 struct SparseTileShape {
   const char* name;
   int rows;
@@ -79,6 +80,11 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// CTAs that share out the columns of a tile: as the table says, but none is left without a step.
+inline int64_t split_of(int tile_split, int64_t steps) {
+  return std::clamp<int64_t>(tile_split, 1, std::max<int64_t>(steps, 1));
+}
+
 // A tile and what the product takes with it.
 struct ChosenTile {
   int index;  // -1: none fits
@@ -87,8 +93,8 @@ struct ChosenTile {
 
 // Clusters of so many CTAs that run at a time, at one CTA a multiprocessor: multiprocessors come in
 // groups of an even number, which larger clusters do not fill.
-inline int64_t room_for(int multiprocessors, int ctas) {
-  return std::max(1, (ctas <= 2 ? multiprocessors : multiprocessors * 9 / 10) / ctas);
+inline int64_t room_for(int64_t multiprocessors, int64_t ctas) {
+  return std::max<int64_t>(1, (ctas <= 2 ? multiprocessors : multiprocessors * 9 / 10) / ctas);
 }
 
 inline void take_faster(ChosenTile& best, int index, int64_t groups, int64_t at_once, int64_t one) {
@@ -107,7 +113,7 @@ inline ChosenTile choose_sparse_tile(int64_t rows,
     const int64_t row_groups =
         round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
     const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
-    const int split = std::max(1, tile.split);
+    const int64_t split = split_of(tile.split, steps);
     take_faster(best,
                 i,
                 groups,
@@ -124,7 +130,7 @@ inline ChosenTile choose_gather_tile(
   for (int i = 0; i < kNumGatherTiles; ++i) {
     const GatherTileShape& tile = kGatherTiles[i];
     if (v % tile.rows != 0) continue;
-    const int split = std::max(1, tile.split);
+    const int64_t split = split_of(tile.split, steps);
     take_faster(best,
                 i,
                 rows / tile.rows * (round_up(tokens, tile.tokens) / tile.tokens),

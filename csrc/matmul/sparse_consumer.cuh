@@ -30,7 +30,7 @@ struct CtaMemory {
   __device__ __forceinline__ uint32_t full(uint32_t stage) const {
     return epilogue() + Tile::kBufferBytes + 8 * stage;
   }
-  // Barrier: all CTAs of the cluster are done with a stage.
+  // Barrier: all that multiply a stage are done with it, of a cluster that shares tokens all CTAs.
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const {
     return full(Tile::kStages + stage);
   }
@@ -142,7 +142,8 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     const TilePlace at = place_here<Tile>(args, tile);
     arrived();
     load_meta(meta[0]);
-    // Products under a condition of their own would be waited for one by one.
+    // Stages in full, then what is left: with a condition among the products of a stage the
+    // compiler would wait for each of them.
     int done = 0;
     for (; done + 2 * kSteps <= steps.count; done += 2 * kSteps) {
       multiply(kSteps, meta[0], meta[1], done);

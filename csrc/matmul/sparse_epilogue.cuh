@@ -33,7 +33,7 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, const __hal
 // 1 of `row`, then of row + 8.
 struct SumPlace {
   int first_row;    // of the warpgroup's 64
-  int first_token;  // of the tile
+  int first_token;  // of what is written
   int row;
   int warpgroup;
   int thread;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
   }
 }
 
-// For rows of Y that are no multiples of 16 bytes, which the copy engine does not take.
+// For rows or a start of Y at no multiples of 16 bytes, which the copy engine does not take.
 template <typename Element, int kTokens>
 __device__ __forceinline__ void write_elements(const float (&sum)[kTokens / 2],
                                                const SparseArgs<Element>& args,

@@ -40,8 +40,11 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap& x_map,
                                              const SparseArgs<Element>& args,
                                              CtaMemory<Tile> cta) {
   using namespace hopper;
-  static_assert(Tile::kSplit || Tile::kSlabs >= 2,
+  static_assert(!kFeatureX || Tile::kSplit || Tile::kSlabs >= 2,
                 "each CTA of a cluster of two brings a part, which keeps them in step");
+  static_assert(
+      Tile::kTokens % 16 == 0 && Tile::kTokens <= 256,
+      "a copy brings at most 256 tokens, and whole patterns of the swizzle for each of two");
   const int rank = Tile::kSplit ? 0 : static_cast<int>(cluster_rank());
   const auto ctas = static_cast<uint16_t>((1u << args.cluster) - 1u);
   const auto copy = [&](uint32_t to, int inner, int outer, uint32_t arrived) {
@@ -122,10 +125,7 @@ __global__ __launch_bounds__(kSparseThreads,
     if constexpr (!Tile::kSplit) give_registers<40>();  // sums of a split tile are few
     if (thread == 0) bring_tokens<Element, Tile, kFeatureX>(x_map, args, cta);
     if (thread == 32) bring_weight<Element, Tile>(args, cta);
-    if constexpr (Tile::kSplit) {  // in which consumers wait for each other
-      __syncwarp();
-      cluster_sync();
-    }
+    if constexpr (Tile::kSplit) cluster_sync();  // in which consumers wait for each other
   } else {
     if constexpr (!Tile::kSplit) take_registers<232>();
     consume<Element, Tile, kFeatureX, false>(y_map, args, cta, warpgroup, thread);

@@ -129,10 +129,13 @@ int clusters_at_once(int device, int cluster) {
 }
 
 // What all kernels of the product are told alike, of clusters of so many rows and CTAs of so many
-// tokens; at most `split` of these share out the columns.
+// tokens, by what the table of tiles says.
 template <typename Element>
-SparseArgs<Element> sparse_args(
-    const SparseLinearParams& params, int group_rows, int tile_tokens, int cluster, int split = 1) {
+SparseArgs<Element> sparse_args(const SparseLinearParams& params,
+                                int group_rows,
+                                int tile_tokens,
+                                int cluster,
+                                int tile_split) {
   SparseArgs<Element> args{};
   args.packed = static_cast<const uint8_t*>(params.packed);
   args.bias = static_cast<const Element*>(params.bias);
@@ -144,7 +147,7 @@ SparseArgs<Element> sparse_args(
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
   args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
   args.cluster = cluster;
-  args.split = std::clamp(split, 1, args.steps);  // none without a step
+  args.split = static_cast<int>(split_of(tile_split, args.steps));
   args.activation = params.activation;
   args.feature_y = params.feature_y;
   args.boxes = (params.feature_y ? params.tokens : params.rows) % 8 == 0 && aligned(params.y, 16);
@@ -217,10 +220,11 @@ inline void check_product(const SparseLinearParams& params, int configs) {
             "x and packed must be aligned to 16 bytes");
 }
 
-inline void check_tiles(const SparseLinearParams& params, int rows, int tokens, int split = 1) {
+inline void check_tiles(const SparseLinearParams& params, int rows, int tokens, int tile_split) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // numbers of tiles are 32-bit, as is a stride more
+  const int64_t split = split_of(tile_split, round_up(params.cols, kStepCols) / kStepCols);
   const int64_t tiles = (params.rows / rows + 1) * (params.tokens / tokens + 1) * split;
-  OBS_CHECK(tiles < kLimit, "a product of at most 2^30 tiles is taken, got ", tiles);
+  OBS_CHECK(tiles < kLimit, "a product of less than 2^30 tiles is taken, got ", tiles);
 }
 
 }  // namespace obs_kernels

@@ -18,7 +18,7 @@ inline constexpr int kConsumers = 2;  // warpgroups
 inline constexpr int kSparseThreads = (kConsumers + 1) * kWarpgroup;
 inline constexpr int kPartRows = 64;  // of a product
 inline constexpr int kSharedLimit = 227 * 1024;
-inline constexpr int kSlabTokens = 64;       // of a box of X, and of a box of Y
+inline constexpr int kSlabTokens = 64;       // of what lies together of X, and of a box of Y
 inline constexpr int kSlabBytes = 64 * 128;  // 64 tokens of 64 columns, or 64 columns of 64 tokens
 inline constexpr int kWeightBytes = static_cast<int>(kPackedBytes);  // of 64 rows in a step
 inline constexpr int kValueBytes = 64 * 64;                          // of them; then metadata
@@ -53,7 +53,7 @@ struct SparseTile {
   static constexpr int kBroughtBytes = kTokenBytes + kWeightTiles * kWeightBytes;  // of a step
   // The swizzle wants stages of whole patterns.
   static constexpr int kStageBytes = (kStageSteps * kBroughtBytes + 1023) / 1024 * 1024;
-  static constexpr int kBufferBytes = kSplit ? 0 : kEpilogueBytes;  // their sums go to stages
+  static constexpr int kBufferBytes = kSplit ? 0 : kEpilogueBytes;  // split: in stages
   static constexpr int kAround = 1024 + kBufferBytes + 256;         // alignment, epilogue, barriers
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
@@ -77,7 +77,7 @@ struct SparseArgs {
   int split;    // CTAs that share out columns; one of the two is 1
   Activation activation;
   bool feature_y;
-  bool boxes;  // y is written by the copy engine; else element by element, for odd sizes
+  bool boxes;  // y is written by the copy engine; else element by element: odd sizes or addresses
 };
 
 // Tiles of a cluster: the first, how many on the next one is, and how many there are.

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/check.h"
@@ -99,7 +98,7 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
                                               multiprocessors_of(device))
                                .index;
   const SparseTileShape& tile = kSparseTiles[chosen];
-  check_tiles(params, tile.rows, tile.tokens, std::max(1, tile.split));
+  check_tiles(params, tile.rows, tile.tokens, tile.split);
   return params.type == MatmulType::kHalf
              ? launch_layout<__half>(params, tile, device, stream)
              : launch_layout<__nv_bfloat16>(params, tile, device, stream);

@@ -94,7 +94,7 @@ __device__ __forceinline__ void add_up(const CUtensorMap& y_map,
 }
 
 // By the consumers, while the other warps of the CTA are at their cluster_sync. `stages`: memory
-// that nothing is brought to any more, for the sums of this CTA.
+// that nothing is brought to any more, for the sums of this CTA and its part of Y.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTokens / 2],
                                                  const float (&bias)[2],

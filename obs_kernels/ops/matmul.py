@@ -56,7 +56,8 @@ def sparse_linear(
     measured tiles say that this is faster: best with x feature-major, as a token-major x is transposed first.
     Everything else runs as 2:4 on all columns. The first call that goes one of these ways makes its own copy of the
     weight, 0.56 of the dense bytes for all columns and 4/m of that for the kept ones, which lives as long as all
-    tensors of ``sparse``.
+    tensors of ``sparse``. Equal calls give equal bits; with another number of tokens the last bits of a token may
+    differ, as tiles go by it and, for few, sums over columns are made in shares.
     """
     values, codes = sparse.values, sparse.codes
     heard = is_heard(x, values, codes, sparse.columns, bias)

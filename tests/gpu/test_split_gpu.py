@@ -78,7 +78,7 @@ def run(
 @pytest.mark.parametrize("text", KERNELS)
 def test_every_number_of_steps_is_shared_out(matmul, text, y_layout):
     """One step and more, fewer than CTAs, odd numbers, more than there are stages; a last step that is not whole."""
-    for steps in (*range(1, 14), 37):
+    for steps in (*range(1, 14), 37, 81):
         cols = STEP[text] * steps - (0 if steps % 3 else STEP[text] // 2)
         for tile in tiles(matmul, text):
             run(matmul, text, (72, 256, cols), tile, y_layout)
