@@ -12,15 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.stored import results_of
 from obs_kernels.errors import ConfigError
 from obs_kernels.report.values import MISSING, number
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def stored_results() -> list[Path]:
-    """Files of whole encoders."""
-    return sorted(RESULTS.glob("inference*.json"))
 
 
 def inference_table(docs: Sequence[Mapping[str, Any]]) -> str:
@@ -66,7 +60,7 @@ def _ratio(row: Mapping[str, Any] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    paths = [Path(argument) for argument in arguments] or stored_results()
+    paths = [Path(argument) for argument in arguments] or results_of("inference")
     print(inference_table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
     return 0
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of the sparse product that ship with the package, taken from a result of the bench.
+"""The rows of the sparse product that ship with the package, taken from results of the bench.
 
-    python -m bench.kernel_rows [bench/results/matmul.json]
+    python -m bench.kernel_rows [bench/results/matmul.json ...]
 
 They are those of the launch that a call on token-major x comes to, whichever kernel that is for a pattern.
-``compress_(tokens=)`` and ``obs-kernels speed`` read them; run it again whenever the result changes.
+``compress_(tokens=)`` and ``obs-kernels speed`` read them; run it again whenever a result changes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.stored import merged, results_of
 from obs_kernels.files import write_text
 from obs_kernels.sparse.crossover import ROWS_FILE, KernelTable
 
-RESULT = Path(__file__).parent / "results" / "matmul.json"
 TARGET = Path(__file__).parent.parent / "obs_kernels" / "sparse" / ROWS_FILE
 
 
-def rows_text(path: Path) -> str:
-    """The text of the package's file for a result."""
-    table = KernelTable.from_bench(json.loads(path.read_text(encoding="utf-8"))).to_dict()
+def stored_table() -> KernelTable:
+    """Rows of the committed results."""
+    return KernelTable.from_bench(merged(results_of("matmul")))
+
+
+def rows_text(found: KernelTable) -> str:
+    """The text of the package's file."""
+    table = found.to_dict()
     rows = ",\n".join(f"    {json.dumps(row)}" for row in table.pop("rows"))
     head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in table.items())
     columns = json.dumps(["rows", "cols", "tokens", "pattern", "sparse_us", "dense_us", "feature_us"])
@@ -33,7 +38,8 @@ def rows_text(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the package's file."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    write_text(TARGET, rows_text(Path(arguments[0]) if arguments else RESULT))
+    paths = [Path(argument) for argument in arguments]
+    write_text(TARGET, rows_text(KernelTable.from_bench(merged(paths)) if paths else stored_table()))
     return 0
 
 

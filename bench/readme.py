@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import choices_squad, squad_gradual
 from bench.gradual_rows import DENSE, GRADUAL
 from bench.gradual_table import over_seeds
-from bench.inference_table import inference_table, stored_results
+from bench.inference_table import inference_table
 from bench.oneshot_squad import CORE, RESULTS
 from bench.oneshot_table import devices_of, summary_table
+from bench.stored import merged, results_of
 from obs_kernels.files import write_text
 from obs_kernels.ops.dispatch import TABLE
 
@@ -120,12 +121,12 @@ STEADY = 1.25
 """Times the 20th percentile that the 80th of a peer's runs may be, for a ratio to say something."""
 
 
-def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
+def matmul_table(paths: Sequence[Path] = ()) -> str:
     """The sparse product against dense and against cuSPARSELt, from the stored results; layers in columns.
 
     Panels have a line of their own in every cell: token-major, and feature-major after a slash.
     """
-    stored = json.loads(path.read_text())
+    stored = merged(paths or results_of("matmul"))
     found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in stored["rows"]:
         config = row["config"]
@@ -150,7 +151,7 @@ def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
 
     more = f"; {', '.join(panels)}: x token-major / feature-major" if panels else ""
     lines = [
-        f"{stored['env']['device']}, commit {stored['env']['commit']}, 2:4, bf16, kernel time of calls back to "
+        f"{stored['env']['device']}, commit {_commits(rows.values())}, 2:4, bf16, kernel time of calls back to "
         f"back, whose starts overlap: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm){more}:",
         "",
         f"| tokens | {' | '.join(layers.values())} |",
@@ -167,6 +168,18 @@ def matmul_table(path: Path = RESULTS.parent / "matmul.json") -> str:
                 shown[index] += f"<br>{' / '.join(both)}"
         lines.append(f"| {'<br>'.join([f'{tokens:,}', *panels])} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def _commits(rows: Iterable[dict[str, Any]]) -> str:
+    """The commit of ``rows``, or each with the layers that it measured."""
+    layers: dict[str, list[str]] = {}
+    for row in rows:
+        layers.setdefault(row["commit"], []).append(f"{row['shape']['R']} x {row['shape']['C']}")
+    if len(layers) == 1:
+        return next(iter(layers))
+    return ", ".join(
+        f"{commit} ({' to '.join(dict.fromkeys((names[0], names[-1])))})" for commit, names in layers.items()
+    )
 
 
 def _share(rows: list[dict[str, Any]], sizes: dict[str, int], dtype: str) -> str:
@@ -265,7 +278,7 @@ def passes_line() -> str:
 
 def encoder_table() -> str:
     """Whole encoders, sparse beside the best dense."""
-    return inference_table([json.loads(path.read_text()) for path in stored_results()])
+    return inference_table([json.loads(path.read_text()) for path in results_of("inference")])
 
 
 PARTS = {

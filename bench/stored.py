@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benches that go on where they stopped share: the files they keep, and cells of their tables."""
+"""Files that benches keep, those of one topic as one, and cells of their tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from obs_kernels.errors import ObsKernelsError
+from obs_kernels.errors import ConfigError, ObsKernelsError
 from obs_kernels.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def results_of(topic: str) -> list[Path]:
+    """Committed results of ``bench.run --op topic``: of one run, or of several that measured different cells."""
+    return sorted(RESULTS.glob(f"{topic}*.json"))
+
+
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """Results of one topic and device as one. Its commit names all of them, the latest run first; each row has its own.
+
+    Raises:
+        ConfigError: several devices, or a shape that two of them have at the same tokens.
+    """
+    docs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    docs.sort(key=lambda doc: doc["env"].get("date", ""), reverse=True)
+    devices = {doc["env"]["device"] for doc in docs}
+    if len(devices) != 1:
+        raise ConfigError(f"results must be of one device, got {sorted(devices)}; leave the others out")
+    found: set[str] = set()
+    for doc in docs:
+        cells = {json.dumps([row.get("name"), row["shape"]]) for row in doc["rows"]}
+        if found & cells:
+            raise ConfigError(f"results must hold a cell once, got {min(found & cells)} twice; leave one file out")
+        found |= cells
+    commits = ", ".join(dict.fromkeys(doc["env"]["commit"] for doc in docs))
+    rows = [row | {"commit": doc["env"]["commit"]} for doc in docs for row in doc["rows"]]
+    return {**docs[0], "env": docs[0]["env"] | {"commit": commits}, "rows": rows}
 
 
 def save(path: Path, document: dict[str, Any], to_markdown: Callable[[dict[str, Any]], str]) -> None:

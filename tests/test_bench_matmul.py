@@ -21,8 +21,9 @@ from bench.harness.case import DENSE
 from bench.harness.plans import plan_of
 from bench.harness.rows import problem_rows, with_limit
 from bench.readme import matmul_table
+from bench.stored import merged
 from obs_kernels import ops, reference
-from obs_kernels.errors import BackendUnavailableError
+from obs_kernels.errors import BackendUnavailableError, ConfigError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.ops import dispatch
 from obs_kernels.patterns import parse_pattern
@@ -329,7 +330,7 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
     def table(rows: list[dict[str, Any]]) -> list[str]:
         path = tmp_path / "matmul.json"
         path.write_text(json.dumps({"rows": rows, "env": {"device": "a GPU", "commit": "abc"}}))
-        return matmul_table(path).splitlines()
+        return matmul_table([path]).splitlines()
 
     rows = [row("2:4", tokens, 1.5) | {"x_peer": {"cuSPARSELt": 1.04}} for tokens in (512, 2048)]
     rows += [row("128:2:8", tokens, 1.6) for tokens in (512, 2048)]
@@ -347,6 +348,34 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
     assert table([*rows, peer | {"p80": 12.0}]) == after
     unsteady = table([*rows, peer | {"p80": 20.0}])
     assert unsteady[-2:] == [after[-2].replace("(1.04)", "(unsteady)"), after[-1]]
+
+
+def test_results_of_several_runs_make_one_table(tmp_path: Path) -> None:
+    """Each layer with the commit that measured it; a cell that two runs have, and two devices, are refused."""
+
+    def stored(name: str, commit: str, size: int, device: str = "a GPU", date: str = "2026-01-01") -> Path:
+        shape = {"R": size, "C": size, "T": 2048}
+        own = {"name": f"layer {size}", "shape": shape, "path": "kernel", "pattern": "2:4", "op": "sparse_linear"}
+        times = {"dtype": "bf16", "us": 2.0, "x_dense": 1.5, "x_peer": {}}
+        rows = [own | times | {"config": {"backend": "cuda"}}, own | times | {"config": {"peer": "F.linear"}}]
+        path = tmp_path / name
+        path.write_text(json.dumps({"rows": rows, "env": {"device": device, "commit": commit, "date": date}}))
+        return path
+
+    old, new = stored("b.json", "abc", 64), stored("a.json", "def", 128, date="2026-02-02")
+    found = merged([old, new])
+    assert (
+        found["env"]["commit"] == "def, abc" and [row["commit"] for row in found["rows"]] == ["def"] * 2 + ["abc"] * 2
+    )
+    table = matmul_table([old, new]).splitlines()
+    assert "commit def (128 x 128), abc (64 x 64), 2:4" in table[0]
+    assert table[-1].count("1.50") == 2
+    assert "commit abc, 2:4" in matmul_table([old])
+    assert len(KernelTable.from_bench(found).rows) == 2
+    with pytest.raises(ConfigError, match="a cell once"):
+        merged([old, new, stored("c.json", "ghi", 64)])
+    with pytest.raises(ConfigError, match="one device"):
+        merged([old, stored("d.json", "ghi", 256, device="another")])
 
 
 # the peer

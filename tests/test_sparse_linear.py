@@ -18,7 +18,7 @@ from masks import random_mask
 from torch import Tensor, nn
 
 import obs_kernels as obs
-from bench.kernel_rows import RESULT, rows_text
+from bench.kernel_rows import rows_text, stored_table
 from obs_kernels import SparseLinear, compress_, decompress_
 from obs_kernels.errors import ConfigError, DataFormatError, DTypeNotSupportedError, SparsityPatternError
 from obs_kernels.patterns import parse_pattern
@@ -487,13 +487,9 @@ def test_the_crossing_is_where_it_stays_won() -> None:
 
 def test_the_packaged_rows_are_those_of_the_bench() -> None:
     """Stale rows: run python -m bench.kernel_rows after a new bench/results/matmul.json."""
-    text = rows_text(RESULT)
+    text = rows_text(stored_table())
     assert text == Path(crossover.__file__).with_name(crossover.ROWS_FILE).read_text()
-    assert (
-        KernelTable.from_dict(json.loads(text))
-        == packaged_table()
-        == KernelTable.from_bench(json.loads(RESULT.read_text()))
-    )
+    assert KernelTable.from_dict(json.loads(text)) == packaged_table() == stored_table()
     for found in packaged_table().rows:
         assert found.sparse_us > 0 and found.dense_us > 0
 

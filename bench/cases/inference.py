@@ -6,15 +6,13 @@
 One row for each model and cell, of its fastest way: eager, as a CUDA graph, compiled, compiled as a CUDA graph. Dense
 is the same model with torch's SDPA, measured in turn with the sparse ones; ``x_dense`` is its best time over ours, and
 losing cells stay. ``--samples`` picks batches, ``--lengths`` lengths, ``--block-size`` m of the patterns, ``--seconds``
-the budget of one way of one model in a cell. ``predicted_x`` is what the kernel rows of ``bench/results/matmul.json``
+the budget of one way of one model in a cell. ``predicted_x`` is what the kernel rows of ``bench/results/matmul*.json``
 let expect, where they are of this device; ``products_x`` the same by its products timed in this run. On a CPU the
 model is a small one, eager alone, and the row says so.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,8 @@ import torch
 from bench.harness.case import Case
 from bench.harness.rows import Row, make_row
 from bench.harness.session import Context
+from bench.kernel_rows import stored_table
+from bench.stored import results_of
 from obs_kernels.dtype_names import DTYPES
 from obs_kernels.errors import MissingDependencyError
 from obs_kernels.inference.encoders import SHAPES, build
@@ -38,7 +38,6 @@ HALF = "2:4"
 BATCHES = (1, 8, 32, 64)
 LENGTHS = (128, 256, 512)
 CPU_MODEL, CPU_PATTERNS, CPU_CELL = "tiny", ("64:2:8",), (2, 16)
-KERNEL_ROWS = Path(__file__).parent.parent / "results" / "matmul.json"
 
 
 def run(context: Context) -> list[Row]:
@@ -112,9 +111,9 @@ def cell_rows(cell: dict[str, Any], name: str, dtype: str, *, gpu: bool) -> list
 
 def _table(device: torch.device) -> KernelTable | None:
     """The stored rows of the kernels, if they are of this device."""
-    if device.type != "cuda" or not KERNEL_ROWS.is_file():
+    if device.type != "cuda" or not results_of("matmul"):
         return None
-    table = KernelTable.from_bench(json.loads(KERNEL_ROWS.read_text(encoding="utf-8")))
+    table = stored_table()
     return table if table.device == torch.cuda.get_device_name(device) else None
 
 
