@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.stored import merged, results_of
+from bench.stored import merged, results_of, run_command
 from obs_kernels.files import write_text
 from obs_kernels.sparse.crossover import ROWS_FILE, KernelTable
 
@@ -44,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

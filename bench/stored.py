@@ -22,7 +22,10 @@ def results_of(topic: str) -> list[Path]:
 
 
 def merged(paths: Sequence[Path]) -> dict[str, Any]:
-    """Results of one topic and device as one. Its commit names all of them, the latest run first; each row has its own.
+    """Rows of several results of one device, the latest run first, each with the commit that measured it.
+
+    Returns:
+        ``rows``, and an ``env`` of the device and all commits.
 
     Raises:
         ConfigError: several devices, or a shape that two of them have at the same tokens.
@@ -40,7 +43,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
         found |= cells
     commits = ", ".join(dict.fromkeys(doc["env"]["commit"] for doc in docs))
     rows = [row | {"commit": doc["env"]["commit"]} for doc in docs for row in doc["rows"]]
-    return {**docs[0], "env": docs[0]["env"] | {"commit": commits}, "rows": rows}
+    return {"env": {"device": devices.pop(), "commit": commits}, "rows": rows}
 
 
 def save(path: Path, document: dict[str, Any], to_markdown: Callable[[dict[str, Any]], str]) -> None:

@@ -486,7 +486,7 @@ def test_the_crossing_is_where_it_stays_won() -> None:
 
 
 def test_the_packaged_rows_are_those_of_the_bench() -> None:
-    """Stale rows: run python -m bench.kernel_rows after a new bench/results/matmul.json."""
+    """Stale rows: run python -m bench.kernel_rows after new bench/results/matmul*.json."""
     text = rows_text(stored_table())
     assert text == Path(crossover.__file__).with_name(crossover.ROWS_FILE).read_text()
     assert KernelTable.from_dict(json.loads(text)) == packaged_table() == stored_table()
