@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "obs_kernels/matmul.h"
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "bind.h"
@@ -74,8 +76,26 @@ obs_kernels::SparseLinearParams product_of(Fields& fields) {
   return params;
 }
 
+// The tile that was asked for or, after the first launch, that the table chose; -1 before.
+class KeptConfig {
+ public:
+  int get() const { return config_.load(std::memory_order_relaxed); }
+  void ask(int config) { config_.store(config, std::memory_order_relaxed); }
+
+  // Of `count` tiles the one that was launched, by its name.
+  void keep(const obs_kernels::LaunchPlan& plan, int count, const char* (*name)(int)) const {
+    for (int i = 0; i < count && get() < 0; ++i) {
+      if (std::strcmp(name(i), plan.path) == 0) config_.store(i, std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  mutable std::atomic<int> config_{-1};
+};
+
 // A product with all but the addresses that change from call to call, so that a call takes a few
-// integers by position: one by keywords costs the host several times as much.
+// integers by position: one by keywords costs the host several times as much. `run` does not tell
+// what was launched and asks the table of tiles once, a microsecond of host time together.
 class SparseLinear {
  public:
   explicit SparseLinear(const py::kwargs& given) {
@@ -84,19 +104,33 @@ class SparseLinear {
     params_.feature_x = fields.take<bool>("feature_x");
     device_ = fields.take<int>("device");
     fields.finish();
+    config_.ask(params_.config);
   }
 
   py::tuple launch(uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
+    return bindings::launch(obs_kernels::sparse_linear, of(x, bias, y), device_, stream);
+  }
+
+  void run(uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
+    const py::gil_scoped_release unlocked;
+    auto params = of(x, bias, y);
+    params.config = config_.get();
+    const auto plan = obs_kernels::sparse_linear(params, device_, pointer<CUstream_st>(stream));
+    config_.keep(plan, obs_kernels::num_sparse_tiles(), &obs_kernels::sparse_tile_name);
+  }
+
+ private:
+  obs_kernels::SparseLinearParams of(uintptr_t x, uintptr_t bias, uintptr_t y) const {
     auto params = params_;
     params.x = pointer<const void>(x);
     params.bias = pointer<const void>(bias);
     params.y = pointer<void>(y);
-    return bindings::launch(obs_kernels::sparse_linear, params, device_, stream);
+    return params;
   }
 
- private:
   obs_kernels::SparseLinearParams params_{};
   int device_ = 0;
+  KeptConfig config_;
 };
 
 // The same of the product that gathers. `turned` is memory for x turned to feature-major, of
@@ -113,6 +147,7 @@ class GatherLinear {
     params_.m = fields.take<int64_t>("m");
     device_ = fields.take<int>("device");
     fields.finish();
+    config_.ask(params_.product.config);
     transposition_.tokens = params_.product.tokens;
     transposition_.cols = (params_.product.cols / 4 * params_.m + 7) / 8 * 8;
     transposition_.out_stride = params_.x_stride;
@@ -120,24 +155,44 @@ class GatherLinear {
 
   py::tuple launch(
       uintptr_t x, uintptr_t turned, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
-    auto params = params_;
-    params.product.x = pointer<const void>(turned == 0 ? x : turned);
-    params.product.bias = pointer<const void>(bias);
-    params.product.y = pointer<void>(y);
-    auto transposition = transposition_;
-    transposition.x = pointer<const void>(x);
-    transposition.out = pointer<void>(turned);
-    const auto both = [&](const auto& product, int device, cudaStream_t on) {
-      if (turned != 0) obs_kernels::transpose(transposition, device, on);
-      return obs_kernels::gather_linear(product, device, on);
+    const auto both = [&](const auto& params, int device, cudaStream_t on) {
+      turn(x, turned, on);
+      return obs_kernels::gather_linear(params, device, on);
     };
-    return bindings::launch(both, params, device_, stream);
+    return bindings::launch(both, of(turned == 0 ? x : turned, bias, y), device_, stream);
+  }
+
+  void run(uintptr_t x, uintptr_t turned, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
+    const py::gil_scoped_release unlocked;
+    auto params = of(turned == 0 ? x : turned, bias, y);
+    params.product.config = config_.get();
+    const auto on = pointer<CUstream_st>(stream);
+    turn(x, turned, on);
+    const auto plan = obs_kernels::gather_linear(params, device_, on);
+    config_.keep(plan, obs_kernels::num_gather_tiles(), &obs_kernels::gather_tile_name);
   }
 
  private:
+  obs_kernels::GatherLinearParams of(uintptr_t x, uintptr_t bias, uintptr_t y) const {
+    auto params = params_;
+    params.product.x = pointer<const void>(x);
+    params.product.bias = pointer<const void>(bias);
+    params.product.y = pointer<void>(y);
+    return params;
+  }
+
+  void turn(uintptr_t x, uintptr_t turned, cudaStream_t on) const {
+    if (turned == 0) return;
+    auto transposition = transposition_;
+    transposition.x = pointer<const void>(x);
+    transposition.out = pointer<void>(turned);
+    obs_kernels::transpose(transposition, device_, on);
+  }
+
   obs_kernels::GatherLinearParams params_{};
   obs_kernels::TransposeParams transposition_{};
   int device_ = 0;
+  KeptConfig config_;
 };
 
 py::tuple transpose(uintptr_t x,
@@ -194,7 +249,8 @@ void bind_matmul(py::module_& module) {
       "SparseLinear",
       "sparse_linear of obs_kernels/matmul.h, with the fields that calls have in common.")
       .def(py::init<const py::kwargs&>())
-      .def("launch", &SparseLinear::launch, "(op, path, blocks, threads) of x, bias, y, stream.");
+      .def("launch", &SparseLinear::launch, "(op, path, blocks, threads) of x, bias, y, stream.")
+      .def("run", &SparseLinear::run, "The same launch, of which nothing is told.");
   module.def("gather_is_faster",
              &obs_kernels::gather_is_faster,
              "Whether gather_linear beats sparse_linear; see obs_kernels/matmul.h.",
@@ -230,7 +286,8 @@ void bind_matmul(py::module_& module) {
       .def(py::init<const py::kwargs&>())
       .def("launch",
            &GatherLinear::launch,
-           "(op, path, blocks, threads) of x, turned, bias, y, stream.");
+           "(op, path, blocks, threads) of x, turned, bias, y, stream.")
+      .def("run", &GatherLinear::run, "The same launches, of which nothing is told.");
   module.def("transpose",
              &transpose,
              "(op, path, blocks, threads) of the launch; see obs_kernels/matmul.h.",

@@ -293,17 +293,19 @@ def test_products_refuse_bad_sizes_when_launched(
     native: ModuleType, change: dict[str, int], addresses: tuple[int, ...], text: str
 ) -> None:
     """The last two by the transposition, for which there is memory."""
-    before = native.launch_count()
-    with pytest.raises(ValueError, match=text):
-        native.GatherLinear(**{**GATHER, **change}).launch(*addresses)
+    before, product = native.launch_count(), native.GatherLinear(**{**GATHER, **change})
+    for call in (product.launch, product.run):
+        with pytest.raises(ValueError, match=text):
+            call(*addresses)
     assert native.launch_count() == before
 
 
 def test_products_launch_nothing_for_nothing(native: ModuleType) -> None:
     before = native.launch_count()
     empty = "sparse_linear", "empty", 0, 0
-    assert native.SparseLinear(**{**SPARSE, "tokens": 0}).launch(64, 0, 64, 0) == empty
-    assert native.GatherLinear(**{**GATHER, "rows": 0}).launch(64, 0, 0, 64, 0) == empty
+    sparse, gather = native.SparseLinear(**{**SPARSE, "tokens": 0}), native.GatherLinear(**{**GATHER, "rows": 0})
+    assert sparse.launch(64, 0, 64, 0) == gather.launch(64, 0, 0, 64, 0) == empty
+    assert sparse.run(64, 0, 64, 0) is gather.run(64, 0, 0, 64, 0) is None
     assert native.launch_count() == before
 
 

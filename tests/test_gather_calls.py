@@ -132,7 +132,7 @@ def test_the_product_goes_that_way(
 
         def make(*args: Any, **options: Any) -> SimpleNamespace:
             planned.append((name, args, options))
-            return SimpleNamespace(launch=launch)
+            return SimpleNamespace(run=launch)
 
         return make
 

@@ -59,7 +59,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
                 made.counts["launch"] += 1
                 made.addresses = addresses
 
-            return SimpleNamespace(launch=launch)
+            return SimpleNamespace(run=launch)
 
         return make
 
@@ -98,13 +98,16 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     monkeypatch.setattr(product_plan, "_WEIGHTS", {})
     monkeypatch.setattr(dispatch, "_no_cuda", lambda device_type: None)
     monkeypatch.setitem(dispatch.GPU_LIMITS, ("sparse_linear", "cuda"), lambda device: None)
-    new_empty = Tensor.new_empty
 
-    def allocate(*args: Any, **options: Any) -> Tensor:
-        made.counts["memory"] += 1
-        return new_empty(*args, **options)
+    def allocating(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **options: Any) -> Tensor:
+            made.counts["memory"] += 1
+            return function(*args, **options)
 
-    monkeypatch.setattr(Tensor, "new_empty", allocate)
+        return allocate
+
+    monkeypatch.setattr(Tensor, "new_empty", allocating(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", allocating(torch.empty_like))
     monkeypatch.delenv("OBS_KERNELS_BACKEND", raising=False)
     with torch.no_grad():
         yield made

@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(linear, "sparse_linear", counted("sparse", linear.sparse_linear))
+    monkeypatch.setattr(linear, "sparse_linear_by_parts", counted("sparse", linear.sparse_linear_by_parts))
     monkeypatch.setattr(linear.F, "linear", counted("dense", F.linear))
     return seen
 
@@ -519,13 +519,13 @@ def test_rows_on_feature_major_inputs() -> None:
 def test_a_feature_major_input_goes_to_the_product_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     found = layer(32, 64)[1]
     told: list[str] = []
-    product = linear.sparse_linear
+    product = linear.sparse_linear_by_parts
 
     def watched(*args: Any, x_layout: str = "token", **options: Any) -> Tensor:
         told.append(x_layout)
         return product(*args, x_layout=x_layout, **options)
 
-    monkeypatch.setattr(linear, "sparse_linear", watched)
+    monkeypatch.setattr(linear, "sparse_linear_by_parts", watched)
     x = inputs(2, 3, cols=64)
     for given in (x, x.movedim(-1, 0).contiguous().movedim(0, -1), x.transpose(0, 1), x[..., :1].expand(2, 3, 64)):
         assert found(given).shape == (*given.shape[:-1], 32)

@@ -137,6 +137,10 @@ __device__ __forceinline__ void issue_copies(const Args& args, const Place& plac
       hopper::copy_bytes(to + ring.boxes * kSlabBytes, from, ring.weight_bytes, arrived);
     }
   }
+  // What other CTAs still tell a barrier must find it alive.
+  for (int stage = args.stages; stage < args.stages + ring.slots; ++stage) {
+    hopper::barrier_wait(place.empty + 8 * (stage & (ring.slots - 1)), (stage & ring.slots) == 0);
+  }
 }
 
 // Stands for the consumers: lets go of a stage at once. A thread apart, or the producer would wait

@@ -77,7 +77,8 @@ __global__ __launch_bounds__((kConsumers + kProducers) * kWarpgroup,
     }
     fence_async_shared();  // the tensor cores read the tiles
   }
-  cluster_sync();
+  __syncthreads();
+  cluster_meet();
 
   if (warpgroup >= kConsumers) {
     give_registers<40>();
@@ -184,7 +185,7 @@ __global__ __launch_bounds__((kConsumers + kProducers) * kWarpgroup,
       args.readings[blockIdx.x].steps = steps;
     }
   }
-  cluster_sync();  // what other CTAs still send must find this one alive
+  cluster_meet();  // what other CTAs still send must find this one alive
 #endif
 }
 

@@ -94,25 +94,27 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// What lies at an address of this CTA's shared memory in that of CTA `rank`.
-__device__ __forceinline__ void load_of_cta(float (&values)[4], uint32_t address, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
-      "}\n"
-      : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
-      : "r"(address), "r"(rank)
-      : "memory");
+// The number of this cluster in the grid, and how many there are.
+__device__ __forceinline__ uint32_t cluster_id() {
+  uint32_t id;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
+__device__ __forceinline__ uint32_t num_clusters() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
 }
 
-// By every thread; those of a warp come together first, as the instructions want it.
-__device__ __forceinline__ void cluster_sync() {
+// Until every thread of the cluster is here; those of a warp come together first, as the
+// instructions want it. It orders no memory, which would take 1,000 cycles and more, as the thread
+// waits for all that it has asked of global memory: initialised barriers are made known by
+// fence_barrier_init, and what others bring is told by barriers.
+__device__ __forceinline__ void cluster_meet() {
   __syncwarp();
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;\n" ::
           : "memory");
 }
 
@@ -160,6 +162,25 @@ __device__ __forceinline__ void copy_bytes(uint32_t to,
       "l"(from),
       "r"(bytes),
       "r"(barrier)
+      : "memory");
+}
+
+// From this CTA's shared memory to what lies at `to` in that of CTA `rank`, told by what lies at
+// `barrier` there.
+__device__ __forceinline__ void copy_to_cta(
+    uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, told;\n"
+      "mapa.shared::cluster.u32 remote, %0, %4;\n"
+      "mapa.shared::cluster.u32 told, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], %2, "
+      "[told];\n"
+      "}\n" ::"r"(to),
+      "r"(from),
+      "r"(bytes),
+      "r"(barrier),
+      "r"(rank)
       : "memory");
 }
 
@@ -264,6 +285,13 @@ __device__ __forceinline__ void load_shared(uint32_t (&words)[4], uint32_t addre
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(address));
+}
+
+__device__ __forceinline__ void load_shared(float* values, uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(address)
+               : "memory");
 }
 
 __device__ __forceinline__ void load_shared(uint32_t& word, uint32_t address) {

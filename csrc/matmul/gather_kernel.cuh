@@ -68,7 +68,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   const StepRange steps = steps_here<Tile>(sparse);
   const int first_step_group = steps.first * kStepGroups + warp * kGroups;
   StageRing<Tile::kStages> ring;
-  for (int tile = first_tile(sparse); tile < num_tiles(sparse); tile += tile_stride(sparse)) {
+  for (int tile = first_tile(); tile < num_tiles(sparse); tile += tile_stride()) {
     const TilePlace place = place_here<Tile>(sparse, tile);
     const int panel = place.row_tile * Tile::kRows / args.v;
     const auto* kept =
@@ -128,7 +128,7 @@ template <typename Element, typename Tile>
 __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, int thread) {
   constexpr int kLine = 128;
   const SparseArgs<Element>& sparse = args.sparse;
-  const TilePlace place = place_here<Tile>(sparse, first_tile(sparse));
+  const TilePlace place = place_here<Tile>(sparse, first_tile());
   const int64_t bytes = int64_t{args.groups} * kGroupColumns;
   const uint8_t* kept = args.columns + place.row_tile * Tile::kRows / args.v * bytes;
   const int64_t at =
@@ -150,27 +150,28 @@ __global__ __launch_bounds__(kSparseThreads,
   let_next_grid_start();
   if (threadIdx.x == 0) {
     if (args.sparse.boxes) prefetch_map(&y_map);
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(cta.full(stage), kWarpgroup + Tile::kWeightTiles);
-      barrier_init(cta.empty(stage), kConsumers);
-    }
-    fence_barrier_init();
+    init_barriers(cta, kWarpgroup + Tile::kWeightTiles, kConsumers);
+    if constexpr (Tile::kSplit) expect_sums(args.sparse, cta);
   }
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   if (warpgroup == kConsumers) prefetch_panel<Element, Tile>(args, thread);
-  __syncthreads();
+  if constexpr (Tile::kSplit) {
+    cluster_meet();
+  } else {
+    __syncthreads();
+  }
   wait_for_grids_before();
 
   if (warpgroup == kConsumers) {
     if constexpr (!Tile::kSplit) give_registers<kWide ? 56 : 88>();
     bring_columns<Element, Tile>(args, cta, thread / 32, thread % 32);
-    if constexpr (Tile::kSplit) cluster_sync();  // in which consumers wait for each other
   } else {
     if constexpr (!Tile::kSplit) take_registers<kWide ? 224 : 208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
-  if constexpr (Tile::kSplit) cluster_sync();  // reads of the others must find this CTA alive
+  if constexpr (Tile::kSplit)
+    cluster_meet();  // what the others still copy must find this CTA alive
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

@@ -41,24 +41,31 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
   const auto with = [&](auto sizes) {
     return launch<Element, decltype(sizes)>(params, tile, device, stream);
   };
-  switch (tile.rows * 1024 + tile.tokens + (tile.split > 0 ? 1 : 0)) {
-    case 256 * 1024 + 192:
+  switch (tile_key(tile.rows, tile.tokens, tile.split > 0)) {
+    case tile_key(256, 192, false):
       return with(SparseTile<2, 192>{});
-    case 256 * 1024 + 128:
+    case tile_key(256, 128, false):
       return with(SparseTile<2, 128>{});
-    case 128 * 1024 + 256:
+    case tile_key(128, 256, false):
       return with(SparseTile<1, 256>{});
-    case 128 * 1024 + 192:
+    case tile_key(128, 192, false):
       return with(SparseTile<1, 192>{});
-    case 128 * 1024 + 128:
+    case tile_key(128, 128, false):
       return with(SparseTile<1, 128>{});
-    case 128 * 1024 + 128 + 1:
+    case tile_key(128, 128, true):
       return with(SparseTile<1, 128, false, true>{});
-    case 128 * 1024 + 64 + 1:
+    case tile_key(128, 64, true):
       return with(SparseTile<1, 64, false, true>{});
     default:
       return with(SparseTile<1, 256, true>{});
   }
+}
+
+int chosen_by_table(const GatherLinearParams& params, int device) {
+  const SparseLinearParams& product = params.product;
+  const int count = multiprocessors_of(device);
+  const int64_t steps = steps_of(product.cols);
+  return choose_gather_tile(product.rows, product.tokens, steps, params.v, count).index;
 }
 
 }  // namespace
@@ -120,14 +127,7 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
       " tokens");
   check_capability(device);
   const DeviceGuard guard(device);
-  const int chosen = product.config >= 0
-                         ? product.config
-                         : choose_gather_tile(product.rows,
-                                              product.tokens,
-                                              round_up(product.cols, kStepCols) / kStepCols,
-                                              params.v,
-                                              multiprocessors_of(device))
-                               .index;
+  const int chosen = product.config >= 0 ? product.config : chosen_by_table(params, device);
   const GatherTileShape& tile = kGatherTiles[chosen];
   OBS_CHECK(params.v % tile.rows == 0,
             "the rows of a tile must divide v = ",

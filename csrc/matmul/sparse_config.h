@@ -18,31 +18,31 @@ struct SparseTileShape {
   int tokens;
   int cluster;
   int split;
-  // What a step and a tile cost in cycles, fitted to times on an H200: of large products, and for
-  // `split` of those of 16 to 1024 tokens. The tensor cores alone take rows * tokens / 64 a step,
-  // and 1/8 to 1/4 more as they read W from shared memory; the rest is waiting for copies, of which
-  // an SM takes 52 to 56 bytes a clock.
+  // What a step and a tile cost in cycles of 1.7 GHz, fitted to times on an H200 of products of 16
+  // to 12,288 tokens, in graphs, weights from device memory. The tensor cores alone take
+  // rows * tokens / 64 a step, and 1/8 to 1/4 more as they read W from shared memory; the rest is
+  // waiting for copies, of which an SM takes 52 to 60 bytes a clock.
   int step_cycles;
-  int tile_cycles;  // filling the pipeline, and an epilogue that nothing hides
+  int tile_cycles;  // launching, filling the pipeline, and an epilogue that nothing hides
 };
 
 inline constexpr SparseTileShape kSparseTiles[] = {
-    {"256x192 cluster 2", 256, 192, 2, 0, 1045, 6130},  // fewest bytes for a product
-    {"256x128 cluster 2", 256, 128, 2, 0, 760, 3520},
-    {"128x256 cluster 2", 128, 256, 2, 0, 724, 3970},
-    {"128x192 cluster 2", 128, 192, 2, 0, 561, 3650},  // fills the last wave of some shapes better
-    {"128x128 cluster 2", 128, 128, 2, 0, 457, 1840},
-    {"256x192", 256, 192, 1, 0, 1055, 5920},  // where the last cluster would be half empty
-    {"128x256", 128, 256, 1, 0, 745, 3640},   // one tile of rows has nothing to share
-    {"128x128", 128, 128, 1, 0, 470, 1700},
-    {"128x128 split 2", 128, 128, 1, 2, 416, 7000},  // this and what follows: few tokens
-    {"128x64", 128, 64, 1, 1, 310, 4200},
-    {"128x64 split 2", 128, 64, 1, 2, 307, 3400},
-    {"128x64 split 3", 128, 64, 1, 3, 316, 3600},
-    {"128x64 split 4", 128, 64, 1, 4, 349, 3200},
-    {"64x64", 64, 64, 1, 1, 285, 2300},
-    {"64x64 split 2", 64, 64, 1, 2, 277, 1850},
-    {"64x64 split 4", 64, 64, 1, 4, 360, 2200},
+    {"256x192 cluster 2", 256, 192, 2, 0, 973, 7080},  // fewest bytes for a product
+    {"256x128 cluster 2", 256, 128, 2, 0, 712, 6090},
+    {"128x256 cluster 2", 128, 256, 2, 0, 694, 6020},
+    {"128x192 cluster 2", 128, 192, 2, 0, 553, 5050},  // fills the last wave of some shapes better
+    {"128x128 cluster 2", 128, 128, 2, 0, 436, 3990},
+    {"256x192", 256, 192, 1, 0, 1008, 6800},  // where the last cluster would be half empty
+    {"128x256", 128, 256, 1, 0, 729, 5510},   // one tile of rows has nothing to share
+    {"128x128", 128, 128, 1, 0, 444, 3880},
+    {"128x128 split 2", 128, 128, 1, 2, 551, 7440},  // this and what follows: few tokens
+    {"128x64", 128, 64, 1, 1, 297, 5110},
+    {"128x64 split 2", 128, 64, 1, 2, 327, 6270},
+    {"128x64 split 3", 128, 64, 1, 3, 344, 6440},
+    {"128x64 split 4", 128, 64, 1, 4, 341, 6520},
+    {"64x64", 64, 64, 1, 1, 248, 4680},
+    {"64x64 split 2", 64, 64, 1, 2, 259, 5460},
+    {"64x64 split 4", 64, 64, 1, 4, 274, 5430},
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
@@ -58,17 +58,17 @@ struct GatherTileShape {
 };
 
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x192", 256, 192, 0, 1000, 8300},  // fewest bytes for a product: X for 256 rows
-    {"gather 256x128", 256, 128, 0, 930, 3920},
-    {"gather 128x256", 128, 256, 0, 894, 4610},
-    {"gather 128x192", 128, 192, 0, 846, 3680},
-    {"gather 128x128", 128, 128, 0, 655, 2700},
-    {"gather 64x256", 64, 256, 0, 769, 2620},
-    {"gather 128x128 split 2", 128, 128, 2, 717, 7900},  // this and what follows: few tokens
-    {"gather 128x64", 128, 64, 1, 551, 6030},
-    {"gather 128x64 split 2", 128, 64, 2, 572, 5660},
-    {"gather 128x64 split 3", 128, 64, 3, 580, 4670},
-    {"gather 128x64 split 4", 128, 64, 4, 508, 4820},
+    {"gather 256x192", 256, 192, 0, 1208, 6570},  // fewest bytes for a product: X for 256 rows
+    {"gather 256x128", 256, 128, 0, 907, 5840},
+    {"gather 128x256", 128, 256, 0, 959, 5870},
+    {"gather 128x192", 128, 192, 0, 865, 4910},
+    {"gather 128x128", 128, 128, 0, 760, 4230},
+    {"gather 64x256", 64, 256, 0, 800, 4560},
+    {"gather 128x128 split 2", 128, 128, 2, 758, 7500},  // this and what follows: few tokens
+    {"gather 128x64", 128, 64, 1, 673, 4340},
+    {"gather 128x64 split 2", 128, 64, 2, 697, 5670},
+    {"gather 128x64 split 3", 128, 64, 3, 700, 6000},
+    {"gather 128x64 split 4", 128, 64, 4, 641, 6170},
 };
 inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
 
@@ -80,9 +80,18 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+inline int64_t steps_of(int64_t columns) {
+  return round_up(columns, kStepCols) / kStepCols;
+}
+
 // CTAs that share out the columns of a tile: as the table says, but none is left without a step.
 inline int64_t split_of(int tile_split, int64_t steps) {
   return std::clamp<int64_t>(tile_split, 1, std::max<int64_t>(steps, 1));
+}
+
+// Tells apart the tiles of a table; a constant of each `case`.
+constexpr int tile_key(int rows, int tokens, bool splits) {
+  return (rows * 1024 + tokens) * 2 + (splits ? 1 : 0);
 }
 
 // A tile and what the product takes with it.
@@ -145,10 +154,6 @@ inline int64_t transpose_cycles(int64_t tokens, int64_t cols) {
   constexpr int64_t kLaunch = 3000;
   constexpr int64_t kBytesOfCycle = 2100;  // 3.4 to 4.8 TB/s
   return kLaunch + 4 * tokens * cols / kBytesOfCycle;
-}
-
-inline int64_t steps_of(int64_t columns) {
-  return round_up(columns, kStepCols) / kStepCols;
 }
 
 // W as 2:4 on all of its columns.

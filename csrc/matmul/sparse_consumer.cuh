@@ -17,25 +17,6 @@
 
 namespace obs_kernels {
 
-// Shared memory of a CTA: stages, each X and then W; buffers of Y; barriers. All found from one
-// address, as the registers of the consumers are full.
-template <typename Tile>
-struct CtaMemory {
-  uint32_t stages;
-
-  __device__ __forceinline__ uint32_t epilogue() const {
-    return stages + Tile::kStages * Tile::kStageBytes;
-  }
-  // Barrier: a stage has arrived.
-  __device__ __forceinline__ uint32_t full(uint32_t stage) const {
-    return epilogue() + Tile::kBufferBytes + 8 * stage;
-  }
-  // Barrier: all that multiply a stage are done with it, of a cluster that shares tokens all CTAs.
-  __device__ __forceinline__ uint32_t empty(uint32_t stage) const {
-    return full(Tile::kStages + stage);
-  }
-};
-
 // The stage at hand, and the parity of the phase in which its barriers are waited for.
 template <int kStages>
 struct StageRing {
@@ -138,7 +119,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
         }
       };
 
-  for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
+  for (int tile = first_tile(); tile < num_tiles(args); tile += tile_stride()) {
     const TilePlace at = place_here<Tile>(args, tile);
     arrived();
     load_meta(meta[0]);
@@ -165,13 +146,12 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *
                       kParts * kPartRows;
     place.first_token = at.token_tile * Tile::kTokens + token_part;
-    place.row = place.first_row + thread / 32 * 16 + lane_here() / 4;
     place.warpgroup = warpgroup;
     place.thread = thread;
     float bias[kParts][2];  // while the last product is on its way
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      load_bias(bias[part], args, place.row + part * kPartRows);
+      load_bias(bias[part], args, place.row() + part * kPartRows);
     }
     product_wait<0>();
     release(ring.before());
@@ -183,23 +163,24 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     };
     if constexpr (Tile::kSplit) {
       hold(sum[0]);
-      add_up_and_write<Element, Tile>(sum[0], bias[0], y_map, args, place, cta.stages);
+      finish_split<Element, Tile>(sum[0], bias[0], y_map, args, place, cta);
       return;
-    }
-
-    const uint32_t buffers = cta.epilogue() + warpgroup * kBuffers * kSlabBytes;
+    } else {
+      const uint32_t buffers = cta.epilogue() + warpgroup * kBuffers * kSlabBytes;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      hold(sum[part]);
-      finish_sums(sum[part], bias[part], args.activation);
-      if (args.boxes) {
-        write_boxes<Element, kTokens>(
-            sum[part], y_map, args, place, buffers, part * (kTokens / kSlabTokens));
-      } else {
-        write_elements<Element, kTokens>(sum[part], args, place);
+      for (int part = 0; part < kParts; ++part) {
+        hold(sum[part]);
+        finish_sums(sum[part], bias[part], args.activation);
+        const int slabs_before = part * (kTokens / kSlabTokens);
+        if (!args.boxes) {
+          write_elements<Element, kTokens>(sum[part], args, place);
+        } else if (args.feature_y) {
+          write_boxes<Element, kTokens, true>(sum[part], y_map, place, buffers, slabs_before);
+        } else {
+          write_boxes<Element, kTokens, false>(sum[part], y_map, place, buffers, slabs_before);
+        }
+        place.first_row += kPartRows;
       }
-      place.first_row += kPartRows;
-      place.row += kPartRows;
     }
   }
   if (thread == 0) store_wait_read<0>();

@@ -30,13 +30,17 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, const __hal
 }
 
 // Where the sums of a thread belong: d[4i .. 4i + 3] of wgmma_sp.cuh are tokens 8i + 2q, 8i + 2q +
-// 1 of `row`, then of row + 8.
+// 1 of row(), then of row() + 8.
 struct SumPlace {
   int first_row;    // of the warpgroup's 64
   int first_token;  // of what is written
-  int row;
   int warpgroup;
   int thread;
+
+  // Computed anew: registers are full.
+  __device__ __forceinline__ int row() const {
+    return first_row + thread / 32 * 16 + hopper::lane_here() / 4;
+  }
 };
 
 template <typename Element>
@@ -74,23 +78,43 @@ __device__ __forceinline__ void finish_sums(float (&sum)[kSums],
   }
 }
 
+// Where a lane stores its rows of four 8 x 8 matrices in a slab of 64 tokens, 16 of them at a time:
+// rows 0 to 7 and 8 to 15 of the warp's of the first 8 tokens, then of the next 8. The lines of a
+// slab are tokens of 64 rows, or, for feature-major y, rows of 64 tokens; the swizzle XORs the
+// number of a 16-byte chunk with that of its line, modulo 8.
+template <bool kFeatureY>
+struct SlabPlace {
+  uint32_t first;
+
+  __device__ __forceinline__ SlabPlace(int warp, int lane) {
+    const int matrix = lane / 8;
+    const int half = kFeatureY ? matrix % 2 : matrix / 2;  // of the 16 lines that are stored
+    const int line = (kFeatureY ? warp * 16 : 0) + half * 8 + lane % 8;
+    const int chunk = kFeatureY ? matrix / 2 : 2 * warp + matrix % 2;
+    first = static_cast<uint32_t>(line * 128 + ((chunk ^ (lane % 8)) << 4));
+  }
+  // Of the `pair`-th 16 tokens, a constant: 16 lines on, or two chunks. `buffer`: whole patterns of
+  // the swizzle.
+  __device__ __forceinline__ uint32_t at(uint32_t buffer, int pair) const {
+    return kFeatureY ? buffer + (first ^ static_cast<uint32_t>(pair << 5))
+                     : buffer + first + static_cast<uint32_t>(pair * 16 * 128);
+  }
+};
+
 // By slabs of 64 tokens through `buffers` of shared memory, kBuffers of them on their way. Each
 // slab leaves as soon as it is there, so that its buffer is free again by the time it is wanted.
-// `slabs_before` of the warpgroup's share of the tile are on their way already, a constant.
-template <typename Element, int kTokens>
+// `slabs_before` of the warpgroup's share of the tile are on their way already, a constant. The
+// tensor cores idle meanwhile: what counts here is the number of instructions.
+template <typename Element, int kTokens, bool kFeatureY>
 __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
                                             const CUtensorMap& y_map,
-                                            const SparseArgs<Element>& args,
                                             const SumPlace& place,
                                             uint32_t buffers,
                                             int slabs_before) {
   using namespace hopper;
-  constexpr int kSlabs = kTokens / kSlabTokens;
-  const int lane = lane_here();
-  const int warp = place.thread / 32;
-  const int matrix = lane / 8;  // of the four that one instruction stores
+  const SlabPlace<kFeatureY> lines(place.thread / 32, lane_here());
 #pragma unroll
-  for (int slab = 0; slab < kSlabs; ++slab) {
+  for (int slab = 0; slab < kTokens / kSlabTokens; ++slab) {
     const int number = slabs_before + slab;
     const uint32_t buffer = buffers + number % kBuffers * kSlabBytes;
     // The stores of this thread that may still be reading are of buffers not used now.
@@ -112,41 +136,33 @@ __device__ __forceinline__ void write_boxes(const float (&sum)[kTokens / 2],
         const int i = slab * 32 + pair * 8 + 2 * j;
         part[j] = pack_pair(sum[i], sum[i + 1], static_cast<const Element*>(nullptr));
       }
-      // Matrices: rows 0 to 7 and 8 to 15 of the first 8 tokens, then of the next 8.
-      if (args.feature_y) {
-        const int line = warp * 16 + 8 * (matrix % 2) + lane % 8;
-        const int chunk = 2 * pair + matrix / 2;
-        store_matrices<false>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
-      } else {
-        const int line = 16 * pair + 8 * (matrix / 2) + lane % 8;
-        const int chunk = 2 * warp + matrix % 2;
-        store_matrices<true>(buffer + line * 128 + ((chunk ^ (line % 8)) << 4), part);
-      }
+      store_matrices<!kFeatureY>(lines.at(buffer, pair), part);
     }
     fence_async_shared();
     named_barrier(1 + place.warpgroup, kWarpgroup);
-    if (place.thread == 0) {
+    if (place.thread == 0) {  // what lies outside of y is left out
       const int token = place.first_token + slab * kSlabTokens;
-      if (place.first_row < args.rows && token < args.tokens) {
-        const int inner = args.feature_y ? token : place.first_row;
-        const int outer = args.feature_y ? place.first_row : token;
-        store_box(&y_map, inner, outer, buffer);
-      }
+      store_box(
+          &y_map, kFeatureY ? token : place.first_row, kFeatureY ? place.first_row : token, buffer);
       store_commit();
     }
   }
 }
 
-// For rows or a start of Y at no multiples of 16 bytes, which the copy engine does not take.
+// The first `count` tokens of those, for rows or a start of Y at no multiples of 16 bytes, which
+// the copy engine does not take.
 template <typename Element, int kTokens>
 __device__ __forceinline__ void write_elements(const float (&sum)[kTokens / 2],
                                                const SparseArgs<Element>& args,
-                                               const SumPlace& place) {
+                                               const SumPlace& place,
+                                               int count = kTokens) {
+  const int64_t end = min(args.tokens, int64_t{place.first_token} + count);
+  const int64_t first_row = place.row();
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) {
-    const int64_t row = place.row + i / 2 % 2 * 8;
+    const int64_t row = first_row + i / 2 % 2 * 8;
     const int64_t token = place.first_token + i / 4 * 8 + place.thread % 4 * 2 + i % 2;
-    if (row < args.rows && token < args.tokens) {
+    if (row < args.rows && token < end) {
       const int64_t at = args.feature_y ? row * args.tokens + token : token * args.rows + row;
       args.y[at] = static_cast<Element>(sum[i]);
     }

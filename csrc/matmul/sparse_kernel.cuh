@@ -14,20 +14,26 @@
 namespace obs_kernels {
 
 // Calls fill(place, first step, steps, stage of shared memory, its barrier) for all stages of this
-// CTA, one after the other, when they are free.
+// CTA, one after the other, when they are free, and waits until all are again.
 template <typename Element, typename Tile, typename Fill>
 __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
                                             CtaMemory<Tile> cta,
                                             const Fill& fill) {
   StageRing<Tile::kStages> ring;
   const StepRange steps = steps_here<Tile>(args);
-  for (int tile = first_tile(args); tile < num_tiles(args); tile += tile_stride(args)) {
+  for (int tile = first_tile(); tile < num_tiles(args); tile += tile_stride()) {
     const TilePlace place = place_here<Tile>(args, tile);
     for (int done = 0; done < steps.count; done += Tile::kStageSteps) {
       const int count = Tile::kStageSteps == 1 ? 1 : min(Tile::kStageSteps, steps.count - done);
       const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
       hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
       fill(place, steps.first + done, count, stage, cta.full(ring.stage));
+      ring.next();
+    }
+  }
+  if constexpr (!Tile::kSplit) {  // what other CTAs still tell a barrier must find it alive
+    for (int i = 0; i < Tile::kStages; ++i) {
+      hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
       ring.next();
     }
   }
@@ -107,16 +113,13 @@ __global__ __launch_bounds__(kSparseThreads,
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
     prefetch_map(&y_map);
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(cta.full(stage), 1);
-      barrier_init(cta.empty(stage), static_cast<uint32_t>(kConsumers * args.cluster));
-    }
-    fence_barrier_init();
+    init_barriers(cta, 1, kConsumers * args.cluster);
+    if constexpr (Tile::kSplit) expect_sums(args, cta);
   }
   if (threadIdx.x == 32) {
-    prefetch_weight<Element, Tile>(args, place_here<Tile>(args, first_tile(args)).row_tile);
+    prefetch_weight<Element, Tile>(args, place_here<Tile>(args, first_tile()).row_tile);
   }
-  cluster_sync();
+  cluster_meet();
   wait_for_grids_before();
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
@@ -125,13 +128,12 @@ __global__ __launch_bounds__(kSparseThreads,
     if constexpr (!Tile::kSplit) give_registers<40>();  // sums of a split tile are few
     if (thread == 0) bring_tokens<Element, Tile, kFeatureX>(x_map, args, cta);
     if (thread == 32) bring_weight<Element, Tile>(args, cta);
-    if constexpr (Tile::kSplit) cluster_sync();  // in which consumers wait for each other
   } else {
     if constexpr (!Tile::kSplit) take_registers<232>();
     consume<Element, Tile, kFeatureX, false>(y_map, args, cta, warpgroup, thread);
   }
-  // Copies and arrivals of the others must find this CTA alive.
-  cluster_sync();
+  // Copies of the others must find this CTA alive.
+  cluster_meet();
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

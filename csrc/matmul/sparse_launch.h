@@ -142,7 +142,7 @@ SparseArgs<Element> sparse_args(const SparseLinearParams& params,
   args.y = static_cast<Element*>(params.y);
   args.rows = params.rows;
   args.tokens = params.tokens;
-  args.steps = static_cast<int>(round_up(params.cols, kStepCols) / kStepCols);
+  args.steps = static_cast<int>(steps_of(params.cols));
   args.weight_tiles = static_cast<int>(round_up(params.rows, kPackedRows) / kPackedRows);
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
   args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
@@ -222,7 +222,7 @@ inline void check_product(const SparseLinearParams& params, int configs) {
 
 inline void check_tiles(const SparseLinearParams& params, int rows, int tokens, int tile_split) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // numbers of tiles are 32-bit, as is a stride more
-  const int64_t split = split_of(tile_split, round_up(params.cols, kStepCols) / kStepCols);
+  const int64_t split = split_of(tile_split, steps_of(params.cols));
   const int64_t tiles = (params.rows / rows + 1) * (params.tokens / tokens + 1) * split;
   OBS_CHECK(tiles < kLimit, "a product of less than 2^30 tiles is taken, got ", tiles);
 }

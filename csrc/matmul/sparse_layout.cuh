@@ -22,10 +22,22 @@ inline constexpr int kSlabTokens = 64;       // of what lies together of X, and 
 inline constexpr int kSlabBytes = 64 * 128;  // 64 tokens of 64 columns, or 64 columns of 64 tokens
 inline constexpr int kWeightBytes = static_cast<int>(kPackedBytes);  // of 64 rows in a step
 inline constexpr int kValueBytes = 64 * 64;                          // of them; then metadata
-inline constexpr int kPieceTokens = 8;  // of a box of Y of a split tile
+inline constexpr int kPieceTokens = 8;               // of a box of Y of a split tile
+inline constexpr int kPieceBytes = kWarpgroup * 16;  // of its sums: four of a thread
+inline constexpr int kMostSplit = 4;
 // Slabs of Y that a warpgroup has on their way out; a fourth would cost a stage.
 inline constexpr int kBuffers = 3;
 inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
+
+// Pieces that a CTA is sent at most, of `pieces` that up to kMostSplit CTAs share out.
+constexpr int most_sent(int pieces) {
+  int most = 0;
+  for (int split = 2; split <= kMostSplit; ++split) {
+    const int sent = (pieces + split - 1) / split * (split - 1);
+    if (sent > most) most = sent;
+  }
+  return most;
+}
 
 // Sizes for a tile of kTokens tokens whose sums two warpgroups hold, each of kParts times 64 rows:
 // rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens. kSplit: the
@@ -51,15 +63,41 @@ struct SparseTile {
   static constexpr int kTokenBytes = kSlabs * kSlabBytes;  // of a step
   static constexpr int kWeightAt = kStageSteps * kTokenBytes;
   static constexpr int kBroughtBytes = kTokenBytes + kWeightTiles * kWeightBytes;  // of a step
+  // Sums of a split tile leave in pieces of kPieceTokens tokens.
+  static constexpr int kPieces = kSumTokens / kPieceTokens;
+  static constexpr int kInboxPieces = most_sent(kPieces);  // of a warpgroup
+  static constexpr int kInboxBytes = kConsumers * kInboxPieces * kPieceBytes;
   // The swizzle wants stages of whole patterns.
   static constexpr int kStageBytes = (kStageSteps * kBroughtBytes + 1023) / 1024 * 1024;
-  static constexpr int kBufferBytes = kSplit ? 0 : kEpilogueBytes;  // split: in stages
-  static constexpr int kAround = 1024 + kBufferBytes + 256;         // alignment, epilogue, barriers
+  // What the epilogue has to itself: buffers of Y, or what other CTAs send.
+  static constexpr int kBufferBytes = kSplit ? kInboxBytes : kEpilogueBytes;
+  static constexpr int kAround = 1024 + kBufferBytes + 256;  // alignment, epilogue, barriers
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;
-  static constexpr int kSumBytes = kRows * kTokens * 4;
   static_assert(kStages >= 3, "one is multiplied, two are on their way");
   static_assert(!kSplit || kParts == 1, "what adds up knows one part");
+  static_assert((2 * kStages + 1) * 8 <= 256, "barriers of stages, and one of sums");
+};
+
+// Shared memory of a CTA: stages, each X and then W; what the epilogue has to itself; barriers. All
+// found from one address, as the registers of the consumers are full.
+template <typename Tile>
+struct CtaMemory {
+  uint32_t stages;
+
+  __device__ __forceinline__ uint32_t epilogue() const {
+    return stages + Tile::kStages * Tile::kStageBytes;
+  }
+  // Barrier: a stage has arrived.
+  __device__ __forceinline__ uint32_t full(uint32_t stage) const {
+    return epilogue() + Tile::kBufferBytes + 8 * stage;
+  }
+  // Barrier: all that multiply a stage are done with it, of a cluster that shares tokens all CTAs.
+  __device__ __forceinline__ uint32_t empty(uint32_t stage) const {
+    return full(Tile::kStages + stage);
+  }
+  // Barrier: sums of other CTAs have arrived, of a split tile.
+  __device__ __forceinline__ uint32_t sums() const { return full(2 * Tile::kStages); }
 };
 
 template <typename Element>
@@ -81,13 +119,11 @@ struct SparseArgs {
 };
 
 // Tiles of a cluster: the first, how many on the next one is, and how many there are.
-template <typename Element>
-__device__ __forceinline__ int first_tile(const SparseArgs<Element>& args) {
-  return static_cast<int>(blockIdx.x) / (args.cluster * args.split);
+__device__ __forceinline__ int first_tile() {
+  return static_cast<int>(hopper::cluster_id());
 }
-template <typename Element>
-__device__ __forceinline__ int tile_stride(const SparseArgs<Element>& args) {
-  return static_cast<int>(gridDim.x) / (args.cluster * args.split);
+__device__ __forceinline__ int tile_stride() {
+  return static_cast<int>(hopper::num_clusters());
 }
 template <typename Element>
 __device__ __forceinline__ int num_tiles(const SparseArgs<Element>& args) {
@@ -118,6 +154,19 @@ __device__ __forceinline__ TilePlace place_here(const SparseArgs<Element>& args,
     const auto rank = static_cast<int>(hopper::cluster_rank());
     return place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
   }
+}
+
+// By one thread, before the CTAs that share the barriers meet: several take turns.
+template <typename Tile>
+__device__ __forceinline__ void init_barriers(CtaMemory<Tile> cta,
+                                              int full_arrivals,
+                                              int empty_arrivals) {
+#pragma unroll
+  for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
+    hopper::barrier_init(cta.full(stage), static_cast<uint32_t>(full_arrivals));
+    hopper::barrier_init(cta.empty(stage), static_cast<uint32_t>(empty_arrivals));
+  }
+  hopper::fence_barrier_init();
 }
 
 // The steps that this CTA multiplies: all, or its share.

@@ -38,20 +38,20 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
   const auto with = [&](auto sizes) {
     return launch<Element, decltype(sizes), kFeatureX>(params, tile, device, stream);
   };
-  switch (tile.rows * 1024 + tile.tokens + (tile.split > 0 ? 1 : 0)) {
-    case 256 * 1024 + 192:
+  switch (tile_key(tile.rows, tile.tokens, tile.split > 0)) {
+    case tile_key(256, 192, false):
       return with(SparseTile<2, 192>{});
-    case 256 * 1024 + 128:
+    case tile_key(256, 128, false):
       return with(SparseTile<2, 128>{});
-    case 128 * 1024 + 256:
+    case tile_key(128, 256, false):
       return with(SparseTile<1, 256>{});
-    case 128 * 1024 + 192:
+    case tile_key(128, 192, false):
       return with(SparseTile<1, 192>{});
-    case 128 * 1024 + 128:
+    case tile_key(128, 128, false):
       return with(SparseTile<1, 128>{});
-    case 128 * 1024 + 128 + 1:
+    case tile_key(128, 128, true):
       return with(SparseTile<1, 128, false, true, 2>{});
-    case 128 * 1024 + 64 + 1:
+    case tile_key(128, 64, true):
       return with(SparseTile<1, 64, false, true, 2>{});
     default:
       return with(SparseTile<1, 64, true, true, 2>{});
@@ -65,6 +65,11 @@ LaunchPlan launch_layout(const SparseLinearParams& params,
                          cudaStream_t stream) {
   return params.feature_x ? launch_tile<Element, true>(params, tile, device, stream)
                           : launch_tile<Element, false>(params, tile, device, stream);
+}
+
+int chosen_by_table(const SparseLinearParams& params, int device) {
+  const int count = multiprocessors_of(device);
+  return choose_sparse_tile(params.rows, params.tokens, steps_of(params.cols), count).index;
 }
 
 }  // namespace
@@ -90,13 +95,7 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
   OBS_CHECK(x_cols % 8 == 0, "rows of x must be multiples of 16 bytes, got ", x_cols, " elements");
   check_capability(device);
   const DeviceGuard guard(device);
-  const int chosen = params.config >= 0
-                         ? params.config
-                         : choose_sparse_tile(params.rows,
-                                              params.tokens,
-                                              round_up(params.cols, kStepCols) / kStepCols,
-                                              multiprocessors_of(device))
-                               .index;
+  const int chosen = params.config >= 0 ? params.config : chosen_by_table(params, device);
   const SparseTileShape& tile = kSparseTiles[chosen];
   check_tiles(params, tile.rows, tile.tokens, tile.split);
   return params.type == MatmulType::kHalf

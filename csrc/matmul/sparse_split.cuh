@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The end of a tile whose columns the CTAs of a cluster have shared out: each CTA adds up, over all
 // of them, a share of the tokens, and writes it. In the order of the ranks, so that runs are equal
-// bit for bit.
+// bit for bit. The copy engine takes sums from one CTA to the other and tells a barrier there: to
+// release them to the cluster and to read them from there takes longer.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,117 +15,156 @@
 
 namespace obs_kernels {
 
-// Of kPieceTokens tokens: four sums of a thread that follow each other.
-inline constexpr int kPieceBytes = kWarpgroup * 16;
 inline constexpr int kPieceBoxBytes = kPieceTokens * kPartRows * 2;  // of Y
 
-// A piece of the warpgroup to shared memory, as the box of Y that it is.
-template <typename Element>
-__device__ __forceinline__ void stage_piece(const float (&sum)[4],
-                                            bool feature_y,
-                                            uint32_t box,
-                                            int warp) {
+// A warpgroup's first `pieces` of kShare to shared memory, as the boxes of Y that they are, and
+// out.
+template <typename Element, bool kFeatureY, int kShare>
+__device__ __forceinline__ void write_pieces(const float (&sum)[kShare * 4],
+                                             const CUtensorMap& y_map,
+                                             const SumPlace& place,
+                                             uint32_t boxes,
+                                             int pieces) {
+  using namespace hopper;
   const auto* type = static_cast<const Element*>(nullptr);
   // Matrices: rows 0 to 7 and 8 to 15 of the warp's 16.
-  const uint32_t part[2] = {pack_pair(sum[0], sum[1], type), pack_pair(sum[2], sum[3], type)};
-  const int line = hopper::lane_here() % 8;
-  const int chunk = 2 * warp + hopper::lane_here() / 8 % 2;
-  if (feature_y) {
-    hopper::store_matrices<false>(box + (chunk * 8 + line) * 16, part);
-  } else {
-    hopper::store_matrices<true>(box + line * 128 + ((chunk ^ line) << 4), part);
+  const int warp = place.thread / 32;
+  const int line = lane_here() % 8;
+  const int chunk = 2 * warp + lane_here() / 8 % 2;
+  const uint32_t to =
+      boxes + (kFeatureY ? (chunk * 8 + line) * 16 : line * 128 + ((chunk ^ line) << 4));
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {  // those beyond `pieces` do not leave
+    const uint32_t part[2] = {pack_pair(sum[4 * i], sum[4 * i + 1], type),
+                              pack_pair(sum[4 * i + 2], sum[4 * i + 3], type)};
+    store_matrices<!kFeatureY>(to + i * kPieceBoxBytes, part);
   }
-}
-
-// Adds up and writes this CTA's pieces of those of kCtas. All loads first: they take 200 cycles,
-// and more from another multiprocessor. `boxes`: memory for its part of Y.
-template <int kCtas, int kPieces, typename Element>
-__device__ __forceinline__ void add_up(const CUtensorMap& y_map,
-                                       const SparseArgs<Element>& args,
-                                       const float (&bias)[2],
-                                       const SumPlace& place,
-                                       uint32_t mine,
-                                       uint32_t boxes) {
-  using namespace hopper;
-  constexpr int kShare = (kPieces + kCtas - 1) / kCtas;
-  constexpr bool kEqual = kPieces % kCtas == 0;
-  const auto rank = static_cast<int>(cluster_rank());
-  const int first = kPieces * rank / kCtas;
-  const int count = kEqual ? kShare : kPieces * (rank + 1) / kCtas - first;
-  float part[kShare][kCtas][4];
-#pragma unroll
-  for (int i = 0; i < kShare; ++i) {
-#pragma unroll
-    for (int cta = 0; cta < kCtas; ++cta) {  // those beyond its share: some of its own again
-      const int piece = kEqual || i < count ? first + i : first;
-      load_of_cta(part[i][cta], mine + piece * kPieceBytes, cta);
-    }
-  }
-  SumPlace at = place;
-  at.first_token += first * kPieceTokens;
-#pragma unroll
-  for (int i = 0; i < kShare; ++i) {
-    if (i >= count) break;
-    float total[4] = {part[i][0][0], part[i][0][1], part[i][0][2], part[i][0][3]};
-#pragma unroll
-    for (int cta = 1; cta < kCtas; ++cta) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) total[j] += part[i][cta][j];
-    }
-    finish_sums(total, bias, args.activation);
-    if (args.boxes) {
-      stage_piece<Element>(total, args.feature_y, boxes + i * kPieceBoxBytes, place.thread / 32);
-    } else {
-      write_elements<Element, kPieceTokens>(total, args, at);
-      at.first_token += kPieceTokens;
-    }
-  }
-  if (!args.boxes) return;
   fence_async_shared();
   named_barrier(1 + place.warpgroup, kWarpgroup);
-  if (place.thread != 0 || place.first_row >= args.rows) return;
-  for (int i = 0; i < count; ++i) {
-    const int token = at.first_token + i * kPieceTokens;
-    const int inner = args.feature_y ? token : place.first_row;
-    const int outer = args.feature_y ? place.first_row : token;
-    if (token < args.tokens) store_box(&y_map, inner, outer, boxes + i * kPieceBoxBytes);
+  if (place.thread % 32 != 0) return;
+#pragma unroll 1
+  for (int i = warp; i < pieces; i += kWarpgroup / 32) {  // what lies outside of y is left out
+    const int token = place.first_token + i * kPieceTokens;
+    store_box(&y_map,
+              kFeatureY ? token : place.first_row,
+              kFeatureY ? place.first_row : token,
+              boxes + i * kPieceBoxBytes);
   }
   store_commit();
   store_wait_read<0>();
 }
 
-// By the consumers, while the other warps of the CTA are at their cluster_sync. `stages`: memory
-// that nothing is brought to any more, for the sums of this CTA and its part of Y.
+// The pieces that a CTA adds up: from the first of its rank to the first of the next one's.
+__device__ __forceinline__ int first_piece(int pieces, int rank, int split) {
+  return pieces * rank / split;
+}
+
+// By one thread, before the cluster meets: what the others will send.
 template <typename Element, typename Tile>
+__device__ __forceinline__ void expect_sums(const SparseArgs<Element>& args, CtaMemory<Tile> cta) {
+  const auto rank = static_cast<int>(hopper::cluster_rank());
+  const int count = first_piece(Tile::kPieces, rank + 1, args.split) -
+                    first_piece(Tile::kPieces, rank, args.split);
+  hopper::barrier_init(cta.sums(), 1);
+  hopper::fence_barrier_init();
+  hopper::barrier_expect(
+      cta.sums(), static_cast<uint32_t>((args.split - 1) * count * kConsumers * kPieceBytes));
+}
+
+// The end of a tile that kCtas CTAs share out, by its consumers. All loads together, and one look
+// at the activation and at the layout: this runs once a launch, where each wait and each jump is
+// felt.
+template <int kCtas, typename Element, typename Tile>
 __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTokens / 2],
                                                  const float (&bias)[2],
                                                  const CUtensorMap& y_map,
                                                  const SparseArgs<Element>& args,
                                                  const SumPlace& place,
-                                                 uint32_t stages) {
+                                                 CtaMemory<Tile> cta) {
   using namespace hopper;
-  constexpr int kPieces = Tile::kSumTokens / kPieceTokens;
-  const uint32_t mine =
-      stages + (place.warpgroup * kPieces * kWarpgroup + place.thread) * 16;  // of the first piece
-  const uint32_t boxes = stages + Tile::kSumBytes + place.warpgroup * kPieces * kPieceBoxBytes;
+  constexpr int kPieces = Tile::kPieces;
+  constexpr int kShare = (kPieces + kCtas - 1) / kCtas;
+  const auto rank = static_cast<int>(cluster_rank());
+  const int first = first_piece(kPieces, rank, kCtas);
+  const int count = first_piece(kPieces, rank + 1, kCtas) - first;
+  // In stages, to which nothing is brought any more: all sums of the warpgroup, and its part of Y.
+  const uint32_t sums = cta.stages + place.warpgroup * kPieces * kPieceBytes;
+  const uint32_t boxes =
+      cta.stages + kPieces * (kConsumers * kPieceBytes + place.warpgroup * kPieceBoxBytes);
   static_assert(
-      Tile::kSumBytes + kConsumers * kPieces * kPieceBoxBytes <= Tile::kStages * Tile::kStageBytes,
+      kConsumers * kPieces * (kPieceBytes + kPieceBoxBytes) <= Tile::kStages * Tile::kStageBytes,
       "sums and boxes lie in stages");
+  const uint32_t inbox = cta.epilogue() + place.warpgroup * Tile::kInboxPieces * kPieceBytes;
+  const uint32_t mine = place.thread * 16;    // of a piece
   named_barrier(1, kConsumers * kWarpgroup);  // the other one's products read stages too
+  float part[kCtas][kShare * 4];
+  if constexpr (kCtas == 1) {
 #pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    store_shared(mine + piece * kPieceBytes, sum + 4 * piece);
+    for (int j = 0; j < kShare * 4; ++j) part[0][j] = sum[j];
+  } else {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      store_shared(sums + piece * kPieceBytes + mine, sum + 4 * piece);
+    }
+    fence_async_shared();
+    named_barrier(1 + place.warpgroup, kWarpgroup);
+    if (place.thread == 0) {
+#pragma unroll
+      for (int on = 1; on < kCtas; ++on) {
+        const int to = rank + on < kCtas ? rank + on : rank + on - kCtas;
+        const int piece = first_piece(kPieces, to, kCtas);
+        const int bytes = (first_piece(kPieces, to + 1, kCtas) - piece) * kPieceBytes;
+        copy_to_cta(inbox + (on - 1) * kShare * kPieceBytes,
+                    sums + piece * kPieceBytes,
+                    static_cast<uint32_t>(bytes),
+                    cta.sums(),
+                    static_cast<uint32_t>(to));
+      }
+    }
+    barrier_wait(cta.sums(), 0);
+#pragma unroll
+    for (int from = 0; from < kCtas; ++from) {
+      const int on = rank - from + (rank < from ? kCtas : 0);  // as the sender counted
+      const uint32_t at =
+          on == 0 ? sums + first * kPieceBytes : inbox + (on - 1) * kShare * kPieceBytes;
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) load_shared(part[from] + 4 * i, at + i * kPieceBytes + mine);
+    }
+#pragma unroll
+    for (int from = 1; from < kCtas; ++from) {
+#pragma unroll
+      for (int j = 0; j < kShare * 4; ++j) part[0][j] += part[from][j];
+    }
   }
-  cluster_sync();
-  switch (args.split) {  // at most four in the table of tiles
+  finish_sums(part[0], bias, args.activation);
+  SumPlace at = place;
+  at.first_token += first * kPieceTokens;
+  if (!args.boxes) {
+    write_elements<Element, kShare * kPieceTokens>(part[0], args, at, count * kPieceTokens);
+  } else if (args.feature_y) {
+    write_pieces<Element, true, kShare>(part[0], y_map, at, boxes, count);
+  } else {
+    write_pieces<Element, false, kShare>(part[0], y_map, at, boxes, count);
+  }
+}
+
+template <typename Element, typename Tile>
+__device__ __forceinline__ void finish_split(const float (&sum)[Tile::kSumTokens / 2],
+                                             const float (&bias)[2],
+                                             const CUtensorMap& y_map,
+                                             const SparseArgs<Element>& args,
+                                             const SumPlace& place,
+                                             CtaMemory<Tile> cta) {
+  static_assert(kMostSplit == 4, "as many as there are cases");
+  switch (args.split) {
     case 4:
-      return add_up<4, kPieces>(y_map, args, bias, place, mine, boxes);
+      return add_up_and_write<4, Element, Tile>(sum, bias, y_map, args, place, cta);
     case 3:
-      return add_up<3, kPieces>(y_map, args, bias, place, mine, boxes);
+      return add_up_and_write<3, Element, Tile>(sum, bias, y_map, args, place, cta);
     case 2:
-      return add_up<2, kPieces>(y_map, args, bias, place, mine, boxes);
+      return add_up_and_write<2, Element, Tile>(sum, bias, y_map, args, place, cta);
     default:
-      return add_up<1, kPieces>(y_map, args, bias, place, mine, boxes);
+      return add_up_and_write<1, Element, Tile>(sum, bias, y_map, args, place, cta);
   }
 }
 

@@ -19,7 +19,7 @@ from obs_kernels.checks import PIECE
 from obs_kernels.cuda_calls import product_plan
 from obs_kernels.cuda_calls.device import check_on_cuda, raw_stream
 from obs_kernels.cuda_calls.prepacked import Prepacked, prepack, prepacked
-from obs_kernels.cuda_calls.product_plan import ProductPlan
+from obs_kernels.cuda_calls.product_plan import ProductPlan, without_memory
 from obs_kernels.cuda_calls.wgmma import (
     ACTIVATIONS,
     TYPES,
@@ -105,7 +105,7 @@ def plan_sparse(
         given, packed.packed, bias, y, rows=rows, cols=cols, activation=activation, x_layout=layout, y_layout=y_layout
     )
     prepare = None if given is x else lambda x: as_copied(x, x_layout)[0]
-    return ProductPlan(packed, product.launch, tuple(y.shape), x.device.index, prepare=prepare), given
+    return ProductPlan(packed, product.run, without_memory(y), x.device.index, prepare=prepare), given
 
 
 def plan_gather(
@@ -132,8 +132,8 @@ def plan_gather(
     prepare = None if given is x else lambda x: as_copied(x, x_layout)[0] if turns else as_gathered(x, x_layout)
     plan = ProductPlan(
         packed,
-        product.launch,
-        tuple(y.shape),
+        product.run,
+        without_memory(y),
         x.device.index,
         prepare=prepare,
         gathers=True,

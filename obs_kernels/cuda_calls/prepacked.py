@@ -54,9 +54,9 @@ _PREPACKED: dict[Hashable, Prepacked] = {}
 _LOCK = threading.Lock()
 
 
-def versions(parts: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was written to, as far as torch counts: 0 for inference tensors."""
-    return tuple(0 if part.is_inference() else part._version for part in parts)
+def versions(parts: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    """How often each was written to, as far as torch counts: 0 for inference tensors, and for none."""
+    return tuple(0 if part is None or part.is_inference() else part._version for part in parts)
 
 
 def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> Prepacked:
@@ -71,7 +71,7 @@ def prepacked(values: Tensor, codes: Tensor, columns: Tensor, pattern: str) -> P
     weight = (values, codes, columns if columns.untyped_storage().nbytes() else None)
     stream = torch.cuda.current_stream(values.device)
     key = key_of(*weight, pattern)
-    version = versions(parts)
+    version = versions(weight)
     found = _PREPACKED.get(key)
     if found is not None and found.version == version:
         return found.joined_by(stream)

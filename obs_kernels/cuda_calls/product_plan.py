@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from obs_kernels.cuda_calls.device import raw_stream
@@ -24,24 +25,24 @@ MAX_PLANS = 512
 class ProductPlan:
     """One product for x and bias of one layout, on one weight."""
 
-    __slots__ = ("device", "gathers", "launch", "prepare", "turned_shape", "weight", "y_shape")
+    __slots__ = ("device", "gathers", "launch", "like", "prepare", "turned_shape", "weight")
 
     def __init__(
         self,
         weight: Prepacked,
         launch: Callable[..., Any],
-        y_shape: tuple[int, ...],
+        like: Tensor,
         device: int,
         *,
         prepare: Callable[[Tensor], Tensor] | None = None,
         gathers: bool = False,
         turned_shape: tuple[int, int] | None = None,
     ) -> None:
-        """Of ``launch`` of a product of the compiled module.
+        """Of ``run`` of a product of the compiled module.
 
         Args:
             weight: what it multiplies by.
-            y_shape: of the result.
+            like: a tensor like y; its contents are not read, and may be gone.
             device: index of the GPU.
             prepare: a copy of x as the product takes it; None if x itself is.
             gathers: whether ``launch`` takes an address of turned x after that of x, 0 where x is feature-major.
@@ -49,7 +50,7 @@ class ProductPlan:
         """
         self.weight = weight
         self.launch = launch
-        self.y_shape = y_shape
+        self.like = like
         self.device = device
         self.prepare = prepare
         self.gathers = gathers
@@ -57,7 +58,7 @@ class ProductPlan:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y."""
-        return self.run(x if self.prepare is None else self.prepare(x), bias, x.new_empty(self.y_shape))
+        return self.run(x if self.prepare is None else self.prepare(x), bias, torch.empty_like(self.like))
 
     def run(self, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
         """``y``, filled from an ``x`` that is prepared."""
@@ -78,12 +79,21 @@ class ProductPlan:
         return ProductPlan(
             self.weight,
             self.launch,
-            y_shape,
+            self.like.view(y_shape),
             self.device,
             prepare=self.prepare,
             gathers=self.gathers,
             turned_shape=self.turned_shape,
         )
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    """Shape, dtype and device of ``tensor`` alone, for ``torch.empty_like``: to name them costs the host a microsecond
+    more in each call.
+    """
+    like = torch.empty_like(tensor)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 class _Weight:
@@ -104,7 +114,7 @@ class _Weight:
                 return self.version == (values._version, codes._version, 0 if columns is None else columns._version)
             except RuntimeError:  # an inference tensor on the same memory
                 return False
-        return self.version == (*versions((values, codes)), *((0,) if columns is None else versions((columns,))))
+        return self.version == versions((values, codes, columns))
 
 
 _WEIGHTS: dict[Hashable, _Weight] = {}

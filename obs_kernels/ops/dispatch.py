@@ -193,11 +193,21 @@ LIMITS: dict[tuple[str, str], Callable[..., str | None]] = {
 
 log = logging.getLogger("obs_kernels")
 
+_BACKEND_VARIABLE = "OBS_KERNELS_BACKEND"
+_ENVIRONMENT = os.environ._data  # type: ignore[attr-defined]  # a variable that is not set costs os.environ 1 us
+_BACKEND_KEY = os.environ.encodekey(_BACKEND_VARIABLE)  # type: ignore[attr-defined]
+
+
+@constant_when_compiled
+def asked_of_process() -> str | None:
+    """The backend that the environment names now, as it stands there."""
+    return os.environ[_BACKEND_VARIABLE] if _BACKEND_KEY in _ENVIRONMENT else None
+
 
 def resolve(op: str, backend: str | None, tensor: Tensor, *more: Any) -> str:
     """The backend that will run ``op`` on ``tensor`` and ``more``, what its ``LIMITS`` look at; never None."""
     device_type = tensor.device.type
-    asked = backend if backend is not None else os.environ.get("OBS_KERNELS_BACKEND") or None
+    asked = backend if backend is not None else asked_of_process() or None
     if asked is None:
         for name in TABLE[op]:
             if unavailable(op, name, device_type, tensor, *more) is None:
@@ -284,7 +294,7 @@ def inner_step(step: str, device_type: str, dtype: torch.dtype) -> Callable[...,
     """The function of an inner step for such tensors: of its backend where that can run, else of the reference."""
     backend = INNER_STEPS[step]
     reason = f"it takes float32, got {dtype}" if dtype != torch.float32 else _no_triton(device_type)
-    if os.environ.get("OBS_KERNELS_BACKEND") == "reference":
+    if asked_of_process() == "reference":
         reason = "OBS_KERNELS_BACKEND names the reference"
     _log_step_once(step, device_type, backend, reason)
     return cast(Callable[..., Any], getattr(import_module(MODULES["reference" if reason else backend]), step))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from obs_kernels import checks
 from obs_kernels.errors import ShapeNotSupportedError
-from obs_kernels.ops.dispatch import MODULES, constant_when_compiled, kernel, resolve, unavailable
+from obs_kernels.ops.dispatch import MODULES, asked_of_process, constant_when_compiled, kernel, resolve, unavailable
 from obs_kernels.ops.matmul import is_heard
 from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, parse_pattern
@@ -72,7 +71,7 @@ def is_feature_major(x: Tensor) -> bool:
 
 def shares_layout(x: Tensor) -> bool:
     """Whether several products read ``feature_major(x)`` in place: 16-bit values, of whole pieces either way."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or os.environ.get("OBS_KERNELS_BACKEND", "cuda") != "cuda":
+    if x.dtype not in (torch.float16, torch.bfloat16) or asked_of_process() not in (None, "cuda"):
         return False
     if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
         return False  # each layer will make a copy of its own

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
-from obs_kernels.ops.dispatch import MODULES, kernel, no_autocast, resolve
+from obs_kernels.ops.dispatch import MODULES, asked_of_process, kernel, no_autocast, resolve
 from obs_kernels.ops.sparse_weight import SparseWeight
+from obs_kernels.patterns import NMPattern
 from obs_kernels.reference.matmul import activate, activation_gradient
 
 
@@ -59,12 +58,31 @@ def sparse_linear(
     tensors of ``sparse``. Equal calls give equal bits; with another number of tokens the last bits of a token may
     differ, as tiles go by it and, for few, sums over columns are made in shares.
     """
-    values, codes = sparse.values, sparse.codes
-    heard = is_heard(x, values, codes, sparse.columns, bias)
+    return sparse_linear_by_parts(
+        x, sparse.values, sparse.codes, sparse.columns, bias, sparse.pattern, sparse.shape, activation, x_layout,
+        y_layout, backend,
+    )  # fmt: skip
+
+
+def sparse_linear_by_parts(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    pattern: NMPattern,
+    shape: tuple[int, int],
+    activation: str | None = None,
+    x_layout: str = "token",
+    y_layout: str = "token",
+    backend: str | None = None,
+) -> Tensor:
+    """``sparse_linear`` of the parts of a weight, which a layer need not put together for each call."""
+    heard = is_heard(x, values, codes, columns, bias)
     plans = None if heard or not x.is_cuda else _product_plan()
     if plans is not None:
-        asked = (activation, x_layout, y_layout, backend, os.environ.get("OBS_KERNELS_BACKEND"), sparse.shape)
-        plan = plans.find(x, values, codes, sparse.columns, bias, sparse.pattern.text, asked)
+        asked = (activation, x_layout, y_layout, backend, asked_of_process(), shape)
+        plan = plans.find(x, values, codes, columns, bias, pattern.text, asked)
         if plan is not None and not values.requires_grad:
             return plan(x, bias)
     checks.check_choice("x_layout", x_layout, checks.LAYOUTS)
@@ -72,12 +90,12 @@ def sparse_linear(
     if activation is not None:
         checks.check_choice("activation", activation, checks.ACTIVATIONS)
     checks.check_dtype("x", x, checks.FLOAT_DTYPES)
-    if x.dtype != sparse.values.dtype or (bias is not None and bias.dtype != x.dtype):
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
         raise DTypeNotSupportedError(
-            f"x, weight and bias must share a dtype, got {x.dtype}, {sparse.values.dtype}"
+            f"x, weight and bias must share a dtype, got {x.dtype}, {values.dtype}"
             f"{'' if bias is None else f', {bias.dtype}'}; convert with .to()"
         )
-    rows, cols = sparse.shape
+    rows, cols = shape
     wanted = "[..., C]" if x_layout == "token" else "[C, T]"
     if x.dim() == 0 or (x_layout == "feature" and x.dim() != 2) or x.shape[-1 if x_layout == "token" else 0] != cols:
         raise ShapeNotSupportedError(
@@ -85,20 +103,20 @@ def sparse_linear(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ShapeNotSupportedError(f"bias must be [{rows}], got {list(bias.shape)}")
-    checks.check_same_device(x=x, values=sparse.values, bias=bias)
-    if sparse.values.requires_grad:
+    checks.check_same_device(x=x, values=values, bias=bias)
+    if values.requires_grad:
         raise ConfigError(
             "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
         )
     if forward_ad._current_level >= 0:
         (x, x_change), (bias, bias_change) = forward_ad.unpack_dual(x), _unpacked(bias)
         if x_change is not None or bias_change is not None:
+            sparse = SparseWeight(values, codes, columns, pattern, shape)
             run = partial(sparse_linear, sparse=sparse, x_layout=x_layout, y_layout=y_layout, backend=backend)
             return _dual(run, x, x_change, bias, bias_change, activation, y_layout)
     flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
-    columns = sparse.columns_or_empty()
-    chosen = resolve("sparse_linear", backend, x, sparse.pattern)
-    operands = flat, values, codes, columns, bias, str(sparse.pattern)
+    chosen = resolve("sparse_linear", backend, x, pattern)
+    operands = flat, values, codes, codes.new_empty(0) if columns is None else columns, bias, str(pattern)
     options = {"activation": activation or "", "x_layout": x_layout, "y_layout": y_layout}
     y: Tensor
     if not heard:
@@ -109,7 +127,7 @@ def sparse_linear(
         y = torch.ops.obs_kernels.sparse_linear_inference(*operands, *options.values(), chosen)
     y = y.reshape(*x.shape[:-1], rows) if flat is not x and y_layout == "token" else y
     if plans is not None and chosen == "cuda" and (flat is x or x.is_contiguous()):
-        weight = values, codes, sparse.columns, bias, sparse.pattern.text
+        weight = values, codes, columns, bias, pattern.text
         plan = plans.find(flat, *weight, tuple(options.values()))
         if plan is not None and (flat is x or plan.prepare is None):
             plans.keep(x, *weight, asked, plan.giving(tuple(y.shape)))
@@ -165,7 +183,7 @@ def is_heard(*tensors: Tensor | None) -> bool:
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
     ):
         return True

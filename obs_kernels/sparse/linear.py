@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from obs_kernels import checks
 from obs_kernels.errors import CheckpointFormatError, ConfigError
-from obs_kernels.ops import SparseWeight, pack, sparse_linear
+from obs_kernels.ops import SparseWeight, pack
 from obs_kernels.ops.layout import is_feature_major
+from obs_kernels.ops.matmul import sparse_linear_by_parts
 from obs_kernels.patterns import NMPattern, Pattern
 
 log = logging.getLogger("obs_kernels")
@@ -119,7 +120,7 @@ class SparseLinear(nn.Module):
     @property
     def sparse(self) -> SparseWeight:
         """The packed weight, made of the buffers as they are now."""
-        return self._sparse_with(self.values)
+        return SparseWeight(self.values, self.codes, self.columns, self.pattern, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """``activation(x W^T + bias)``, x [..., C] -> [..., R]."""
@@ -128,19 +129,17 @@ class SparseLinear(nn.Module):
             y = F.linear(x, dense, self.bias)
             return y if self.activation is None else DENSE_ACTIVATIONS[self.activation](y)
         x, values, bias = self._as_autocast(x)
+        buffers: Any = self._buffers
+        weight = values, buffers["codes"], buffers["columns"], bias, self.pattern, (self.out_features, self.in_features)
         if self.y_layout == "token" and (x.dim() < 2 or x.is_contiguous()):
-            return sparse_linear(x, self._sparse_with(values), bias, activation=self.activation)
-        return self._forward_in_layouts(x, self._sparse_with(values), bias)
-
-    def _forward_in_layouts(self, x: Tensor, sparse: SparseWeight, bias: Tensor | None) -> Tensor:
+            return sparse_linear_by_parts(x, *weight, activation=self.activation)
         lead = x.shape[:-1]
         feature = is_feature_major(x)
         # no reshape of what has two dimensions: each op takes the host some microseconds
         flat = x if x.dim() == 2 else x.reshape(math.prod(lead), x.shape[-1])
-        y = sparse_linear(
+        y = sparse_linear_by_parts(
             flat.t() if feature else flat,
-            sparse,
-            bias,
+            *weight,
             activation=self.activation,
             x_layout="feature" if feature else "token",
             y_layout=self.y_layout,
@@ -161,20 +160,18 @@ class SparseLinear(nn.Module):
             return dense
         return self._dispatch == "dense"
 
-    def _sparse_with(self, values: Tensor) -> SparseWeight:
-        """Made anew in each call: what a layer kept would hold tensors that its buffers have let go."""
-        codes: Any = self._buffers["codes"]
-        shape = self.out_features, self.in_features
-        return SparseWeight(values, codes, self._buffers["columns"], self.pattern, shape)
-
     def _as_autocast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x, values, bias) in the dtype that autocast asks for here; as they are without it."""
         values: Any = self._buffers["values"]
         bias = self._parameters.get("bias")
         if bias is None:
             bias = self.bias
-        kind = "cuda" if x.is_cuda else x.device.type
-        if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        if x.is_cuda:
+            kind, casts = "cuda", torch.is_autocast_enabled()  # with the name of the device it takes twice the time
+        else:
+            kind = x.device.type
+            casts = kind == "cpu" and torch.is_autocast_enabled(kind)
+        if not casts:
             return x, values, bias
         dtype = torch.get_autocast_dtype(kind)
         if x.dtype in _AUTOCAST_FROM:

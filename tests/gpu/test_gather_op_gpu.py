@@ -81,7 +81,7 @@ def test_the_op_gathers_where_that_is_faster(gen, matmul, launches, x_layout):
 
 def test_one_weight_both_ways(gen, matmul, launches):
     """Many tokens are worth a transposition, a few are not; neither order of the weight is taken for the other."""
-    rows, cols, text = 4096, 512, "128:2:16"
+    rows, cols, text = 4096, 1024, "128:2:16"
     sparse, dense = integer_weight(rows, cols, text, torch.float16)
     for tokens, gathering in ((4096, True), (8, False), (4093, True), (7, False)):
         assert takes_gather(matmul, (tokens, rows, cols, text), "token") == gathering, "take other sizes"

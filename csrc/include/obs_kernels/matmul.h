@@ -56,7 +56,7 @@ struct SparseLinearParams {
   int config;  // of kSparseTiles; -1: the table chooses
 };
 
-// Number of tile configurations, and the name of each.
+// Number of tile configurations, and the name of each: the `path` of what is launched with it.
 int num_sparse_tiles();
 const char* sparse_tile_name(int config);
 
