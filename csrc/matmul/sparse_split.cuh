@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The end of a tile whose columns the CTAs of a cluster have shared out: each CTA adds up, over all
 // of them, a share of the tokens, and writes it. In the order of the ranks, so that runs are equal
-// bit for bit. The copy engine takes sums from one CTA to the other and tells a barrier there: to
-// release them to the cluster and to read them from there takes longer.
+// bit for bit. The copy engine takes sums from one CTA to the other and tells a barrier there, so
+// that no barrier of the cluster has to order memory.
 #pragma once
 
 #include <cuda_runtime.h>
