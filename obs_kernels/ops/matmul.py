@@ -108,15 +108,15 @@ def sparse_linear_by_parts(
         raise ConfigError(
             "packed values take no gradient; train the dense weight with its mask (decompress_) and pack again"
         )
+    sparse = SparseWeight(values, codes, columns, pattern, shape)
     if forward_ad._current_level >= 0:
         (x, x_change), (bias, bias_change) = forward_ad.unpack_dual(x), _unpacked(bias)
         if x_change is not None or bias_change is not None:
-            sparse = SparseWeight(values, codes, columns, pattern, shape)
             run = partial(sparse_linear, sparse=sparse, x_layout=x_layout, y_layout=y_layout, backend=backend)
             return _dual(run, x, x_change, bias, bias_change, activation, y_layout)
     flat = x if x_layout == "feature" or x.dim() == 2 else x.reshape(prod(x.shape[:-1]), cols)
     chosen = resolve("sparse_linear", backend, x, pattern)
-    operands = flat, values, codes, codes.new_empty(0) if columns is None else columns, bias, str(pattern)
+    operands = flat, values, codes, sparse.columns_or_empty(), bias, str(pattern)
     options = {"activation": activation or "", "x_layout": x_layout, "y_layout": y_layout}
     y: Tensor
     if not heard:
