@@ -72,15 +72,14 @@ obs_kernels::SparseLinearParams product_of(Fields& fields) {
   params.type = static_cast<obs_kernels::MatmulType>(fields.take<int32_t>("type"));
   params.activation = static_cast<obs_kernels::Activation>(fields.take<int32_t>("activation"));
   params.feature_y = fields.take<bool>("feature_y");
-  params.config = fields.take<int>("config");
   return params;
 }
 
-// The tile that was asked for or, after the first launch, that the table chose; -1 before.
+// The tile that was asked for or, after the first run, that the table chose; -1 before.
 class KeptConfig {
  public:
+  explicit KeptConfig(int asked) : config_(asked) {}
   int get() const { return config_.load(std::memory_order_relaxed); }
-  void ask(int config) { config_.store(config, std::memory_order_relaxed); }
 
   // Of `count` tiles the one that was launched, by its name.
   void keep(const obs_kernels::LaunchPlan& plan, int count, const char* (*name)(int)) const {
@@ -90,7 +89,7 @@ class KeptConfig {
   }
 
  private:
-  mutable std::atomic<int> config_{-1};
+  mutable std::atomic<int> config_;
 };
 
 // A product with all but the addresses that change from call to call, so that a call takes a few
@@ -98,13 +97,13 @@ class KeptConfig {
 // what was launched and asks the table of tiles once, a microsecond of host time together.
 class SparseLinear {
  public:
-  explicit SparseLinear(const py::kwargs& given) {
-    Fields fields(given);
+  explicit SparseLinear(const py::kwargs& given) : SparseLinear(Fields(given)) {}
+
+  explicit SparseLinear(Fields fields) : config_(fields.take<int>("config")) {
     params_ = product_of(fields);
     params_.feature_x = fields.take<bool>("feature_x");
     device_ = fields.take<int>("device");
     fields.finish();
-    config_.ask(params_.config);
   }
 
   py::tuple launch(uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
@@ -113,9 +112,8 @@ class SparseLinear {
 
   void run(uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
     const py::gil_scoped_release unlocked;
-    auto params = of(x, bias, y);
-    params.config = config_.get();
-    const auto plan = obs_kernels::sparse_linear(params, device_, pointer<CUstream_st>(stream));
+    const auto plan =
+        obs_kernels::sparse_linear(of(x, bias, y), device_, pointer<CUstream_st>(stream));
     config_.keep(plan, obs_kernels::num_sparse_tiles(), &obs_kernels::sparse_tile_name);
   }
 
@@ -125,6 +123,7 @@ class SparseLinear {
     params.x = pointer<const void>(x);
     params.bias = pointer<const void>(bias);
     params.y = pointer<void>(y);
+    params.config = config_.get();
     return params;
   }
 
@@ -137,8 +136,9 @@ class SparseLinear {
 // columns `x_stride` apart; 0 if x is feature-major.
 class GatherLinear {
  public:
-  explicit GatherLinear(const py::kwargs& given) {
-    Fields fields(given);
+  explicit GatherLinear(const py::kwargs& given) : GatherLinear(Fields(given)) {}
+
+  explicit GatherLinear(Fields fields) : config_(fields.take<int>("config")) {
     params_.product = product_of(fields);
     params_.product.feature_x = true;
     params_.columns = pointer<const uint8_t>(fields.take<uintptr_t>("columns"));
@@ -147,7 +147,6 @@ class GatherLinear {
     params_.m = fields.take<int64_t>("m");
     device_ = fields.take<int>("device");
     fields.finish();
-    config_.ask(params_.product.config);
     transposition_.tokens = params_.product.tokens;
     transposition_.cols = (params_.product.cols / 4 * params_.m + 7) / 8 * 8;
     transposition_.out_stride = params_.x_stride;
@@ -164,11 +163,10 @@ class GatherLinear {
 
   void run(uintptr_t x, uintptr_t turned, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
     const py::gil_scoped_release unlocked;
-    auto params = of(turned == 0 ? x : turned, bias, y);
-    params.product.config = config_.get();
     const auto on = pointer<CUstream_st>(stream);
     turn(x, turned, on);
-    const auto plan = obs_kernels::gather_linear(params, device_, on);
+    const auto plan =
+        obs_kernels::gather_linear(of(turned == 0 ? x : turned, bias, y), device_, on);
     config_.keep(plan, obs_kernels::num_gather_tiles(), &obs_kernels::gather_tile_name);
   }
 
@@ -178,6 +176,7 @@ class GatherLinear {
     params.product.x = pointer<const void>(x);
     params.product.bias = pointer<const void>(bias);
     params.product.y = pointer<void>(y);
+    params.product.config = config_.get();
     return params;
   }
 
