@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "common/hopper.cuh"
@@ -36,13 +37,37 @@ struct GatherArgs {
 template <int... kSlab>
 __device__ __forceinline__ void copy_slabs(uint32_t to,
                                            const uint8_t* from,
-                                           bool is_group,
                                            const bool (&exists)[sizeof...(kSlab)],
                                            std::integer_sequence<int, kSlab...>) {
-  (hopper::copy_or_zero<kSlab * kSlabBytes, kSlab * kSlabTokens * 2>(
-       to, from, is_group && exists[kSlab]),
-   ...);
+  using namespace hopper;
+  (copy_or_zero<kSlab * kSlabBytes, kSlab * kSlabTokens * 2>(to, from, exists[kSlab]), ...);
 }
+
+// Which columns of its groups a warp gathers: a word for each group, of the m of the group a byte
+// each. A lane loads one word of kSteps coming steps, and the warp hands them around: a load waits
+// behind the copies issued before it, for longer than a step takes.
+template <typename Element>
+struct KeptColumns {
+  static constexpr int kGroups = kStepGroups / kGatherWarps;
+  static constexpr int kSteps = 32 / kGroups;
+
+  // Of the steps from that on whose first group of this warp is `group`. By plain loads: while this
+  // kernel waits, the one in front may write them, and memory read through the path for constants
+  // must not change while a kernel lives.
+  static __device__ __forceinline__ uint32_t load(const GatherArgs<Element>& args,
+                                                  int panel,
+                                                  int group,
+                                                  int lane) {
+    const int at = group + lane / kGroups * kStepGroups + lane % kGroups;
+    if (at >= args.groups) return 0;
+    return reinterpret_cast<const uint32_t*>(args.columns)[int64_t{panel} * args.groups + at];
+  }
+
+  // Of group `g` of step `step` of those that were loaded.
+  static __device__ __forceinline__ uint32_t of(uint32_t words, int step, int g) {
+    return __shfl_sync(~0u, words, step * kGroups + g);
+  }
+};
 
 // A warp: four of the 16 groups of each stage, and the W of 64 rows. An instruction copies 64
 // tokens of the four columns of a group, eight lanes a column, so that a group takes one address
@@ -53,7 +78,8 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               int warp,
                                               int lane) {
   using namespace hopper;
-  constexpr int kGroups = kStepGroups / kGatherWarps;
+  using Kept = KeptColumns<Element>;
+  constexpr int kGroups = Kept::kGroups;
   static_assert(Tile::kWeightTiles <= kGatherWarps, "a warp brings at most one");
   static_assert(Tile::kStageSteps == 1, "a warp brings its groups of one step");
   const SparseArgs<Element>& sparse = args.sparse;
@@ -67,57 +93,80 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   const uint32_t column_byte = 0x4440u | static_cast<uint32_t>(column);  // zeros above it
   const StepRange steps = steps_here<Tile>(sparse);
   const int first_step_group = steps.first * kStepGroups + warp * kGroups;
+  const int tiles = num_tiles(sparse);
+  const auto panel_of = [&](const TilePlace& place) {
+    return args.v == Tile::kRows ? place.row_tile : place.row_tile * Tile::kRows / args.v;
+  };
   StageRing<Tile::kStages> ring;
-  for (int tile = first_tile(); tile < num_tiles(sparse); tile += tile_stride()) {
-    const TilePlace place = place_here<Tile>(sparse, tile);
-    const int panel = place.row_tile * Tile::kRows / args.v;
-    const auto* kept =
-        reinterpret_cast<const uint32_t*>(args.columns) + int64_t{panel} * args.groups;
+  TilePlace next_place = place_here<Tile>(sparse, first_tile());
+  uint32_t next_words = Kept::load(args, panel_of(next_place), first_step_group, lane);
+  for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
+    const TilePlace place = next_place;
+    const int panel = panel_of(place);
+    uint32_t words = next_words;
+    uint32_t words_after =
+        Kept::load(args, panel, first_step_group + Kept::kSteps * kStepGroups, lane);
+    if (tile + tile_stride() < tiles) {
+      next_place = place_here<Tile>(sparse, tile + tile_stride());
+      next_words = Kept::load(args, panel_of(next_place), first_step_group, lane);
+    }
     const int64_t row_of_tiles = int64_t{place.row_tile} * Tile::kWeightTiles + warp;
     const uint8_t* weight =
         sparse.packed + (row_of_tiles * sparse.steps + steps.first) * kPackedBytes;
-    const int64_t token = int64_t{place.token_tile} * Tile::kTokens + piece * 8;
+    const int64_t first_token = int64_t{place.token_tile} * Tile::kTokens;
+    const int64_t token = first_token + piece * 8;
     const auto* group_x =
         reinterpret_cast<const uint8_t*>(args.x + token) + first_step_group * group_stride;
-    bool exists[Tile::kSlabs];
+    // Steps of which all tokens and all groups of this warp exist: their copies ask nothing.
+    const int whole_steps =
+        first_token + Tile::kTokens <= sparse.tokens
+            ? (args.groups - first_step_group + kStepGroups - kGroups) / kStepGroups
+            : 0;
+    for (int first = 0; first < steps.count; first += Kept::kSteps) {
+      const int end = min(first + Kept::kSteps, steps.count);
+      for (int step = first; step < end; ++step) {
+        uint32_t kept[kGroups];
 #pragma unroll
-    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-      exists[slab] = token + slab * kSlabTokens < sparse.tokens;
-    }
-    // Of the m, a byte each. By plain loads: while this kernel waits, the one in front may write
-    // them, and memory read through the path for constants must not change while a kernel lives.
-    const auto columns_of = [&](int group) { return group < args.groups ? kept[group] : 0; };
-    uint32_t next[kGroups];
+        for (int g = 0; g < kGroups; ++g) kept[g] = Kept::of(words, step - first, g);
+        const uint32_t arrived = cta.full(ring.stage);
+        barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
+        const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
+        if (warp < Tile::kWeightTiles && lane == 0) {
+          barrier_expect(arrived, kWeightBytes);
+          copy_bytes(
+              stage + Tile::kTokenBytes + warp * kWeightBytes, weight, kWeightBytes, arrived);
+        }
+        weight += kPackedBytes;
+        const int group = first_step_group + step * kStepGroups;
+        const auto copy_groups = [&](auto all_exist) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) next[g] = columns_of(first_step_group + g);
-    for (int step = 0; step < steps.count; ++step) {
-      const int first_group = first_step_group + step * kStepGroups;
-      uint32_t now[kGroups];
+          for (int g = 0; g < kGroups; ++g) {
+            bool exists[Tile::kSlabs];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        now[g] = next[g];
-        next[g] = columns_of(first_group + kStepGroups + g);
+            for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+              exists[slab] =
+                  decltype(all_exist)::value ||
+                  (group + g < args.groups && token + slab * kSlabTokens < sparse.tokens);
+            }
+            const uint32_t to =
+                ((stage + lane_place) ^ g % 2 * (kGroupColumns << 4)) + g * kGroupColumns * 128;
+            const uint8_t* from = group_x + uint64_t{__byte_perm(kept[g], 0, column_byte)} * stride;
+            group_x += group_stride;
+            copy_slabs(to, from, exists, std::make_integer_sequence<int, Tile::kSlabs>{});
+          }
+        };
+        if (step < whole_steps) {
+          copy_groups(std::true_type{});
+        } else {
+          copy_groups(std::false_type{});
+        }
+        group_x += (kStepGroups - kGroups) * group_stride;
+        barrier_arrive_after_copies(arrived);
+        ring.next();
       }
-      const uint32_t arrived = cta.full(ring.stage);
-      barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
-      const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
-      if (warp < Tile::kWeightTiles && lane == 0) {
-        barrier_expect(arrived, kWeightBytes);
-        copy_bytes(stage + Tile::kTokenBytes + warp * kWeightBytes, weight, kWeightBytes, arrived);
-      }
-      weight += kPackedBytes;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const bool is_group = first_group + g < args.groups;
-        const uint32_t to =
-            ((stage + lane_place) ^ g % 2 * (kGroupColumns << 4)) + g * kGroupColumns * 128;
-        const uint8_t* from = group_x + uint64_t{__byte_perm(now[g], 0, column_byte)} * stride;
-        group_x += group_stride;
-        copy_slabs(to, from, is_group, exists, std::make_integer_sequence<int, Tile::kSlabs>{});
-      }
-      group_x += (kStepGroups - kGroups) * group_stride;
-      barrier_arrive_after_copies(arrived);
-      ring.next();
+      words = words_after;
+      words_after = Kept::load(
+          args, panel, first_step_group + (first + 2 * Kept::kSteps) * kStepGroups, lane);
     }
   }
 }
@@ -170,8 +219,8 @@ __global__ __launch_bounds__(kSparseThreads,
     if constexpr (!Tile::kSplit) take_registers<kWide ? 224 : 208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
-  if constexpr (Tile::kSplit)
-    cluster_meet();  // what the others still copy must find this CTA alive
+  // What the others still copy must find this CTA alive.
+  if constexpr (Tile::kSplit) cluster_meet();
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

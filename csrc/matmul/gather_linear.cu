@@ -46,6 +46,8 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
       return with(SparseTile<2, 192>{});
     case tile_key(256, 128, false):
       return with(SparseTile<2, 128>{});
+    case tile_key(128, 384, false):
+      return with(SparseTile<2, 384, true>{});
     case tile_key(128, 256, false):
       return with(SparseTile<1, 256>{});
     case tile_key(128, 192, false):

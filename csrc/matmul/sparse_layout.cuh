@@ -142,6 +142,9 @@ place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
   const int first = tile / whole * kRasterTokens;
   const int width = min(kRasterTokens, token_tiles - first);
   const int in = tile % whole;
+  if (width == kRasterTokens) {  // divisions by a constant are cheap
+    return {in / kRasterTokens * cluster + rank, first + in % kRasterTokens};
+  }
   return {in / width * cluster + rank, first + in % width};
 }
 

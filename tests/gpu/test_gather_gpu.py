@@ -41,8 +41,8 @@ __all__ = ["gen", "hopper", "matmul"]  # fixtures
 
 PANELS = (1, 3)
 M = (4, 8, 12, 16, 32, 64)
-GROUPS = (1, 2, 5, 16, 17, 33)
-"""A step takes 16."""
+GROUPS = (1, 2, 5, 16, 17, 33, 129, 272)
+"""A step takes 16, and the columns of eight steps are loaded at a time."""
 TOKENS = (1, 8, 77, 129, 256, 264, 1000)
 KINDS = ("token", "token apart", "feature", "feature apart", "turned")
 RAGGED = [
@@ -152,9 +152,10 @@ def test_every_layout_by_every_configuration(gen, matmul, kind, y_layout):
 @pytest.mark.parametrize(("v", "rows"), [(64, 64 * 42), (128, 128 * 21), (192, 192 * 14), (256, 256 * 11)])
 def test_several_tiles_of_a_block(gen, matmul, v, rows, y_layout):
     """More tiles than multiprocessors, ragged: stages and phases go on from tile to tile, with fewer and more steps
-    than there are stages; panels change between the tiles of a block.
+    than there are stages and than those whose columns are loaded at a time; panels change between the tiles of a
+    block.
     """
-    for groups, tokens in itertools.product((5, 17, 83), (2504, 2501)):
+    for groups, tokens in itertools.product((5, 17, 83, 267), (2504, 2501)):
         cols = 8 * groups
         sparse, dense = integer_weight(rows, cols, f"{v}:2:8", torch.bfloat16)
         x, bias = integers(gen, 7, (tokens, cols), torch.bfloat16), integers(gen, 7, (rows,), torch.bfloat16)
