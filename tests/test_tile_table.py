@@ -90,7 +90,8 @@ def estimate(tile: Tile, product: Product, kept: int) -> int | None:
     steps = -(-kept // STEP)
     split = max(1, min(tile.split, steps))
     ctas = tile.cluster * split
-    tiles = -(-product.rows // (tile.rows * tile.cluster)) * -(-product.tokens // tile.tokens)
+    more_rows, more_tokens = (tile.cluster, 1) if tile.kind == "sparse" else (1, tile.cluster)
+    tiles = -(-product.rows // (tile.rows * more_rows)) * -(-product.tokens // (tile.tokens * more_tokens))
     at_once = (MULTIPROCESSORS if ctas <= 2 else MULTIPROCESSORS * 9 // 10) // ctas
     return -(-tiles // at_once) * (-(-steps // split) * tile.step_cycles + tile.tile_cycles)
 

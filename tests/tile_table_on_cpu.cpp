@@ -14,8 +14,8 @@ int main() {
               << t.split << ',' << t.step_cycles << ',' << t.tile_cycles << '\n';
   }
   for (const GatherTileShape& t : kGatherTiles) {
-    std::cout << "gather," << t.name << ',' << t.rows << ',' << t.tokens << ",1," << t.split << ','
-              << t.step_cycles << ',' << t.tile_cycles << '\n';
+    std::cout << "gather," << t.name << ',' << t.rows << ',' << t.tokens << ',' << t.cluster << ','
+              << t.split << ',' << t.step_cycles << ',' << t.tile_cycles << '\n';
   }
   int64_t rows = 0, cols = 0, tokens = 0, v = 0, m = 0;
   int feature_x = 0;

@@ -184,6 +184,19 @@ __device__ __forceinline__ void copy_to_cta(
       : "memory");
 }
 
+// The same to the same place of every CTA in `ctas`, each told by its own barrier.
+__device__ __forceinline__ void copy_bytes(
+    uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier),
+      "h"(ctas)
+      : "memory");
+}
+
 // Brings `bytes` in a row, a multiple of 16 at a multiple of 16, to L2 alone (9.7.9.25.4.2), where
 // writes of other kernels are seen: allowed before wait_for_grids_before.
 __device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {

@@ -72,7 +72,7 @@ struct KeptColumns {
 // A warp: four of the 16 groups of each stage, and the W of 64 rows. An instruction copies 64
 // tokens of the four columns of a group, eight lanes a column, so that a group takes one address
 // and no more arithmetic for each copy: a warp issues alone and is bound by its instructions.
-template <typename Element, typename Tile>
+template <typename Element, typename Tile, int kCluster>
 __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               CtaMemory<Tile> cta,
                                               int warp,
@@ -98,7 +98,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
     return args.v == Tile::kRows ? place.row_tile : place.row_tile * Tile::kRows / args.v;
   };
   StageRing<Tile::kStages> ring;
-  TilePlace next_place = place_here<Tile>(sparse, first_tile());
+  TilePlace next_place = place_here<Tile, true>(sparse, first_tile());
   uint32_t next_words = Kept::load(args, panel_of(next_place), first_step_group, lane);
   for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
     const TilePlace place = next_place;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
     uint32_t words_after =
         Kept::load(args, panel, first_step_group + Kept::kSteps * kStepGroups, lane);
     if (tile + tile_stride() < tiles) {
-      next_place = place_here<Tile>(sparse, tile + tile_stride());
+      next_place = place_here<Tile, true>(sparse, tile + tile_stride());
       next_words = Kept::load(args, panel_of(next_place), first_step_group, lane);
     }
     const int64_t row_of_tiles = int64_t{place.row_tile} * Tile::kWeightTiles + warp;
@@ -133,8 +133,12 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
         const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
         if (warp < Tile::kWeightTiles && lane == 0) {
           barrier_expect(arrived, kWeightBytes);
-          copy_bytes(
-              stage + Tile::kTokenBytes + warp * kWeightBytes, weight, kWeightBytes, arrived);
+          const uint32_t to = stage + Tile::kTokenBytes + warp * kWeightBytes;
+          if constexpr (kCluster == 1) {
+            copy_bytes(to, weight, kWeightBytes, arrived);
+          } else if (warp % kCluster == static_cast<int>(cluster_rank())) {
+            copy_bytes(to, weight, kWeightBytes, arrived, (1u << kCluster) - 1u);
+          }
         }
         weight += kPackedBytes;
         const int group = first_step_group + step * kStepGroups;
@@ -169,6 +173,7 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
           args, panel, first_step_group + (first + 2 * Kept::kSteps) * kStepGroups, lane);
     }
   }
+  if constexpr (kCluster > 1) wait_for_free_stages<Tile>(cta, ring);
 }
 
 // What the first stages of this CTA want to know of their weight to L2, by a warpgroup: the columns
@@ -177,7 +182,7 @@ template <typename Element, typename Tile>
 __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, int thread) {
   constexpr int kLine = 128;
   const SparseArgs<Element>& sparse = args.sparse;
-  const TilePlace place = place_here<Tile>(sparse, first_tile());
+  const TilePlace place = place_here<Tile, true>(sparse, first_tile());
   const int64_t bytes = int64_t{args.groups} * kGroupColumns;
   const uint8_t* kept = args.columns + place.row_tile * Tile::kRows / args.v * bytes;
   const int64_t at =
@@ -186,7 +191,8 @@ __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, 
   if (thread == 0) prefetch_weight<Element, Tile>(sparse, place.row_tile);
 }
 
-template <typename Element, typename Tile>
+// kCluster CTAs share rows.
+template <typename Element, typename Tile, int kCluster>
 __global__ __launch_bounds__(kSparseThreads,
                              1) void gather_linear_kernel(const __grid_constant__ CUtensorMap y_map,
                                                           const GatherArgs<Element> args) {
@@ -199,28 +205,24 @@ __global__ __launch_bounds__(kSparseThreads,
   let_next_grid_start();
   if (threadIdx.x == 0) {
     if (args.sparse.boxes) prefetch_map(&y_map);
-    init_barriers(cta, kWarpgroup + Tile::kWeightTiles, kConsumers);
+    init_barriers(cta, kWarpgroup + Tile::kWeightTiles, kConsumers * kCluster);
     if constexpr (Tile::kSplit) expect_sums(args.sparse, cta);
   }
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   if (warpgroup == kConsumers) prefetch_panel<Element, Tile>(args, thread);
-  if constexpr (Tile::kSplit) {
-    cluster_meet();
-  } else {
-    __syncthreads();
-  }
+  cluster_meet();
   wait_for_grids_before();
 
   if (warpgroup == kConsumers) {
     if constexpr (!Tile::kSplit) give_registers<kWide ? 56 : 88>();
-    bring_columns<Element, Tile>(args, cta, thread / 32, thread % 32);
+    bring_columns<Element, Tile, kCluster>(args, cta, thread / 32, thread % 32);
   } else {
     if constexpr (!Tile::kSplit) take_registers<kWide ? 224 : 208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
-  // What the others still copy must find this CTA alive.
-  if constexpr (Tile::kSplit) cluster_meet();
+  // Copies of the others must find this CTA alive.
+  cluster_meet();
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

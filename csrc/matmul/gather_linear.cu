@@ -13,15 +13,17 @@
 namespace obs_kernels {
 namespace {
 
-template <typename Element, typename Tile>
+template <typename Element, typename Tile, int kCluster>
 LaunchPlan launch(const GatherLinearParams& params,
                   const GatherTileShape& tile,
                   int device,
                   cudaStream_t stream) {
-  constexpr auto kernel = gather_linear_kernel<Element, Tile>;
+  constexpr auto kernel = gather_linear_kernel<Element, Tile, kCluster>;
   const SparseLinearParams& product = params.product;
+  OBS_CHECK(tile.cluster == kCluster, "no kernel was compiled for ", tile.name);
   GatherArgs<Element> args{};
-  args.sparse = sparse_args<Element>(product, tile.rows, tile.tokens, 1, tile.split);
+  args.sparse =
+      sparse_args<Element>(product, tile.rows, tile.tokens * kCluster, kCluster, tile.split);
   args.x = static_cast<const Element*>(product.x);
   args.columns = params.columns;
   args.x_stride = params.x_stride;
@@ -39,12 +41,15 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
                        int device,
                        cudaStream_t stream) {
   const auto with = [&](auto sizes) {
-    return launch<Element, decltype(sizes)>(params, tile, device, stream);
+    return launch<Element, decltype(sizes), 1>(params, tile, device, stream);
   };
   switch (tile_key(tile.rows, tile.tokens, tile.split > 0)) {
     case tile_key(256, 192, false):
       return with(SparseTile<2, 192>{});
     case tile_key(256, 128, false):
+      if (tile.cluster == 2) {
+        return launch<Element, SparseTile<2, 128>, 2>(params, tile, device, stream);
+      }
       return with(SparseTile<2, 128>{});
     case tile_key(128, 384, false):
       return with(SparseTile<2, 384, true>{});

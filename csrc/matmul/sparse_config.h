@@ -27,7 +27,7 @@ struct SparseTileShape {
 };
 
 inline constexpr SparseTileShape kSparseTiles[] = {
-    {"256x192 cluster 2", 256, 192, 2, 0, 972, 4480},  // fewest bytes for a product
+    {"256x192 cluster 2", 256, 192, 2, 0, 980, 4480},  // fewest bytes for a product
     {"256x128 cluster 2", 256, 128, 2, 0, 712, 3490},
     {"128x256 cluster 2", 128, 256, 2, 0, 694, 3390},
     {"128x192 cluster 2", 128, 192, 2, 0, 552, 2650},  // fills the last wave of some shapes better
@@ -47,35 +47,41 @@ inline constexpr SparseTileShape kSparseTiles[] = {
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
 // Of a panel's kept columns, which a warpgroup gathers. A tile lies within a panel, so that its
-// rows divide v.
+// rows divide v. `cluster` CTAs hold different tokens of the same rows, and each brings its share
+// of W to all of them.
 struct GatherTileShape {
   const char* name;
   int rows;
   int tokens;
+  int cluster;
   int split;
   int step_cycles;
   int tile_cycles;
 };
 
 inline constexpr GatherTileShape kGatherTiles[] = {
-    {"gather 256x192", 256, 192, 0, 1209, 3770},  // fewest bytes for a product: X for 256 rows
-    {"gather 256x128", 256, 128, 0, 883, 3490},
-    {"gather 128x384", 128, 384, 0, 1320, 3800},
-    {"gather 128x256", 128, 256, 0, 978, 3150},
-    {"gather 128x192", 128, 192, 0, 837, 2450},
-    {"gather 128x128", 128, 128, 0, 577, 2140},
-    {"gather 64x256", 64, 256, 0, 660, 2620},
-    {"gather 128x128 split 2", 128, 128, 2, 627, 5840},  // this and what follows: few tokens
-    {"gather 128x64", 128, 64, 1, 634, 1900},
-    {"gather 128x64 split 2", 128, 64, 2, 546, 3770},
-    {"gather 128x64 split 3", 128, 64, 3, 566, 3320},
-    {"gather 128x64 split 4", 128, 64, 4, 526, 3510},
+    {"gather 256x192", 256, 192, 1, 0, 1209, 3770},  // fewest bytes for a product: X for 256 rows
+    {"gather 256x128 cluster 2", 256, 128, 2, 0, 845, 3500},
+    {"gather 256x128", 256, 128, 1, 0, 883, 3490},
+    {"gather 128x384", 128, 384, 1, 0, 1320, 6000},
+    {"gather 128x256", 128, 256, 1, 0, 978, 3150},
+    {"gather 128x192", 128, 192, 1, 0, 837, 2450},
+    {"gather 128x128", 128, 128, 1, 0, 577, 2140},
+    {"gather 64x256", 64, 256, 1, 0, 660, 2620},
+    {"gather 128x128 split 2", 128, 128, 1, 2, 627, 5840},  // this and what follows: few tokens
+    {"gather 128x64", 128, 64, 1, 1, 634, 1900},
+    {"gather 128x64 split 2", 128, 64, 1, 2, 546, 3770},
+    {"gather 128x64 split 3", 128, 64, 1, 3, 566, 3320},
+    {"gather 128x64 split 4", 128, 64, 1, 4, 526, 3510},
 };
 inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTiles[0]);
 
 inline constexpr int kStepCols = 64;  // of W in a stage: 128 bytes of X, a row of the swizzle
 // Token tiles that CTAs work on at a time: neighbours read the same X and the same W through L2.
 inline constexpr int kRasterTokens = 8;
+// The same where panels gather, of tiles or of clusters' tokens: each reads columns of its own, so
+// that all of X has to stay in L2.
+inline constexpr int kGatherRasterTokens = 4;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -140,11 +146,12 @@ inline ChosenTile choose_gather_tile(
   for (int i = 0; i < kNumGatherTiles; ++i) {
     const GatherTileShape& tile = kGatherTiles[i];
     if (v % tile.rows != 0) continue;
+    const int64_t group_tokens = tile.tokens * tile.cluster;
     const int64_t split = split_of(tile.split, steps);
     take_faster(best,
                 i,
-                rows / tile.rows * (round_up(tokens, tile.tokens) / tile.tokens),
-                room_for(multiprocessors, split),
+                rows / tile.rows * (round_up(tokens, group_tokens) / group_tokens),
+                room_for(multiprocessors, tile.cluster * split),
                 round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
   }
   return best;

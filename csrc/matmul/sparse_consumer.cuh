@@ -34,6 +34,19 @@ struct StageRing {
   }
 };
 
+// By threads that fill stages, at their end: what consumers of other CTAs still tell a barrier must
+// find it alive.
+template <typename Tile>
+__device__ __forceinline__ void wait_for_free_stages(CtaMemory<Tile> cta,
+                                                     StageRing<Tile::kStages> ring) {
+  if constexpr (!Tile::kSplit) {  // whose CTAs tell their own barriers alone
+    for (int i = 0; i < Tile::kStages; ++i) {
+      hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
+      ring.next();
+    }
+  }
+}
+
 // A warpgroup: its sums of a tile, tile after tile. kFeatureX: X lies token after token within a
 // column. kGathered: threads copied it, so that the tensor cores must be fenced from their writes.
 template <typename Element, typename Tile, bool kFeatureX, bool kGathered>
@@ -120,7 +133,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
       };
 
   for (int tile = first_tile(); tile < num_tiles(args); tile += tile_stride()) {
-    const TilePlace at = place_here<Tile>(args, tile);
+    const TilePlace at = place_here<Tile, kGathered>(args, tile);
     arrived();
     load_meta(meta[0]);
     // Stages in full, then what is left: with a condition among the products of a stage the

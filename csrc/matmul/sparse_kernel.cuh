@@ -22,7 +22,7 @@ __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
   StageRing<Tile::kStages> ring;
   const StepRange steps = steps_here<Tile>(args);
   for (int tile = first_tile(); tile < num_tiles(args); tile += tile_stride()) {
-    const TilePlace place = place_here<Tile>(args, tile);
+    const TilePlace place = place_here<Tile, false>(args, tile);
     for (int done = 0; done < steps.count; done += Tile::kStageSteps) {
       const int count = Tile::kStageSteps == 1 ? 1 : min(Tile::kStageSteps, steps.count - done);
       const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
@@ -31,12 +31,7 @@ __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
       ring.next();
     }
   }
-  if constexpr (!Tile::kSplit) {  // what other CTAs still tell a barrier must find it alive
-    for (int i = 0; i < Tile::kStages; ++i) {
-      hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
-      ring.next();
-    }
-  }
+  wait_for_free_stages<Tile>(cta, ring);
 }
 
 // One thread: this CTA's share of X to all CTAs of the cluster. Tells its own barrier what the
@@ -117,7 +112,7 @@ __global__ __launch_bounds__(kSparseThreads,
     if constexpr (Tile::kSplit) expect_sums(args, cta);
   }
   if (threadIdx.x == 32) {
-    prefetch_weight<Element, Tile>(args, place_here<Tile>(args, first_tile()).row_tile);
+    prefetch_weight<Element, Tile>(args, place_here<Tile, false>(args, first_tile()).row_tile);
   }
   cluster_meet();
   wait_for_grids_before();

@@ -128,12 +128,12 @@ int clusters_at_once(int device, int cluster) {
   return count;
 }
 
-// What all kernels of the product are told alike, of clusters of so many rows and CTAs of so many
-// tokens, by what the table of tiles says.
+// What all kernels of the product are told alike, of clusters of so many rows and tokens, by what
+// the table of tiles says.
 template <typename Element>
 SparseArgs<Element> sparse_args(const SparseLinearParams& params,
                                 int group_rows,
-                                int tile_tokens,
+                                int group_tokens,
                                 int cluster,
                                 int tile_split) {
   SparseArgs<Element> args{};
@@ -145,7 +145,7 @@ SparseArgs<Element> sparse_args(const SparseLinearParams& params,
   args.steps = static_cast<int>(steps_of(params.cols));
   args.weight_tiles = static_cast<int>(round_up(params.rows, kPackedRows) / kPackedRows);
   args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
-  args.token_tiles = static_cast<int>(round_up(params.tokens, tile_tokens) / tile_tokens);
+  args.token_groups = static_cast<int>(round_up(params.tokens, group_tokens) / group_tokens);
   args.cluster = cluster;
   args.split = static_cast<int>(split_of(tile_split, args.steps));
   args.activation = params.activation;
@@ -174,7 +174,7 @@ unsigned launch_clusters(const SparseArgs<Element>& args,
                          const Arguments&... arguments) {
   const int cluster = args.cluster * args.split;
   const int at_once = clusters_at_once<kKernel, Tile::kBytes, kSparseThreads>(device, cluster);
-  const int64_t tiles = static_cast<int64_t>(args.row_groups) * args.token_tiles;
+  const int64_t tiles = static_cast<int64_t>(args.row_groups) * args.token_groups;
   const int64_t clusters = Tile::kSplit ? tiles : std::min<int64_t>(tiles, at_once);
   const auto blocks = static_cast<unsigned>(clusters * cluster);
   std::array<cudaLaunchAttribute, 2> attributes{};

@@ -110,9 +110,9 @@ struct SparseArgs {
   int steps;         // of kStepCols columns
   int weight_tiles;  // of 64 rows, that exist; those of the last cluster may be more
   int row_groups;    // of the rows of a cluster
-  int token_tiles;
-  int cluster;  // CTAs that share tokens
-  int split;    // CTAs that share out columns; one of the two is 1
+  int token_groups;  // of its tokens
+  int cluster;       // CTAs that share tokens or, gathered, rows
+  int split;         // CTAs that share out columns; one of the two is 1
   Activation activation;
   bool feature_y;
   bool boxes;  // y is written by the copy engine; else element by element: odd sizes or addresses
@@ -127,7 +127,7 @@ __device__ __forceinline__ int tile_stride() {
 }
 template <typename Element>
 __device__ __forceinline__ int num_tiles(const SparseArgs<Element>& args) {
-  return args.row_groups * args.token_tiles;
+  return args.row_groups * args.token_groups;
 }
 
 struct TilePlace {
@@ -135,28 +135,29 @@ struct TilePlace {
   int token_tile;
 };
 
-// Tiles in groups of kRasterTokens token tiles; within a group the tokens run first.
-__device__ __forceinline__ TilePlace
-place_of(int tile, int row_groups, int token_tiles, int cluster, int rank) {
-  const int whole = kRasterTokens * row_groups;
-  const int first = tile / whole * kRasterTokens;
-  const int width = min(kRasterTokens, token_tiles - first);
+// Of a cluster, counted in its rows and tokens: in stripes of kRaster of them in tokens, within
+// which the tokens run first.
+template <int kRaster>
+__device__ __forceinline__ TilePlace group_of(int tile, int row_groups, int token_groups) {
+  const int whole = kRaster * row_groups;
+  const int first = tile / whole * kRaster;
+  const int width = min(kRaster, token_groups - first);
   const int in = tile % whole;
-  if (width == kRasterTokens) {  // divisions by a constant are cheap
-    return {in / kRasterTokens * cluster + rank, first + in % kRasterTokens};
-  }
-  return {in / width * cluster + rank, first + in % width};
+  if (width == kRaster) return {in / kRaster, first + in % kRaster};  // by a constant: cheap
+  return {in / width, first + in % width};
 }
 
 // The place of a tile of this CTA.
-template <typename Tile, typename Element>
+template <typename Tile, bool kGathered, typename Element>
 __device__ __forceinline__ TilePlace place_here(const SparseArgs<Element>& args, int tile) {
-  if constexpr (Tile::kSplit) {
-    return place_of(tile, args.row_groups, args.token_tiles, 1, 0);
-  } else {
+  constexpr int kRaster = kGathered ? kGatherRasterTokens : kRasterTokens;
+  TilePlace place = group_of<kRaster>(tile, args.row_groups, args.token_groups);
+  if constexpr (!Tile::kSplit) {
     const auto rank = static_cast<int>(hopper::cluster_rank());
-    return place_of(tile, args.row_groups, args.token_tiles, args.cluster, rank);
+    int& shared_out = kGathered ? place.token_tile : place.row_tile;
+    shared_out = shared_out * args.cluster + rank;
   }
+  return place;
 }
 
 // By one thread, before the CTAs that share the barriers meet: several take turns.
