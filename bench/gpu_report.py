@@ -3,6 +3,7 @@
 
 A run builds ``_C``, runs ``pytest -m gpu tests/gpu`` and the four tools of compute-sanitizer, and writes
 ``bench/gpu_report.json``. What did not run is written down as such; nothing here turns "not run" into "passed".
+``--again`` runs what failed in a report of the same sources once more, and the report names those tests.
 The file is a pytest plugin too (``-p bench.gpu_report``), which notes each result as it comes, so that a crash of the
 interpreter loses nothing.
 """
@@ -102,8 +103,9 @@ def verdict(report: Any, files: Mapping[str, str]) -> str:
     if not report["passed"]:
         return f"NOT VERIFIED: no test passed at {where}"
     clean = [tool for tool in TOOLS if report["sanitizer"][tool] == "passed"]
+    again = f" ({len(report['again'])} when run again)" if report.get("again") else ""
     return (
-        f"GPU-verified at {where}: {len(report['passed'])} passed, {len(report['skipped'])} skipped; "
+        f"GPU-verified at {where}: {len(report['passed'])} passed{again}, {len(report['skipped'])} skipped; "
         f"sanitizers passed: {', '.join(clean) or 'none'}"
     )
 
@@ -183,8 +185,8 @@ def build() -> str | None:
     return f"build of obs_kernels._C (exit status {done.returncode})" if done.returncode else None
 
 
-def run_tests(jobs: int) -> dict[str, Any]:
-    """Run ``pytest -m gpu tests/gpu`` in processes of its own and collect what came out.
+def run_tests(jobs: int, *tests: str) -> dict[str, Any]:
+    """Run ``pytest -m gpu`` over ``tests`` (all of tests/gpu) in processes of its own and collect what came out.
 
     With several jobs (by pytest-xdist) the tests that take much of the GPU's memory come last and alone, and with them
     those that found too little of it left by the others.
@@ -195,7 +197,7 @@ def run_tests(jobs: int) -> dict[str, Any]:
         env = {LOG_VARIABLE: str(log), "OBS_KERNELS_REQUIRE_GPU": "1"}
 
         def run(marker: str, *options: str) -> int:
-            return run_command([*command_of_tests(marker), *options], env, TESTS_LIMIT_S, echo=True)[0]
+            return run_command([*command_of_tests(marker, *tests), *options], env, TESTS_LIMIT_S, echo=True)[0]
 
         def results() -> dict[str, Any]:
             return read_results(log.read_text(encoding="utf-8").splitlines())
@@ -208,9 +210,34 @@ def run_tests(jobs: int) -> dict[str, Any]:
             if short:
                 states.append(run_command(command_of_tests("gpu", *short), env, TESTS_LIMIT_S, echo=True)[0])
         found = results()
-    # 1 = tests failed, and they are in the list
-    found["failed"] += [f"pytest ended with exit status {status}" for status in states if status not in (0, 1)]
+    # 1 = tests failed, and they are in the list; 5 = none of the tests that were named has the marker
+    fine = (0, 1, 5) if tests else (0, 1)
+    found["failed"] += [f"pytest ended with exit status {status}" for status in states if status not in fine]
     return found
+
+
+def run_again(earlier: Mapping[str, Any], jobs: int) -> dict[str, Any]:
+    """The results of a report with those of its failed tests replaced, which ``again`` names beside earlier ones."""
+    tests = [test for test in earlier["failed"] if test.startswith("tests/")]  # others are of pytest and the build
+    now = run_tests(jobs, *tests) if tests else {"passed": [], "failed": [], "skipped": []}
+    return {
+        "passed": sorted([*earlier["passed"], *now["passed"]]),
+        "failed": now["failed"],
+        "skipped": sorted([*earlier["skipped"], *now["skipped"]], key=lambda skip: str(skip["test"])),
+        "again": sorted({*earlier.get("again", ()), *tests}),
+    }
+
+
+def refusal(earlier: Any, files: Mapping[str, str], device: str) -> str | None:
+    """Why the results of a report cannot stand beside those of a run of ``files`` on ``device``; None if they can."""
+    problems = schema_problems(earlier)
+    if problems:
+        return f"the report is unusable: {'; '.join(problems)}"
+    if earlier["sources"] != dict(files):
+        return f"the report is of other sources, at {earlier['commit']}"
+    if earlier["device"] != device:
+        return f"the report is of another device, {earlier['device']}, this is {device}"
+    return None
 
 
 def describe_tree(commit: str | None) -> dict[str, Any]:
@@ -269,8 +296,8 @@ def check(path: Path) -> str:
     return verdict(report, source_files())
 
 
-def make_report(path: Path, *, commit: str | None, with_build: bool, jobs: int) -> int:
-    """Build, test, sanitize and write; 0 if nothing failed."""
+def make_report(path: Path, *, commit: str | None, with_build: bool, jobs: int, again: bool = False) -> int:
+    """Build, test, sanitize and write; 0 if nothing failed. ``again``: only what did not pass in the report there."""
     import torch
 
     from obs_kernels.files import write_text
@@ -280,16 +307,29 @@ def make_report(path: Path, *, commit: str | None, with_build: bool, jobs: int) 
         return 1
     files = source_files()  # before the tests, so that an edit meanwhile shows as stale
     tree = describe_tree(commit)
+    machine = describe_machine()
+    earlier: Any = None
+    if again:
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            print(f"--again wants a report at {path}: {error}")
+            return 1
+        why = refusal(earlier, files, machine["device"])
+        if why:
+            print(f"--again: {why}; run all tests instead")
+            return 1
     problem = build() if with_build else None
-    results = run_tests(jobs)
+    results = run_again(earlier, jobs) if earlier else run_tests(jobs)
     if problem:
         results["failed"].insert(0, problem)
-    sanitizer = run_sanitizers(jobs)
+    passed = [tool for tool, state in earlier["sanitizer"].items() if state == "passed"] if earlier else []
+    sanitizer = run_sanitizers(jobs, [tool for tool in TOOLS if tool not in passed]) | dict.fromkeys(passed, "passed")
     report = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **tree,
-        **describe_machine(),
+        **machine,
         "source_hash": source_hash(files),
         "sources": files,
         **results,
@@ -311,11 +351,20 @@ def main() -> int:
     parser.add_argument("--commit", help="commit of this tree, where there is no git; says that the tree is clean")
     parser.add_argument("--no-build", action="store_true", help="take the module that is there")
     parser.add_argument("--jobs", type=int, default=1, help="test processes; more than one needs pytest-xdist")
+    parser.add_argument(
+        "--again", action="store_true", help="only what did not pass in the report, of the same sources"
+    )
     options = parser.parse_args()
     if options.check:
         print(check(options.out))
         return 0
-    return make_report(options.out, commit=options.commit, with_build=not options.no_build, jobs=options.jobs)
+    return make_report(
+        options.out,
+        commit=options.commit,
+        with_build=not options.no_build,
+        jobs=options.jobs,
+        again=options.again,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,17 +20,17 @@ LAUNCHES = "obs_kernels launches:"
 MARK = "mark.sanitizer"
 
 
-def run_sanitizers(jobs: int) -> dict[str, str]:
-    """Outcome of each tool over the tests marked ``sanitizer``.
+def run_sanitizers(jobs: int, tools: Sequence[str] = TOOLS) -> dict[str, str]:
+    """Outcome of each of ``tools`` over the tests marked ``sanitizer``.
 
     A process for each file of tests and tool, several side by side: a tool keeps one core busy, and little of the GPU.
     """
     files = [path for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")) if MARK in path.read_text()]
     names = [path.relative_to(ROOT).as_posix() for path in files]
-    pairs = [(tool, name) for tool in TOOLS for name in names]
+    pairs = [(tool, name) for tool in tools for name in names]
     with ThreadPoolExecutor(max(jobs, len(TOOLS))) as pool:
         states = list(pool.map(lambda pair: run_sanitizer(*pair), pairs))
-    found = {tool: dict[str, str]() for tool in TOOLS}
+    found = {tool: dict[str, str]() for tool in tools}
     for (tool, name), state in zip(pairs, states, strict=True):
         found[tool][name] = state
     return {tool: worst(by_file) for tool, by_file in found.items()}

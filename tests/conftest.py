@@ -22,6 +22,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("obs_kernels")
+KEPT_BYTES = 1 << 30
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +40,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("OBS_KERNELS_REQUIRE_GPU") == "1":
         pytest.fail(f"OBS_KERNELS_REQUIRE_GPU=1: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Memory that torch keeps for later is what other test processes on the same GPU lack."""
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)
