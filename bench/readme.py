@@ -22,6 +22,7 @@ from bench.oneshot_table import devices_of, summary_table
 from bench.stored import merged, results_of
 from obs_kernels.files import write_text
 from obs_kernels.ops.dispatch import TABLE
+from obs_kernels.timing import is_steady
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -117,8 +118,6 @@ def _rows(topic: str) -> list[dict[str, Any]]:
 
 PANELS = ("128:2:8", "128:2:16", "128:2:32")
 """Patterns of the product's table beside 2:4, once there are rows of them on feature-major x."""
-STEADY = 1.25
-"""Times the 20th percentile that the 80th of a peer's runs may be, for a ratio to say something."""
 
 
 def matmul_table(paths: Sequence[Path] = ()) -> str:
@@ -131,21 +130,27 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
     for row in stored["rows"]:
         config = row["config"]
         if row["path"] == "kernel" and config.get("backend") == "cuda" and not (config.get("forced") or "y" in config):
-            own = found.setdefault((row["pattern"], config.get("x", "token-major")), {})
-            own[row["name"], row["shape"]["T"]] = row
+            of_layout = found.setdefault((row["pattern"], config.get("x", "token-major")), {})
+            of_layout[row["name"], row["shape"]["T"]] = row
     rows = found[("2:4", "token-major")]
     panels = [p for p in PANELS if {(p, "token-major"), (p, "feature-major")} <= found.keys()]
     layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
 
     peers = {(r["name"], r["shape"]["T"]): r for r in stored["rows"] if r["config"].get("peer") == "cuSPARSELt"}
 
+    def own(row: dict[str, Any]) -> str:
+        return f"{row['x_dense']:.2f}" if is_steady(row["p20"], row["p80"]) else "unsteady"
+
     def ratio(pattern: str, layout: str, at: tuple[str, int]) -> str:
         row = found[pattern, layout].get(at)
-        return f"{row['x_dense']:.2f}" if row else "-"
+        return own(row) if row else "-"
 
-    def beside_peer(row: dict[str, Any]) -> str:
+    def beside(row: dict[str, Any]) -> str:
+        return f"{own(row)} ({to_peer(row)})" if is_steady(row["p20"], row["p80"]) else own(row)
+
+    def to_peer(row: dict[str, Any]) -> str:
         peer = peers.get((row["name"], row["shape"]["T"]))
-        if peer is not None and peer["p80"] > STEADY * peer["p20"]:
+        if peer is not None and not is_steady(peer["p20"], peer["p80"]):
             return "unsteady"
         return f"{row['x_peer'].get('cuSPARSELt', float('nan')):.2f}"
 
@@ -159,7 +164,7 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
     ]
     for tokens in sorted({tokens for _, tokens in rows}):
         cells = [rows.get((name, tokens)) for name in layers]
-        shown = [f"{c['x_dense']:.2f} ({beside_peer(c)})" if c else "-" for c in cells]
+        shown = [beside(c) if c else "-" for c in cells]
         for pattern in panels:
             for index, name in enumerate(layers):
                 if cells[index] is None:

@@ -27,6 +27,7 @@ __all__ = [
     "cache_bytes",
     "free_bytes",
     "interleave",
+    "is_steady",
     "make_clock",
     "measure_ceilings",
     "num_buffer_sets",
@@ -40,6 +41,8 @@ MOST_CALLS = 50
 LONGEST_SPIN_US = 20_000.0
 SPIN_CYCLES_PER_US = 2000
 """Of the fastest clock of the GPUs that we know; on a slower one the spin lasts longer, which does no harm."""
+STEADY = 1.25
+"""Times the 20th percentile that the 80th of a row's samples may be."""
 CPU_CACHE_LIMIT = 64 << 20
 """A virtual machine may show the last level cache of its whole host, of which it has a part."""
 
@@ -64,6 +67,11 @@ def spread(samples: Sequence[float]) -> Spread:
         raise ValueError("samples must not be empty; measure at least once")
     ordered = sorted(samples)
     return Spread(_quantile(ordered, 0.5), _quantile(ordered, 0.2), _quantile(ordered, 0.8), len(ordered))
+
+
+def is_steady(p20: float, p80: float) -> bool:
+    """Whether the percentiles of a row's samples lie so close that a ratio of its median says something."""
+    return p80 <= STEADY * p20
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

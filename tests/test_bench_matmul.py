@@ -23,7 +23,7 @@ from bench.harness.rows import problem_rows, with_limit
 from bench.readme import matmul_table
 from bench.stored import merged
 from obs_kernels import ops, reference
-from obs_kernels.errors import BackendUnavailableError, ConfigError
+from obs_kernels.errors import BackendUnavailableError, ConfigError, DataFormatError
 from obs_kernels.launch_plan import LaunchPlan
 from obs_kernels.ops import dispatch
 from obs_kernels.patterns import parse_pattern
@@ -320,11 +320,19 @@ def test_kernel_rows_are_those_of_calls_on_token_major_x(monkeypatch: pytest.Mon
     rows = problem_rows(p, spreads, {name: Check(0.1, 1.0) for name in us}, {}, 2)
     (found,) = KernelTable.from_bench({"rows": rows, "env": {"device": "a GPU", "commit": "abc"}}).rows
     assert (found.pattern, found.sparse_us, found.dense_us) == ("64:2:16", 9.0, 20.0)
+    for name in ("cuda", DENSE):  # either one's unsteady time decides nothing
+        unsteady = problem_rows(
+            p, {**spreads, name: Spread(us[name], us[name], 2 * us[name], 5)},
+            {name: Check(0.1, 1.0) for name in us}, {}, 2,
+        )  # fmt: skip
+        with pytest.raises(DataFormatError, match="steady"):
+            KernelTable.from_bench({"rows": unsteady, "env": {"device": "a GPU", "commit": "abc"}})
 
 
 def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
     def row(pattern: str, tokens: int, x_dense: float, **config: Any) -> dict[str, Any]:
         same = {"name": "8b-gate", "shape": {"R": 14336, "C": 4096, "T": tokens}, "path": "kernel", "x_peer": {}}
+        same |= {"p20": 10.0, "p80": 12.0}
         return {**same, "pattern": pattern, "x_dense": x_dense, "config": {"backend": "cuda", **config}}
 
     def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -344,10 +352,13 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
         "| 2,048<br>128:2:8 | 1.50 (1.04)<br>1.60 / 2.25 |",
     ]
     assert after[0].endswith("best algorithm); 128:2:8: x token-major / feature-major:") and len(after) == len(before)
-    peer = rows[0] | {"config": {"peer": "cuSPARSELt"}, "p20": 10.0}
-    assert table([*rows, peer | {"p80": 12.0}]) == after
+    peer = rows[0] | {"config": {"peer": "cuSPARSELt"}}
+    assert table([*rows, peer]) == after
     unsteady = table([*rows, peer | {"p80": 20.0}])
     assert unsteady[-2:] == [after[-2].replace("(1.04)", "(unsteady)"), after[-1]]
+    rows[0]["p80"] = rows[-5]["p80"] = 13.0
+    unsteady = table(rows)
+    assert unsteady[-2:] == [after[-2].replace("1.50 (1.04)", "unsteady"), after[-1].replace("1.60", "unsteady")]
 
 
 def test_results_of_several_runs_make_one_table(tmp_path: Path) -> None:
@@ -356,7 +367,7 @@ def test_results_of_several_runs_make_one_table(tmp_path: Path) -> None:
     def stored(name: str, commit: str, size: int, device: str = "a GPU", date: str = "2026-01-01") -> Path:
         shape = {"R": size, "C": size, "T": 2048}
         own = {"name": f"layer {size}", "shape": shape, "path": "kernel", "pattern": "2:4", "op": "sparse_linear"}
-        times = {"dtype": "bf16", "us": 2.0, "x_dense": 1.5, "x_peer": {}}
+        times = {"dtype": "bf16", "us": 2.0, "p20": 2.0, "p80": 2.0, "x_dense": 1.5, "x_peer": {}}
         rows = [own | times | {"config": {"backend": "cuda"}}, own | times | {"config": {"peer": "F.linear"}}]
         path = tmp_path / name
         path.write_text(json.dumps({"rows": rows, "env": {"device": device, "commit": commit, "date": date}}))

@@ -251,7 +251,7 @@ def test_kernel_rows_of_a_file(tmp_path: Path) -> None:
     row = {"op": "sparse_linear", "dtype": "bf16", "path": "kernel", "pattern": "2:4"}
     sizes = [{"R": r, "C": c, "T": 32} for r, c in ((64, 64), (128, 64), (64, 128))]
     rows = [
-        {**row, "shape": shape, "config": config, "us": us}
+        {**row, "shape": shape, "config": config, "us": us, "p20": us, "p80": us}
         for shape in sizes
         for config, us in (({"backend": "cuda"}, 0.5), ({"peer": "F.linear"}, 1.0), ({"backend": "cuda", "y": "f"}, 9))
     ]

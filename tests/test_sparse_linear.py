@@ -500,7 +500,7 @@ def test_rows_on_feature_major_inputs() -> None:
     def measured(tokens: int, us: float, **config: str) -> dict[str, Any]:
         shape = {"R": 64, "C": 64, "T": tokens}
         return {"op": "sparse_linear", "dtype": "bf16", "path": "kernel", "config": config, "shape": shape, "us": us,
-                "pattern": "2:4"}  # fmt: skip
+                "p20": us, "p80": us, "pattern": "2:4"}  # fmt: skip
 
     rows = [measured(128, 8.0, backend="cuda"), measured(128, 4.0, backend="cuda", x="feature-major")]
     rows += [measured(512, 20.0, backend="cuda"), measured(512, 1.0, backend="cuda", y="feature-major")]

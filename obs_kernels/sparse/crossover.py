@@ -2,11 +2,12 @@
 """Where the packed product beats the dense one: measured rows of the kernel bench, and estimates between them.
 
 The rows are those of ``bench.run --op matmul`` (medians of the bare kernel on token-major x, of a gathered product with
-the transposition before, and of cuBLAS in the same run, bf16; for panels on feature-major x too). They ship as
-``kernel_rows.json``, made by ``python -m bench.kernel_rows``. Which layers win is told by token-major x. Between rows
-the rate (dense operations a microsecond) is taken as linear in log tokens for one shape, and averaged over shapes by
-inverse square distance in (log2 R, log2 C). Above the most tokens measured the rate of the last row stays. Below the
-fewest, or with no measured shape within a factor of two in both R and C, there is no estimate: nothing is known there.
+the transposition before, and of cuBLAS in the same run, bf16; for panels on feature-major x too), without those whose
+samples were unsteady. They ship as ``kernel_rows.json``, made by ``python -m bench.kernel_rows``. Which layers win is
+told by token-major x. Between rows the rate (dense operations a microsecond) is taken as linear in log tokens for one
+shape, and averaged over shapes by inverse square distance in (log2 R, log2 C). Above the most tokens measured the rate
+of the last row stays. Below the fewest, or with no measured shape within a factor of two in both R and C, there is no
+estimate: nothing is known there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from obs_kernels.errors import DataFormatError
 from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern
+from obs_kernels.timing import is_steady
 
 ROWS_FILE = "kernel_rows.json"
 FALLBACK = "2:4"
@@ -179,7 +181,7 @@ class KernelTable:
             ) from None
         if not found:
             raise DataFormatError(
-                "kernel rows must hold sparse_linear by the cuda backend beside F.linear, got none; "
+                "kernel rows must hold steady times of sparse_linear by the cuda backend beside F.linear, got none; "
                 "measure them by bench.run --op matmul on a GPU"
             )
         return table
@@ -193,12 +195,14 @@ def packaged_table() -> KernelTable:
 
 
 def _pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[KernelRow]:
-    """Ours beside dense, row by row."""
+    """Ours beside dense, row by row, where both are steady: others decide nothing."""
     ours: dict[tuple[int, int, int, str], float] = {}
     feature: dict[tuple[int, int, int, str], float] = {}
     dense: dict[tuple[int, int, int, str], float] = {}
     for row in rows:
         if row["op"] != "sparse_linear" or row["dtype"] != "bf16" or row["path"] != "kernel":
+            continue
+        if not is_steady(row["p20"], row["p80"]):
             continue
         config, shape = row["config"], row["shape"]
         own = config.get("backend") == "cuda" and not config.get("forced") and "y" not in config
