@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import obs_kernels as obs
 from bench.cases import inference as case
@@ -175,6 +176,26 @@ def test_a_way_that_fails_leaves_the_others(tiny: nn.Module, monkeypatch: pytest
     found = report["cells"][0]["sparse"]["2:4"]
     assert found["failed"] == {"compiled": "RuntimeError: no compiler"} and found["way"] == "eager"
     assert set(report["cells"][0]["dense"]["ways"]) == {"eager", "compiled"}
+
+
+def test_a_failure_names_what_the_compiler_met() -> None:
+    """``torch.compile`` wraps whatever its backend raised, by a first line that does not say it."""
+
+    def raised(inner: Exception) -> Exception:
+        def backend(graph: object, inputs: object) -> Callable[..., Tensor]:
+            raise inner
+
+        with pytest.raises(BackendCompilerFailed) as caught:
+            torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+        torch.compiler.reset()
+        return caught.value
+
+    assert measure.why_failed(raised(RuntimeError("no tile\nfits"))) == (
+        "BackendCompilerFailed: backend='backend' raised: RuntimeError: no tile"
+    )
+    assert measure.why_failed(raised(torch.OutOfMemoryError("CUDA"))) == "out of memory"
+    assert measure.why_failed(torch.OutOfMemoryError("CUDA")) == "out of memory"
+    assert measure.why_failed(ValueError()) == "ValueError:"
 
 
 def test_out_of_memory_skips_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:

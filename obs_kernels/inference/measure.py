@@ -187,6 +187,15 @@ def measure_cell(
     return cell
 
 
+def why_failed(error: Exception) -> str:
+    """A line that says why a call could not be made: of what a compiler met, not of the compiler alone."""
+    met = getattr(error, "inner_exception", error)  # torch._dynamo.exc.BackendCompilerFailed
+    if isinstance(met, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[: 2 if lines and lines[0].endswith(":") else 1]])
+
+
 def _time_all(
     models: Mapping[str, nn.Module],
     inputs: dict[str, Tensor],
@@ -206,11 +215,8 @@ def _time_all(
                 # each model is one more entry of the same code: beyond the limit dynamo would fall back in silence
                 with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, fail_on_recompile_limit_hit=True):
                     calls[f"{name}|{way}"] = make_call(model, inputs, way)
-            except torch.OutOfMemoryError:
-                measured[name].failed[way] = "out of memory"
             except Exception as error:  # a compiler or a capture may fail in any way, and the other ways still count
-                first = str(error).strip().splitlines()[:1]
-                measured[name].failed[way] = f"{type(error).__name__}: {''.join(first)}"
+                measured[name].failed[way] = why_failed(error)
         for name in models:
             if way in measured[name].failed:
                 say(f"  {name}, {way}: {measured[name].failed[way]}")
