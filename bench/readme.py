@@ -118,6 +118,8 @@ def _rows(topic: str) -> list[dict[str, Any]]:
 
 PANELS = ("128:2:8", "128:2:16", "128:2:32")
 """Patterns of the product's table beside 2:4, once there are rows of them on feature-major x."""
+LARGE_LAYER, MANY_TOKENS = 4096, 2048
+"""Rows, columns and tokens from which on a product is a large one, whose ratios stand above the table."""
 
 
 def matmul_table(paths: Sequence[Path] = ()) -> str:
@@ -154,10 +156,22 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
             return "unsteady"
         return f"{row['x_peer'].get('cuSPARSELt', float('nan')):.2f}"
 
+    def range_of(pattern: str, layout: str) -> str:
+        large = [
+            row["x_dense"]
+            for (_, tokens), row in found[pattern, layout].items()
+            if min(row["shape"]["R"], row["shape"]["C"]) >= LARGE_LAYER and tokens >= MANY_TOKENS
+            if is_steady(row["p20"], row["p80"])
+        ]
+        return f"{min(large):.2f} to {max(large):.2f}" if large else "-"
+
     more = f"; {', '.join(panels)}: x token-major / feature-major" if panels else ""
+    ranges = [f"2:4 {range_of('2:4', 'token-major')}"]
+    ranges += [f"{p} {range_of(p, 'token-major')} / {range_of(p, 'feature-major')}" for p in panels]
     lines = [
         f"{stored['env']['device']}, commit {_commits(rows.values())}, 2:4, bf16, kernel time of calls back to "
-        f"back, whose starts overlap: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm){more}:",
+        f"back, whose starts overlap: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm){more}. "
+        f"From {LARGE_LAYER:,} x {LARGE_LAYER:,} and {MANY_TOKENS:,} tokens on: {', '.join(ranges)}.",
         "",
         f"| tokens | {' | '.join(layers.values())} |",
         f"|---:{'|---:' * len(layers)}|",
