@@ -99,13 +99,6 @@ class SparseLinear {
  public:
   explicit SparseLinear(const py::kwargs& given) : SparseLinear(Fields(given)) {}
 
-  explicit SparseLinear(Fields fields) : config_(fields.take<int>("config")) {
-    params_ = product_of(fields);
-    params_.feature_x = fields.take<bool>("feature_x");
-    device_ = fields.take<int>("device");
-    fields.finish();
-  }
-
   py::tuple launch(uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
     return bindings::launch(obs_kernels::sparse_linear, of(x, bias, y), device_, stream);
   }
@@ -118,6 +111,13 @@ class SparseLinear {
   }
 
  private:
+  explicit SparseLinear(Fields fields) : config_(fields.take<int>("config")) {
+    params_ = product_of(fields);
+    params_.feature_x = fields.take<bool>("feature_x");
+    device_ = fields.take<int>("device");
+    fields.finish();
+  }
+
   obs_kernels::SparseLinearParams of(uintptr_t x, uintptr_t bias, uintptr_t y) const {
     auto params = params_;
     params.x = pointer<const void>(x);
@@ -138,20 +138,6 @@ class GatherLinear {
  public:
   explicit GatherLinear(const py::kwargs& given) : GatherLinear(Fields(given)) {}
 
-  explicit GatherLinear(Fields fields) : config_(fields.take<int>("config")) {
-    params_.product = product_of(fields);
-    params_.product.feature_x = true;
-    params_.columns = pointer<const uint8_t>(fields.take<uintptr_t>("columns"));
-    params_.x_stride = fields.take<int64_t>("x_stride");
-    params_.v = fields.take<int64_t>("v");
-    params_.m = fields.take<int64_t>("m");
-    device_ = fields.take<int>("device");
-    fields.finish();
-    transposition_.tokens = params_.product.tokens;
-    transposition_.cols = (params_.product.cols / 4 * params_.m + 7) / 8 * 8;
-    transposition_.out_stride = params_.x_stride;
-  }
-
   py::tuple launch(
       uintptr_t x, uintptr_t turned, uintptr_t bias, uintptr_t y, uintptr_t stream) const {
     const auto both = [&](const auto& params, int device, cudaStream_t on) {
@@ -171,6 +157,20 @@ class GatherLinear {
   }
 
  private:
+  explicit GatherLinear(Fields fields) : config_(fields.take<int>("config")) {
+    params_.product = product_of(fields);
+    params_.product.feature_x = true;
+    params_.columns = pointer<const uint8_t>(fields.take<uintptr_t>("columns"));
+    params_.x_stride = fields.take<int64_t>("x_stride");
+    params_.v = fields.take<int64_t>("v");
+    params_.m = fields.take<int64_t>("m");
+    device_ = fields.take<int>("device");
+    fields.finish();
+    transposition_.tokens = params_.product.tokens;
+    transposition_.cols = (params_.product.cols / 4 * params_.m + 7) / 8 * 8;
+    transposition_.out_stride = params_.x_stride;
+  }
+
   obs_kernels::GatherLinearParams of(uintptr_t x, uintptr_t bias, uintptr_t y) const {
     auto params = params_;
     params.product.x = pointer<const void>(x);

@@ -9,11 +9,11 @@
 int main() {
   using namespace obs_kernels;
   constexpr int kMultiprocessors = 132;  // of an H100 and an H200
-  for (const SparseTileShape& t : kSparseTiles) {
+  for (const TileShape& t : kSparseTiles) {
     std::cout << "sparse," << t.name << ',' << t.rows << ',' << t.tokens << ',' << t.cluster << ','
               << t.split << ',' << t.step_cycles << ',' << t.tile_cycles << '\n';
   }
-  for (const GatherTileShape& t : kGatherTiles) {
+  for (const TileShape& t : kGatherTiles) {
     std::cout << "gather," << t.name << ',' << t.rows << ',' << t.tokens << ',' << t.cluster << ','
               << t.split << ',' << t.step_cycles << ',' << t.tile_cycles << '\n';
   }

@@ -165,6 +165,19 @@ __device__ __forceinline__ void copy_bytes(uint32_t to,
       : "memory");
 }
 
+// The same to the same place of every CTA in `ctas`, each told by its own barrier.
+__device__ __forceinline__ void copy_bytes(
+    uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier),
+      "h"(ctas)
+      : "memory");
+}
+
 // From this CTA's shared memory to what lies at `to` in that of CTA `rank`, told by what lies at
 // `barrier` there.
 __device__ __forceinline__ void copy_to_cta(
@@ -181,19 +194,6 @@ __device__ __forceinline__ void copy_to_cta(
       "r"(bytes),
       "r"(barrier),
       "r"(rank)
-      : "memory");
-}
-
-// The same to the same place of every CTA in `ctas`, each told by its own barrier.
-__device__ __forceinline__ void copy_bytes(
-    uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from),
-      "r"(bytes),
-      "r"(barrier),
-      "h"(ctas)
       : "memory");
 }
 

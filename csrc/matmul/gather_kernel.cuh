@@ -46,30 +46,35 @@ __device__ __forceinline__ void copy_slabs(uint32_t to,
 // Which columns of its groups a warp gathers: a word for each group, of the m of the group a byte
 // each. A lane loads one word of kSteps coming steps, and the warp hands them around: a load waits
 // behind the copies issued before it, for longer than a step takes.
-template <typename Element>
 struct KeptColumns {
   static constexpr int kGroups = kStepGroups / kGatherWarps;
   static constexpr int kSteps = 32 / kGroups;
 
-  // Of the steps from that on whose first group of this warp is `group`. By plain loads: while this
-  // kernel waits, the one in front may write them, and memory read through the path for constants
-  // must not change while a kernel lives.
-  static __device__ __forceinline__ uint32_t load(const GatherArgs<Element>& args,
-                                                  int panel,
-                                                  int group,
-                                                  int lane) {
+  const uint32_t* words;  // [panels, groups]
+  int groups;
+
+  // Those of kSteps steps; `group` is the first one of this warp in the first of them. By plain
+  // loads: while this kernel waits, the one in front may write them, and memory read through the
+  // path for constants must not change while a kernel lives.
+  __device__ __forceinline__ uint32_t load(int panel, int group, int lane) const {
     const int at = group + lane / kGroups * kStepGroups + lane % kGroups;
-    if (at >= args.groups) return 0;
-    return reinterpret_cast<const uint32_t*>(args.columns)[int64_t{panel} * args.groups + at];
+    return at < groups ? words[int64_t{panel} * groups + at] : 0;
   }
 
   // Of group `g` of step `step` of those that were loaded.
-  static __device__ __forceinline__ uint32_t of(uint32_t words, int step, int g) {
-    return __shfl_sync(~0u, words, step * kGroups + g);
+  static __device__ __forceinline__ uint32_t word_of(uint32_t loaded, int step, int g) {
+    return __shfl_sync(~0u, loaded, step * kGroups + g);
   }
 };
 
-// A warp: four of the 16 groups of each stage, and the W of 64 rows. An instruction copies 64
+// The panel of a tile. Most tiles are as many rows, and a division takes the producers long.
+template <typename Tile, typename Element>
+__device__ __forceinline__ int panel_of(const GatherArgs<Element>& args, const TilePlace& place) {
+  return args.v == Tile::kRows ? place.row_tile : place.row_tile * Tile::kRows / args.v;
+}
+
+// A warp: four of the 16 groups of each stage, and the W of 64 rows (in a cluster, all CTAs expect
+// it and one of them copies it to all). An instruction copies 64
 // tokens of the four columns of a group, eight lanes a column, so that a group takes one address
 // and no more arithmetic for each copy: a warp issues alone and is bound by its instructions.
 template <typename Element, typename Tile, int kCluster>
@@ -78,9 +83,10 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               int warp,
                                               int lane) {
   using namespace hopper;
-  using Kept = KeptColumns<Element>;
-  constexpr int kGroups = Kept::kGroups;
+  constexpr int kGroups = KeptColumns::kGroups;
   static_assert(Tile::kWeightTiles <= kGatherWarps, "a warp brings at most one");
+  static_assert(kCluster == 1 || (!Tile::kSplit && Tile::kWeightTiles % kCluster == 0),
+                "each CTA of a cluster brings a part, which keeps them in step");
   static_assert(Tile::kStageSteps == 1, "a warp brings its groups of one step");
   const SparseArgs<Element>& sparse = args.sparse;
   const auto stride = static_cast<uint32_t>(args.x_stride * 2);  // bytes
@@ -94,21 +100,19 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
   const StepRange steps = steps_here<Tile>(sparse);
   const int first_step_group = steps.first * kStepGroups + warp * kGroups;
   const int tiles = num_tiles(sparse);
-  const auto panel_of = [&](const TilePlace& place) {
-    return args.v == Tile::kRows ? place.row_tile : place.row_tile * Tile::kRows / args.v;
-  };
+  const KeptColumns columns{reinterpret_cast<const uint32_t*>(args.columns), args.groups};
   StageRing<Tile::kStages> ring;
   TilePlace next_place = place_here<Tile, true>(sparse, first_tile());
-  uint32_t next_words = Kept::load(args, panel_of(next_place), first_step_group, lane);
+  uint32_t next_words = columns.load(panel_of<Tile>(args, next_place), first_step_group, lane);
   for (int tile = first_tile(); tile < tiles; tile += tile_stride()) {
     const TilePlace place = next_place;
-    const int panel = panel_of(place);
+    const int panel = panel_of<Tile>(args, place);
     uint32_t words = next_words;
     uint32_t words_after =
-        Kept::load(args, panel, first_step_group + Kept::kSteps * kStepGroups, lane);
+        columns.load(panel, first_step_group + KeptColumns::kSteps * kStepGroups, lane);
     if (tile + tile_stride() < tiles) {
       next_place = place_here<Tile, true>(sparse, tile + tile_stride());
-      next_words = Kept::load(args, panel_of(next_place), first_step_group, lane);
+      next_words = columns.load(panel_of<Tile>(args, next_place), first_step_group, lane);
     }
     const int64_t row_of_tiles = int64_t{place.row_tile} * Tile::kWeightTiles + warp;
     const uint8_t* weight =
@@ -122,12 +126,12 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
         first_token + Tile::kTokens <= sparse.tokens
             ? (args.groups - first_step_group + kStepGroups - kGroups) / kStepGroups
             : 0;
-    for (int first = 0; first < steps.count; first += Kept::kSteps) {
-      const int end = min(first + Kept::kSteps, steps.count);
+    for (int first = 0; first < steps.count; first += KeptColumns::kSteps) {
+      const int end = min(first + KeptColumns::kSteps, steps.count);
       for (int step = first; step < end; ++step) {
         uint32_t kept[kGroups];
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) kept[g] = Kept::of(words, step - first, g);
+        for (int g = 0; g < kGroups; ++g) kept[g] = KeptColumns::word_of(words, step - first, g);
         const uint32_t arrived = cta.full(ring.stage);
         barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
         const uint32_t stage = cta.stages + ring.stage * Tile::kStageBytes;
@@ -169,8 +173,8 @@ __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
         ring.next();
       }
       words = words_after;
-      words_after = Kept::load(
-          args, panel, first_step_group + (first + 2 * Kept::kSteps) * kStepGroups, lane);
+      words_after = columns.load(
+          panel, first_step_group + (first + 2 * KeptColumns::kSteps) * kStepGroups, lane);
     }
   }
   if constexpr (kCluster > 1) wait_for_free_stages<Tile>(cta, ring);
@@ -184,7 +188,7 @@ __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, 
   const SparseArgs<Element>& sparse = args.sparse;
   const TilePlace place = place_here<Tile, true>(sparse, first_tile());
   const int64_t bytes = int64_t{args.groups} * kGroupColumns;
-  const uint8_t* kept = args.columns + place.row_tile * Tile::kRows / args.v * bytes;
+  const uint8_t* kept = args.columns + panel_of<Tile>(args, place) * bytes;
   const int64_t at =
       int64_t{steps_here<Tile>(sparse).first} * kStepGroups * kGroupColumns + thread * kLine;
   if (at < bytes) hopper::prefetch_line(kept + at);
@@ -221,8 +225,8 @@ __global__ __launch_bounds__(kSparseThreads,
     if constexpr (!Tile::kSplit) take_registers<kWide ? 224 : 208>();
     consume<Element, Tile, true, true>(y_map, args.sparse, cta, warpgroup, thread);
   }
-  // Copies of the others must find this CTA alive.
-  cluster_meet();
+  // What the others send must find this CTA alive.
+  if constexpr (Tile::kSplit || kCluster > 1) cluster_meet();
 #else
   __trap();  // a build that lacks sm_90a must not leave y as it was
 #endif

@@ -15,7 +15,7 @@ namespace {
 
 template <typename Element, typename Tile, int kCluster>
 LaunchPlan launch(const GatherLinearParams& params,
-                  const GatherTileShape& tile,
+                  const TileShape& tile,
                   int device,
                   cudaStream_t stream) {
   constexpr auto kernel = gather_linear_kernel<Element, Tile, kCluster>;
@@ -37,7 +37,7 @@ LaunchPlan launch(const GatherLinearParams& params,
 
 template <typename Element>
 LaunchPlan launch_tile(const GatherLinearParams& params,
-                       const GatherTileShape& tile,
+                       const TileShape& tile,
                        int device,
                        cudaStream_t stream) {
   const auto with = [&](auto sizes) {
@@ -135,7 +135,7 @@ LaunchPlan gather_linear(const GatherLinearParams& params, int device, cudaStrea
   check_capability(device);
   const DeviceGuard guard(device);
   const int chosen = product.config >= 0 ? product.config : chosen_by_table(params, device);
-  const GatherTileShape& tile = kGatherTiles[chosen];
+  const TileShape& tile = kGatherTiles[chosen];
   OBS_CHECK(params.v % tile.rows == 0,
             "the rows of a tile must divide v = ",
             params.v,

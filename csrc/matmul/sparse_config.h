@@ -7,12 +7,12 @@
 
 namespace obs_kernels {
 
-// A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers. `cluster` CTAs
-// hold different rows of the same tokens, and each brings its share of X to all of them. Or, for
-// few tokens, whose tiles leave multiprocessors idle, a cluster of `split` CTAs, one to four,
-// shares out the columns of a tile, and adds up; 0: a CTA takes all columns, and several tiles, one
-// after the other.
-struct SparseTileShape {
+// A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers. Either
+// `cluster` CTAs share what they read, each bringing its share of it to all of them; a CTA computes
+// several tiles, one after the other, and takes all columns (split 0). Or, for few tokens, whose
+// tiles leave multiprocessors idle, a cluster of `split` CTAs, one to four, shares out the columns
+// of a tile, and adds up.
+struct TileShape {
   const char* name;
   int rows;
   int tokens;
@@ -26,7 +26,8 @@ struct SparseTileShape {
   int tile_cycles;  // filling the pipeline, and an epilogue that nothing hides
 };
 
-inline constexpr SparseTileShape kSparseTiles[] = {
+// For W as 2:4. CTAs of a cluster hold different rows of the same tokens, and share X.
+inline constexpr TileShape kSparseTiles[] = {
     {"256x192 cluster 2", 256, 192, 2, 0, 980, 4480},  // fewest bytes for a product
     {"256x128 cluster 2", 256, 128, 2, 0, 712, 3490},
     {"128x256 cluster 2", 128, 256, 2, 0, 694, 3390},
@@ -46,20 +47,9 @@ inline constexpr SparseTileShape kSparseTiles[] = {
 };
 inline constexpr int kNumSparseTiles = sizeof(kSparseTiles) / sizeof(kSparseTiles[0]);
 
-// Of a panel's kept columns, which a warpgroup gathers. A tile lies within a panel, so that its
-// rows divide v. `cluster` CTAs hold different tokens of the same rows, and each brings its share
-// of W to all of them.
-struct GatherTileShape {
-  const char* name;
-  int rows;
-  int tokens;
-  int cluster;
-  int split;
-  int step_cycles;
-  int tile_cycles;
-};
-
-inline constexpr GatherTileShape kGatherTiles[] = {
+// For a panel's kept columns, which a warpgroup gathers. A tile lies within a panel, so that its
+// rows divide v. CTAs of a cluster hold different tokens of the same rows, and share W.
+inline constexpr TileShape kGatherTiles[] = {
     {"gather 256x192", 256, 192, 1, 0, 1209, 3770},  // fewest bytes for a product: X for 256 rows
     {"gather 256x128 cluster 2", 256, 128, 2, 0, 845, 3500},
     {"gather 256x128", 256, 128, 1, 0, 883, 3490},
@@ -79,8 +69,8 @@ inline constexpr int kNumGatherTiles = sizeof(kGatherTiles) / sizeof(kGatherTile
 inline constexpr int kStepCols = 64;  // of W in a stage: 128 bytes of X, a row of the swizzle
 // Token tiles that CTAs work on at a time: neighbours read the same X and the same W through L2.
 inline constexpr int kRasterTokens = 8;
-// The same where panels gather, of tiles or of clusters' tokens: each reads columns of its own, so
-// that all of X has to stay in L2.
+// The same where panels gather, counted in clusters: each panel reads other columns of X, so that
+// all of it has to stay in L2.
 inline constexpr int kGatherRasterTokens = 4;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -125,7 +115,7 @@ inline ChosenTile choose_sparse_tile(int64_t rows,
                                      int multiprocessors) {
   ChosenTile best{-1, 0};
   for (int i = 0; i < kNumSparseTiles; ++i) {
-    const SparseTileShape& tile = kSparseTiles[i];
+    const TileShape& tile = kSparseTiles[i];
     const int64_t row_groups =
         round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
     const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
@@ -144,7 +134,7 @@ inline ChosenTile choose_gather_tile(
     int64_t rows, int64_t tokens, int64_t steps, int64_t v, int multiprocessors) {
   ChosenTile best{-1, 0};
   for (int i = 0; i < kNumGatherTiles; ++i) {
-    const GatherTileShape& tile = kGatherTiles[i];
+    const TileShape& tile = kGatherTiles[i];
     if (v % tile.rows != 0) continue;
     const int64_t group_tokens = tile.tokens * tile.cluster;
     const int64_t split = split_of(tile.split, steps);

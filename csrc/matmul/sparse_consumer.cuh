@@ -17,36 +17,6 @@
 
 namespace obs_kernels {
 
-// The stage at hand, and the parity of the phase in which its barriers are waited for.
-template <int kStages>
-struct StageRing {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ __forceinline__ uint32_t before() const {
-    return stage == 0 ? kStages - 1 : stage - 1;
-  }
-};
-
-// By threads that fill stages, at their end: what consumers of other CTAs still tell a barrier must
-// find it alive.
-template <typename Tile>
-__device__ __forceinline__ void wait_for_free_stages(CtaMemory<Tile> cta,
-                                                     StageRing<Tile::kStages> ring) {
-  if constexpr (!Tile::kSplit) {  // whose CTAs tell their own barriers alone
-    for (int i = 0; i < Tile::kStages; ++i) {
-      hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
-      ring.next();
-    }
-  }
-}
-
 // A warpgroup: its sums of a tile, tile after tile. kFeatureX: X lies token after token within a
 // column. kGathered: threads copied it, so that the tensor cores must be fenced from their writes.
 template <typename Element, typename Tile, bool kFeatureX, bool kGathered>

@@ -31,7 +31,7 @@ __device__ __forceinline__ void fill_stages(const SparseArgs<Element>& args,
       ring.next();
     }
   }
-  wait_for_free_stages<Tile>(cta, ring);
+  if constexpr (!Tile::kSplit) wait_for_free_stages<Tile>(cta, ring);
 }
 
 // One thread: this CTA's share of X to all CTAs of the cluster. Tells its own barrier what the

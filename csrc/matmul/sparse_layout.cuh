@@ -92,13 +92,42 @@ struct CtaMemory {
   __device__ __forceinline__ uint32_t full(uint32_t stage) const {
     return epilogue() + Tile::kBufferBytes + 8 * stage;
   }
-  // Barrier: all that multiply a stage are done with it, of a cluster that shares tokens all CTAs.
+  // Barrier: all that multiply a stage are done with it, those of all CTAs that share what it
+  // holds.
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const {
     return full(Tile::kStages + stage);
   }
   // Barrier: sums of other CTAs have arrived, of a split tile.
   __device__ __forceinline__ uint32_t sums() const { return full(2 * Tile::kStages); }
 };
+
+// The stage at hand, and the parity of the phase in which its barriers are waited for.
+template <int kStages>
+struct StageRing {
+  uint32_t stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ uint32_t before() const {
+    return stage == 0 ? kStages - 1 : stage - 1;
+  }
+};
+
+// By threads that fill stages, at their end: what consumers of other CTAs still tell a barrier must
+// find it alive.
+template <typename Tile>
+__device__ __forceinline__ void wait_for_free_stages(CtaMemory<Tile> cta,
+                                                     StageRing<Tile::kStages> ring) {
+  for (int i = 0; i < Tile::kStages; ++i) {
+    hopper::barrier_wait(cta.empty(ring.stage), ring.parity ^ 1);
+    ring.next();
+  }
+}
 
 template <typename Element>
 struct SparseArgs {

@@ -15,7 +15,7 @@ namespace {
 
 template <typename Element, typename Tile, bool kFeatureX>
 LaunchPlan launch(const SparseLinearParams& params,
-                  const SparseTileShape& tile,
+                  const TileShape& tile,
                   int device,
                   cudaStream_t stream) {
   constexpr auto kernel = sparse_linear_kernel<Element, Tile, kFeatureX>;
@@ -32,7 +32,7 @@ LaunchPlan launch(const SparseLinearParams& params,
 
 template <typename Element, bool kFeatureX>
 LaunchPlan launch_tile(const SparseLinearParams& params,
-                       const SparseTileShape& tile,
+                       const TileShape& tile,
                        int device,
                        cudaStream_t stream) {
   const auto with = [&](auto sizes) {
@@ -60,7 +60,7 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
 
 template <typename Element>
 LaunchPlan launch_layout(const SparseLinearParams& params,
-                         const SparseTileShape& tile,
+                         const TileShape& tile,
                          int device,
                          cudaStream_t stream) {
   return params.feature_x ? launch_tile<Element, true>(params, tile, device, stream)
@@ -96,7 +96,7 @@ LaunchPlan sparse_linear(const SparseLinearParams& params, int device, cudaStrea
   check_capability(device);
   const DeviceGuard guard(device);
   const int chosen = params.config >= 0 ? params.config : chosen_by_table(params, device);
-  const SparseTileShape& tile = kSparseTiles[chosen];
+  const TileShape& tile = kSparseTiles[chosen];
   check_tiles(params, tile.rows, tile.tokens, tile.split);
   return params.type == MatmulType::kHalf
              ? launch_layout<__half>(params, tile, device, stream)

@@ -153,9 +153,9 @@ def test_every_layout_by_every_configuration(gen, matmul, kind, y_layout):
 def test_several_tiles_of_a_block(gen, matmul, v, rows, y_layout):
     """More tiles than multiprocessors, ragged: stages and phases go on from tile to tile, with fewer and more steps
     than there are stages and than those whose columns are loaded at a time; panels change between the tiles of a
-    block.
+    block. Of 2,425 tokens the last cluster of 2 x 128 is half empty.
     """
-    for groups, tokens in itertools.product((5, 17, 83, 267), (2504, 2501)):
+    for groups, tokens in itertools.product((5, 17, 83, 267), (2504, 2425)):
         cols = 8 * groups
         sparse, dense = integer_weight(rows, cols, f"{v}:2:8", torch.bfloat16)
         x, bias = integers(gen, 7, (tokens, cols), torch.bfloat16), integers(gen, 7, (rows,), torch.bfloat16)
