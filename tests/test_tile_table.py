@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obs_kernels.patterns import VNMPattern, parse_pattern
+from obs_kernels.timing import is_steady
 
 ROOT = Path(__file__).resolve().parents[1]
 MULTIPROCESSORS = 132
 STEP = 64
-MEAN_LOSS, MOST_LOSS = 0.02, 0.4
+MEAN_LOSS, MOST_LOSS = 0.01, 0.25
 """Of time, to the faster way by the stored bench: of all its products together, and of one. (Of few tokens times differ
 by 10 to 20 percent from those in graphs, which the tiles were fitted to.)
 """
@@ -134,10 +135,13 @@ def test_more_tokens_never_cost_less(ask: Ask, product: Product, more: int) -> N
 
 
 def test_the_faster_way_of_the_bench_is_taken(ask: Ask) -> None:
-    """As 2:4 or gathered, by the stored times of both: those of pattern 2:4 and of rows that gathered."""
+    """As 2:4 or gathered, by the stored steady times of both: all that run as 2:4 on token-major x are one product."""
     rows = json.loads((ROOT / "bench" / "results" / "matmul.json").read_text(encoding="utf-8"))["rows"]
     ours = [r for r in rows if r["path"] == "kernel" and r["config"].get("backend") == "cuda"]
-    whole = {tuple(r["shape"].values()): r["us"] for r in ours if r["pattern"] == "2:4"}
+    ours = [r for r in ours if is_steady(r["p20"], r["p80"])]
+    as_two_of_four = [r for r in ours if r["config"]["as"] == "2:4" and "x" not in r["config"]]
+    as_two_of_four.sort(key=lambda row: row["pattern"] == "2:4")  # its own row last, which stays
+    whole = {tuple(r["shape"].values()): r["us"] for r in as_two_of_four}
     both: list[tuple[Product, float, float]] = []
     for row in ours:
         pattern = parse_pattern(row["pattern"])
