@@ -138,30 +138,33 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
     panels = [p for p in PANELS if {(p, "token-major"), (p, "feature-major")} <= found.keys()]
     layers = {row["name"]: f"{row['shape']['R']} x {row['shape']['C']}" for row in rows.values()}
 
-    peers = {(r["name"], r["shape"]["T"]): r for r in stored["rows"] if r["config"].get("peer") == "cuSPARSELt"}
+    peers = {
+        (r["config"]["peer"], r["pattern"], r["name"], r["shape"]["T"]): r
+        for r in stored["rows"]
+        if r["config"].get("peer") in ("F.linear", "cuSPARSELt")
+    }
 
-    def own(row: dict[str, Any]) -> str:
-        return f"{row['x_dense']:.2f}" if is_steady(row["p20"], row["p80"]) else "unsteady"
+    def says_something(row: dict[str, Any], peer: str) -> bool:
+        beside = peers.get((peer, row["pattern"], row["name"], row["shape"]["T"]))
+        return all(is_steady(r["p20"], r["p80"]) for r in (row, beside) if r is not None)
+
+    def to_dense(row: dict[str, Any]) -> str:
+        return f"{row['x_dense']:.2f}" if says_something(row, "F.linear") else "unsteady"
+
+    def to_peer(row: dict[str, Any]) -> str:
+        to_it = f"{row['x_peer'].get('cuSPARSELt', float('nan')):.2f}"
+        return to_it if says_something(row, "cuSPARSELt") else "unsteady"
 
     def ratio(pattern: str, layout: str, at: tuple[str, int]) -> str:
         row = found[pattern, layout].get(at)
-        return own(row) if row else "-"
-
-    def beside(row: dict[str, Any]) -> str:
-        return f"{own(row)} ({to_peer(row)})" if is_steady(row["p20"], row["p80"]) else own(row)
-
-    def to_peer(row: dict[str, Any]) -> str:
-        peer = peers.get((row["name"], row["shape"]["T"]))
-        if peer is not None and not is_steady(peer["p20"], peer["p80"]):
-            return "unsteady"
-        return f"{row['x_peer'].get('cuSPARSELt', float('nan')):.2f}"
+        return to_dense(row) if row else "-"
 
     def range_of(pattern: str, layout: str) -> str:
         large = [
             row["x_dense"]
             for (_, tokens), row in found[pattern, layout].items()
             if min(row["shape"]["R"], row["shape"]["C"]) >= LARGE_LAYER and tokens >= MANY_TOKENS
-            if is_steady(row["p20"], row["p80"])
+            if says_something(row, "F.linear")
         ]
         return f"{min(large):.2f} to {max(large):.2f}" if large else "-"
 
@@ -178,7 +181,7 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
     ]
     for tokens in sorted({tokens for _, tokens in rows}):
         cells = [rows.get((name, tokens)) for name in layers]
-        shown = [beside(c) if c else "-" for c in cells]
+        shown = [f"{to_dense(c)} ({to_peer(c)})" if c else "-" for c in cells]
         for pattern in panels:
             for index, name in enumerate(layers):
                 if cells[index] is None:

@@ -358,9 +358,16 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
     assert table([*rows, peer]) == after
     unsteady = table([*rows, peer | {"p80": 20.0}])
     assert unsteady[-2:] == [after[-2].replace("(1.04)", "(unsteady)"), after[-1]]
+    dense = rows[0] | {"config": {"peer": "F.linear"}}
+    assert table([*rows, dense]) == after
+    unsteady = table([*rows, dense | {"p80": 13.0}])
+    assert unsteady[-2:] == [after[-2].replace("1.50", "unsteady"), after[-1]]
     rows[0]["p80"] = rows[-5]["p80"] = 13.0
     unsteady = table(rows)
-    assert unsteady[-2:] == [after[-2].replace("1.50 (1.04)", "unsteady"), after[-1].replace("1.60", "unsteady")]
+    assert unsteady[-2:] == [
+        after[-2].replace("1.50 (1.04)", "unsteady (unsteady)"),
+        after[-1].replace("1.60", "unsteady"),
+    ]
 
 
 def test_results_of_several_runs_make_one_table(tmp_path: Path) -> None:
