@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,7 @@ from bench.sanitizers import LAUNCHES, ROOT, TOOLS, command_of_tests, run_comman
 REPORT = ROOT / "bench" / "gpu_report.json"
 SCHEMA = 1
 SOURCES = ("csrc", "python_bindings", "CMakeLists.txt", "obs_kernels/triton_kernels", "obs_kernels/cuda_calls")
+TESTS = "tests/gpu/"
 TESTS_LIMIT_S = 1800
 LOG_VARIABLE = "OBS_KERNELS_GPU_REPORT_LOG"
 
@@ -196,8 +197,8 @@ def run_tests(jobs: int, *tests: str) -> dict[str, Any]:
         log.touch()
         env = {LOG_VARIABLE: str(log), "OBS_KERNELS_REQUIRE_GPU": "1"}
 
-        def run(marker: str, *options: str) -> int:
-            return run_command([*command_of_tests(marker, *tests), *options], env, TESTS_LIMIT_S, echo=True)[0]
+        def run(marker: str, *options: str, of: Sequence[str] = tests) -> int:
+            return run_command([*command_of_tests(marker, *of), *options], env, TESTS_LIMIT_S, echo=True)[0]
 
         def results() -> dict[str, Any]:
             return read_results(log.read_text(encoding="utf-8").splitlines())
@@ -208,7 +209,7 @@ def run_tests(jobs: int, *tests: str) -> dict[str, Any]:
             states = [run("gpu and not big", "-n", str(jobs)), run("gpu and big")]
             short = [skip["test"] for skip in results()["skipped"] if "free GPU memory" in skip["reason"]]
             if short:
-                states.append(run_command(command_of_tests("gpu", *short), env, TESTS_LIMIT_S, echo=True)[0])
+                states.append(run("gpu", of=short))
         found = results()
     # 1 = tests failed, and they are in the list; 5 = none of the tests that were named has the marker
     fine = (0, 1, 5) if tests else (0, 1)
@@ -218,7 +219,7 @@ def run_tests(jobs: int, *tests: str) -> dict[str, Any]:
 
 def run_again(earlier: Mapping[str, Any], jobs: int) -> dict[str, Any]:
     """The results of a report with those of its failed tests replaced, which ``again`` names beside earlier ones."""
-    tests = [test for test in earlier["failed"] if test.startswith("tests/")]  # others are of pytest and the build
+    tests = earlier["failed"]
     now = run_tests(jobs, *tests) if tests else {"passed": [], "failed": [], "skipped": []}
     return {
         "passed": sorted([*earlier["passed"], *now["passed"]]),
@@ -237,6 +238,9 @@ def refusal(earlier: Any, files: Mapping[str, str], device: str) -> str | None:
         return f"the report is of other sources, at {earlier['commit']}"
     if earlier["device"] != device:
         return f"the report is of another device, {earlier['device']}, this is {device}"
+    others = [failure for failure in earlier["failed"] if not failure.startswith(TESTS)]
+    if others:  # of the build, or of pytest, which may have left out tests that nothing names
+        return f"the report has failures that are no tests: {'; '.join(others)}"
     return None
 
 

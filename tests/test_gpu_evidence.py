@@ -49,6 +49,19 @@ def test_results_of_other_sources_or_devices_do_not_stand() -> None:
     assert "unusable" in str(refusal(report(sanitizer={}), FILES, "GPU"))
 
 
+@pytest.mark.parametrize("failure", ["pytest ended with exit status 3", "build of obs_kernels._C (exit status 1)"])
+def test_a_run_that_broke_off_is_not_gone_on_with(
+    tmp_path: Path, machine: dict[str, list[Any]], capsys: pytest.CaptureFixture[str], failure: str
+) -> None:
+    """Tests that it never reached are in no list: to run the failed ones alone would pass them over."""
+    path = tmp_path / "report.json"
+    written(path, failed=["tests/gpu/test_a.py::two", failure])
+    before = path.read_text()
+    assert make_report(path, commit="def", with_build=False, jobs=2, again=True) == 1
+    assert f"no tests: {failure}; run all tests" in capsys.readouterr().out
+    assert machine == {"tests": [], "tools": []} and path.read_text() == before
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """A GPU machine on which test two passes and three fails; what was run on it."""
@@ -80,7 +93,7 @@ def test_what_failed_runs_again_and_the_rest_stands(tmp_path: Path, machine: dic
     path = tmp_path / "report.json"
     two, three = "tests/gpu/test_a.py::two", "tests/gpu/test_a.py::three"
     tools = {**dict.fromkeys(TOOLS, "passed"), "memcheck": "failed: 2 errors"}
-    written(path, failed=["pytest ended with exit status 3", two, three], sanitizer=tools)
+    written(path, failed=[two, three], sanitizer=tools)
     assert make_report(path, commit="def", with_build=False, jobs=2, again=True) == 1
     found = json.loads(path.read_text())
     assert not schema_problems(found) and machine == {"tests": [(two, three)], "tools": [["memcheck"]]}

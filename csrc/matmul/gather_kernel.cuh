@@ -74,9 +74,9 @@ __device__ __forceinline__ int panel_of(const GatherArgs<Element>& args, const T
 }
 
 // A warp: four of the 16 groups of each stage, and the W of 64 rows (in a cluster, all CTAs expect
-// it and one of them copies it to all). An instruction copies 64
-// tokens of the four columns of a group, eight lanes a column, so that a group takes one address
-// and no more arithmetic for each copy: a warp issues alone and is bound by its instructions.
+// it and one of them copies it to all). An instruction copies 64 tokens of the four columns of a
+// group, eight lanes a column, so that a group takes one address and no more arithmetic for each
+// copy: a warp issues alone and is bound by its instructions.
 template <typename Element, typename Tile, int kCluster>
 __device__ __forceinline__ void bring_columns(const GatherArgs<Element>& args,
                                               CtaMemory<Tile> cta,

@@ -118,8 +118,7 @@ __global__ __launch_bounds__(kThreads) void prepack_kernel(const PrepackArgs arg
 }  // namespace
 
 int64_t prepacked_bytes(int64_t rows, int64_t cols) {
-  return round_up(rows, kPackedRows) / kPackedRows * (round_up(cols, kPackedCols) / kPackedCols) *
-         kPackedBytes;
+  return parts_of(rows, kPackedRows) * parts_of(cols, kPackedCols) * kPackedBytes;
 }
 
 LaunchPlan prepack(const PrepackParams& params, int device, cudaStream_t stream) {
@@ -154,7 +153,7 @@ LaunchPlan prepack(const PrepackParams& params, int device, cudaStream_t stream)
   args.kept = args.groups * params.n;
   args.two_bits = params.v != 0 || (params.n == 2 && params.m == 4);
   args.code_bytes = args.two_bits ? (args.kept + 3) / 4 : args.kept;
-  args.steps = round_up(params.cols, kPackedCols) / kPackedCols;
+  args.steps = parts_of(params.cols, kPackedCols);
   args.tiles = prepacked_bytes(params.rows, params.cols) / kPackedBytes;
   args.n = static_cast<int>(params.n);
   args.m = static_cast<int>(params.m);

@@ -74,12 +74,13 @@ inline constexpr int kRasterTokens = 8;
 // all of it has to stay in L2.
 inline constexpr int kGatherRasterTokens = 4;
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+// Of so many each, the last one maybe less.
+inline int64_t parts_of(int64_t value, int64_t each) {
+  return (value + each - 1) / each;
 }
 
 inline int64_t steps_of(int64_t columns) {
-  return round_up(columns, kStepCols) / kStepCols;
+  return parts_of(columns, kStepCols);
 }
 
 // CTAs that share out the columns of a tile: as the table says, but none is left without a step.
@@ -104,9 +105,24 @@ inline int64_t room_for(int64_t multiprocessors, int64_t ctas) {
   return std::max<int64_t>(1, (ctas <= 2 ? multiprocessors : multiprocessors * 9 / 10) / ctas);
 }
 
-inline void take_faster(ChosenTile& best, int index, int64_t groups, int64_t at_once, int64_t one) {
-  const int64_t cycles = round_up(groups, at_once) / at_once * one;  // all waves
-  if (best.index < 0 || cycles < best.cycles) best = {index, cycles};
+// The tile of a table that takes least, of equal ones the first. groups_of(tile): clusters of it
+// that the product is; 0: it does not fit.
+template <int kTiles, typename GroupsOf>
+ChosenTile choose_tile(const TileShape (&tiles)[kTiles],
+                       int64_t steps,
+                       int multiprocessors,
+                       const GroupsOf& groups_of) {
+  ChosenTile best{-1, 0};
+  for (int i = 0; i < kTiles; ++i) {
+    const TileShape& tile = tiles[i];
+    const int64_t groups = groups_of(tile);
+    if (groups == 0) continue;
+    const int64_t split = split_of(tile.split, steps);
+    const int64_t waves = parts_of(groups, room_for(multiprocessors, tile.cluster * split));
+    const int64_t cycles = waves * (parts_of(steps, split) * tile.step_cycles + tile.tile_cycles);
+    if (best.index < 0 || cycles < best.cycles) best = {i, cycles};
+  }
+  return best;
 }
 
 // For W as 2:4, `steps` of kStepCols of its columns.
@@ -114,38 +130,19 @@ inline ChosenTile choose_sparse_tile(int64_t rows,
                                      int64_t tokens,
                                      int64_t steps,
                                      int multiprocessors) {
-  ChosenTile best{-1, 0};
-  for (int i = 0; i < kNumSparseTiles; ++i) {
-    const TileShape& tile = kSparseTiles[i];
-    const int64_t row_groups =
-        round_up(rows, tile.rows * tile.cluster) / (tile.rows * tile.cluster);
-    const int64_t groups = row_groups * (round_up(tokens, tile.tokens) / tile.tokens);
-    const int64_t split = split_of(tile.split, steps);
-    take_faster(best,
-                i,
-                groups,
-                room_for(multiprocessors, tile.cluster * split),
-                round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
-  }
-  return best;
+  return choose_tile(kSparseTiles, steps, multiprocessors, [&](const TileShape& tile) {
+    return parts_of(rows, tile.rows * tile.cluster) * parts_of(tokens, tile.tokens);
+  });
 }
 
 // For the kept columns of panels of v rows.
 inline ChosenTile choose_gather_tile(
     int64_t rows, int64_t tokens, int64_t steps, int64_t v, int multiprocessors) {
-  ChosenTile best{-1, 0};
-  for (int i = 0; i < kNumGatherTiles; ++i) {
-    const TileShape& tile = kGatherTiles[i];
-    if (v % tile.rows != 0) continue;
-    const int64_t group_tokens = tile.tokens * tile.cluster;
-    const int64_t split = split_of(tile.split, steps);
-    take_faster(best,
-                i,
-                rows / tile.rows * (round_up(tokens, group_tokens) / group_tokens),
-                room_for(multiprocessors, tile.cluster * split),
-                round_up(steps, split) / split * tile.step_cycles + tile.tile_cycles);
-  }
-  return best;
+  return choose_tile(kGatherTiles, steps, multiprocessors, [&](const TileShape& tile) {
+    return v % tile.rows == 0
+               ? parts_of(rows, tile.rows) * parts_of(tokens, tile.tokens * tile.cluster)
+               : 0;
+  });
 }
 
 // Transposing X first: another launch, whose start and end nothing hides, and bytes through L2 or

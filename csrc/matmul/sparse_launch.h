@@ -143,9 +143,9 @@ SparseArgs<Element> sparse_args(const SparseLinearParams& params,
   args.rows = params.rows;
   args.tokens = params.tokens;
   args.steps = static_cast<int>(steps_of(params.cols));
-  args.weight_tiles = static_cast<int>(round_up(params.rows, kPackedRows) / kPackedRows);
-  args.row_groups = static_cast<int>(round_up(params.rows, group_rows) / group_rows);
-  args.token_groups = static_cast<int>(round_up(params.tokens, group_tokens) / group_tokens);
+  args.weight_tiles = static_cast<int>(parts_of(params.rows, kPackedRows));
+  args.row_groups = static_cast<int>(parts_of(params.rows, group_rows));
+  args.token_groups = static_cast<int>(parts_of(params.tokens, group_tokens));
   args.cluster = cluster;
   args.split = static_cast<int>(split_of(tile_split, args.steps));
   args.activation = params.activation;

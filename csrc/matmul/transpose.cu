@@ -83,12 +83,12 @@ LaunchPlan transpose(const TransposeParams& params, int device, cudaStream_t str
   args.out = static_cast<uint4*>(params.out);
   args.tokens = params.tokens;
   args.pieces = params.cols / kSide;
-  args.out_pieces = round_up(params.tokens, kSide) / kSide;
+  args.out_pieces = parts_of(params.tokens, kSide);
   OBS_CHECK(args.out_pieces * kSide == params.out_stride,
             "out_stride must be the tokens rounded up to 8, got ",
             params.out_stride);
-  args.column_tiles = round_up(params.cols, kTileColumns) / kTileColumns;
-  args.tiles = args.column_tiles * (round_up(params.tokens, kTileTokens) / kTileTokens);
+  args.column_tiles = parts_of(params.cols, kTileColumns);
+  args.tiles = args.column_tiles * parts_of(params.tokens, kTileTokens);
   if (args.tiles == 0) return {"transpose", "empty", 0, 0};
   const DeviceGuard guard(device);
   const auto blocks = static_cast<unsigned>(grid_size(args.tiles, kThreads / 32, int64_t{1} << 20));
