@@ -22,6 +22,7 @@ namespace obs_kernels {
 enum Weight { kNone, kHeld, kTensor, kShared, kGlobal2, kGlobal3 };
 enum Beside { kNothing, kCopies, kGather };
 
+constexpr int kConsumers = 2;  // warpgroups
 constexpr int kTokens = 256;
 constexpr int kSlabs = kTokens / kSlabTokens;
 constexpr int kTileBytes = kSlabs * kSlabBytes;

@@ -197,7 +197,7 @@ __device__ __forceinline__ void prefetch_panel(const GatherArgs<Element>& args, 
 
 // kCluster CTAs share rows.
 template <typename Element, typename Tile, int kCluster>
-__global__ __launch_bounds__(kSparseThreads,
+__global__ __launch_bounds__(Tile::kThreads,
                              1) void gather_linear_kernel(const __grid_constant__ CUtensorMap y_map,
                                                           const GatherArgs<Element> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -209,16 +209,16 @@ __global__ __launch_bounds__(kSparseThreads,
   let_next_grid_start();
   if (threadIdx.x == 0) {
     if (args.sparse.boxes) prefetch_map(&y_map);
-    init_barriers(cta, kWarpgroup + Tile::kWeightTiles, kConsumers * kCluster);
+    init_barriers(cta, kWarpgroup + Tile::kWeightTiles, Tile::kConsumers * kCluster);
     if constexpr (Tile::kSplit) expect_sums(args.sparse, cta);
   }
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  if (warpgroup == kConsumers) prefetch_panel<Element, Tile>(args, thread);
+  if (warpgroup == Tile::kConsumers) prefetch_panel<Element, Tile>(args, thread);
   cluster_meet();
   wait_for_grids_before();
 
-  if (warpgroup == kConsumers) {
+  if (warpgroup == Tile::kConsumers) {
     if constexpr (!Tile::kSplit) give_registers<kWide ? 56 : 88>();
     bring_columns<Element, Tile, kCluster>(args, cta, thread / 32, thread % 32);
   } else {

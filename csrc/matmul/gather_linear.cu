@@ -32,7 +32,7 @@ LaunchPlan launch(const GatherLinearParams& params,
   args.groups = static_cast<int>(product.cols / 4);
   const CUtensorMap y_map = args.sparse.boxes ? boxes_of_y<Tile>(product) : CUtensorMap{};
   const unsigned blocks = launch_clusters<kernel, Tile>(args.sparse, device, stream, y_map, args);
-  return {"sparse_linear", tile.name, blocks, kSparseThreads};
+  return {"sparse_linear", tile.name, blocks, Tile::kThreads};
 }
 
 template <typename Element>
@@ -60,9 +60,9 @@ LaunchPlan launch_tile(const GatherLinearParams& params,
     case tile_key(128, 128, false):
       return with(SparseTile<1, 128>{});
     case tile_key(128, 128, true):
-      return with(SparseTile<1, 128, false, true>{});
+      return with(SparseTile<1, 128, false, 2>{});
     case tile_key(128, 64, true):
-      return with(SparseTile<1, 64, false, true>{});
+      return with(SparseTile<1, 64, false, 4>{});
     default:
       return with(SparseTile<1, 256, true>{});
   }

@@ -7,11 +7,11 @@
 
 namespace obs_kernels {
 
-// A CTA computes `rows` times `tokens`, whose sums two warpgroups hold in registers. Either
-// `cluster` CTAs share what they read, each bringing its share of it to all of them; a CTA computes
-// several tiles, one after the other, and takes all columns (split 0). Or, for few tokens, whose
-// tiles leave multiprocessors idle, a cluster of `split` CTAs, one to four, shares out the columns
-// of a tile, and adds up.
+// A CTA computes `rows` times `tokens`, whose sums two or three warpgroups hold in registers.
+// Either `cluster` CTAs share what they read, each bringing its share of it to all of them; a CTA
+// computes several tiles, one after the other, and takes all columns (split 0). Or, for few tokens,
+// whose tiles leave multiprocessors idle, a cluster of `split` CTAs, one to four, shares out the
+// columns of a tile, and adds up.
 struct TileShape {
   const char* name;
   int rows;
@@ -30,6 +30,7 @@ struct TileShape {
 // For W as 2:4. CTAs of a cluster hold different rows of the same tokens, and share X.
 inline constexpr TileShape kSparseTiles[] = {
     {"256x192 cluster 2", 256, 192, 2, 0, 980, 4480},  // fewest bytes for a product
+    {"192x192 cluster 2", 192, 192, 2, 0, 815, 2800},  // three warpgroups: two waves of 768 x 12288
     {"256x128 cluster 2", 256, 128, 2, 0, 712, 3490},
     {"128x256 cluster 2", 128, 256, 2, 0, 694, 3390},
     {"128x192 cluster 2", 128, 192, 2, 0, 552, 2650},  // fills the last wave of some shapes better

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The half of the sparse product that multiplies: two warpgroups whose tensor cores read X and W
+// The half of the sparse product that multiplies: warpgroups whose tensor cores read X and W
 // from the stages of shared memory that others fill. (W from registers would spare them 2 KB of the
 // 18 KB that an instruction reads, but brought to registers through the same shared memory it costs
 // more than it spares: bench/micro.)
@@ -126,8 +126,9 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     }
 
     SumPlace place{};
-    place.first_row = (Tile::kShareRows ? at.row_tile : at.row_tile * kConsumers + warpgroup) *
-                      kParts * kPartRows;
+    place.first_row =
+        (Tile::kShareRows ? at.row_tile : at.row_tile * Tile::kConsumers + warpgroup) * kParts *
+        kPartRows;
     place.first_token = at.token_tile * Tile::kTokens + token_part;
     place.warpgroup = warpgroup;
     place.thread = thread;
@@ -146,7 +147,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& y_map,
     };
     if constexpr (Tile::kSplit) {
       hold(sum[0]);
-      finish_split<Element, Tile>(sum[0], bias[0], y_map, args, place, cta);
+      finish_split<Tile::kMostSplit, Element, Tile>(sum[0], bias[0], y_map, args, place, cta);
       return;
     } else {
       const uint32_t buffers = cta.epilogue() + warpgroup * kBuffers * kSlabBytes;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of the sparse product, Y^T[R, T] = W[R, C] X^T[C, T], for every pattern. One thread
-// brings tiles of X and another tiles of W to shared memory, two warpgroups multiply.
+// brings tiles of X and another tiles of W to shared memory, two or three warpgroups multiply.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -95,12 +95,13 @@ __device__ __forceinline__ void bring_weight(const SparseArgs<Element>& args, Ct
 }
 
 template <typename Element, typename Tile, bool kFeatureX>
-__global__ __launch_bounds__(kSparseThreads,
+__global__ __launch_bounds__(Tile::kThreads,
                              1) void sparse_linear_kernel(const __grid_constant__ CUtensorMap x_map,
                                                           const __grid_constant__ CUtensorMap y_map,
                                                           const SparseArgs<Element> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
+  constexpr bool kTwo = Tile::kConsumers == 2;  // three get fewer registers each
   extern __shared__ uint8_t raw[];
   const CtaMemory<Tile> cta{(shared_address(raw) + 1023u) & ~1023u};
 
@@ -108,7 +109,7 @@ __global__ __launch_bounds__(kSparseThreads,
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
     prefetch_map(&y_map);
-    init_barriers(cta, 1, kConsumers * args.cluster);
+    init_barriers(cta, 1, Tile::kConsumers * args.cluster);
     if constexpr (Tile::kSplit) expect_sums(args, cta);
   }
   if (threadIdx.x == 32) {
@@ -119,12 +120,12 @@ __global__ __launch_bounds__(kSparseThreads,
 
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  if (warpgroup == kConsumers) {
-    if constexpr (!Tile::kSplit) give_registers<40>();  // sums of a split tile are few
+  if (warpgroup == Tile::kConsumers) {
+    if constexpr (!Tile::kSplit) give_registers<kTwo ? 40 : 56>();  // sums of a split tile are few
     if (thread == 0) bring_tokens<Element, Tile, kFeatureX>(x_map, args, cta);
     if (thread == 32) bring_weight<Element, Tile>(args, cta);
   } else {
-    if constexpr (!Tile::kSplit) take_registers<232>();
+    if constexpr (!Tile::kSplit) take_registers<kTwo ? 232 : 152>();
     consume<Element, Tile, kFeatureX, false>(y_map, args, cta, warpgroup, thread);
   }
   // Copies of the others must find this CTA alive.

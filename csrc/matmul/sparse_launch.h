@@ -172,8 +172,11 @@ unsigned launch_clusters(const SparseArgs<Element>& args,
                          int device,
                          cudaStream_t stream,
                          const Arguments&... arguments) {
+  OBS_CHECK(args.split <= std::max(Tile::kMostSplit, 1),
+            "no kernel shares out a tile among ",
+            args.split);
   const int cluster = args.cluster * args.split;
-  const int at_once = clusters_at_once<kKernel, Tile::kBytes, kSparseThreads>(device, cluster);
+  const int at_once = clusters_at_once<kKernel, Tile::kBytes, Tile::kThreads>(device, cluster);
   const int64_t tiles = static_cast<int64_t>(args.row_groups) * args.token_groups;
   const int64_t clusters = Tile::kSplit ? tiles : std::min<int64_t>(tiles, at_once);
   const auto blocks = static_cast<unsigned>(clusters * cluster);
@@ -184,7 +187,7 @@ unsigned launch_clusters(const SparseArgs<Element>& args,
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kSparseThreads);
+  config.blockDim = dim3(Tile::kThreads);
   config.dynamicSmemBytes = Tile::kBytes;
   config.stream = stream;
   config.attrs = attributes.data();

@@ -14,8 +14,6 @@
 namespace obs_kernels {
 
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kConsumers = 2;  // warpgroups
-inline constexpr int kSparseThreads = (kConsumers + 1) * kWarpgroup;
 inline constexpr int kPartRows = 64;  // of a product
 inline constexpr int kSharedLimit = 227 * 1024;
 inline constexpr int kSlabTokens = 64;       // of what lies together of X, and of a box of Y
@@ -24,37 +22,40 @@ inline constexpr int kWeightBytes = static_cast<int>(kPackedBytes);  // of 64 ro
 inline constexpr int kValueBytes = 64 * 64;                          // of them; then metadata
 inline constexpr int kPieceTokens = 8;               // of a box of Y of a split tile
 inline constexpr int kPieceBytes = kWarpgroup * 16;  // of its sums: four of a thread
-inline constexpr int kMostSplit = 4;
 // Slabs of Y that a warpgroup has on their way out; a fourth would cost a stage.
 inline constexpr int kBuffers = 3;
-inline constexpr int kEpilogueBytes = kConsumers * kBuffers * kSlabBytes;
 
-// Pieces that a CTA is sent at most, of `pieces` that up to kMostSplit CTAs share out.
-constexpr int most_sent(int pieces) {
+// Pieces that a CTA is sent at most, of `pieces` that up to `most_split` CTAs share out.
+constexpr int most_sent(int pieces, int most_split) {
   int most = 0;
-  for (int split = 2; split <= kMostSplit; ++split) {
+  for (int split = 2; split <= most_split; ++split) {
     const int sent = (pieces + split - 1) / split * (split - 1);
     if (sent > most) most = sent;
   }
   return most;
 }
 
-// Sizes for a tile of kTokens tokens whose sums two warpgroups hold, each of kParts times 64 rows:
-// rows of its own of all tokens, or, if kShareRows, the same rows of half the tokens. kSplit: the
-// CTAs of a cluster share out the columns of a tile and add up their sums at the end; a CTA then
-// computes one tile only. A stage holds kStageSteps steps: to wait for one and to begin its
-// products takes longer than the products of one step of a small tile.
+// Sizes for a tile of kTokens tokens whose sums kConsumers warpgroups hold, each of kParts times 64
+// rows: rows of its own of all tokens, or, if kShareRows, the same rows of its share of the tokens.
+// kMostSplit: up to so many CTAs, a cluster, share out the columns of a tile and add up their sums
+// at the end; a CTA then computes one tile only. 0: each CTA takes all columns of its tiles. A
+// stage holds kStageSteps steps: to wait for one and to begin its products takes longer than the
+// products of one step of a small tile.
 template <int kParts_,
           int kTokens_,
           bool kShareRows_ = false,
-          bool kSplit_ = false,
-          int kStageSteps_ = 1>
+          int kMostSplit_ = 0,
+          int kStageSteps_ = 1,
+          int kConsumers_ = 2>
 struct SparseTile {
   static constexpr int kParts = kParts_;
   static constexpr int kTokens = kTokens_;
   static constexpr bool kShareRows = kShareRows_;
-  static constexpr bool kSplit = kSplit_;
+  static constexpr int kMostSplit = kMostSplit_;
+  static constexpr bool kSplit = kMostSplit > 0;
   static constexpr int kStageSteps = kStageSteps_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // one warpgroup fills stages
   static constexpr int kWeightTiles = kShareRows ? kParts : kConsumers * kParts;
   static constexpr int kRows = kWeightTiles * kPartRows;
   static constexpr int kSumTokens = kShareRows ? kTokens / kConsumers : kTokens;
@@ -65,12 +66,12 @@ struct SparseTile {
   static constexpr int kBroughtBytes = kTokenBytes + kWeightTiles * kWeightBytes;  // of a step
   // Sums of a split tile leave in pieces of kPieceTokens tokens.
   static constexpr int kPieces = kSumTokens / kPieceTokens;
-  static constexpr int kInboxPieces = most_sent(kPieces);  // of a warpgroup
+  static constexpr int kInboxPieces = most_sent(kPieces, kMostSplit);  // of a warpgroup
   static constexpr int kInboxBytes = kConsumers * kInboxPieces * kPieceBytes;
   // The swizzle wants stages of whole patterns.
   static constexpr int kStageBytes = (kStageSteps * kBroughtBytes + 1023) / 1024 * 1024;
   // What the epilogue has to itself: buffers of Y, or what other CTAs send.
-  static constexpr int kBufferBytes = kSplit ? kInboxBytes : kEpilogueBytes;
+  static constexpr int kBufferBytes = kSplit ? kInboxBytes : kConsumers * kBuffers * kSlabBytes;
   static constexpr int kAround = 1024 + kBufferBytes + 256;  // alignment, epilogue, barriers
   static constexpr int kStages = (kSharedLimit - kAround) / kStageBytes;
   static constexpr int kBytes = kAround + kStages * kStageBytes;

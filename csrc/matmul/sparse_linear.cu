@@ -27,7 +27,7 @@ LaunchPlan launch(const SparseLinearParams& params,
           : boxes_of(params.x, params.tokens, params.cols, params.type, tile.tokens / tile.cluster);
   const CUtensorMap y_map = args.boxes ? boxes_of_y<Tile>(params) : x_map;
   const unsigned blocks = launch_clusters<kernel, Tile>(args, device, stream, x_map, y_map, args);
-  return {"sparse_linear", tile.name, blocks, kSparseThreads};
+  return {"sparse_linear", tile.name, blocks, Tile::kThreads};
 }
 
 template <typename Element, bool kFeatureX>
@@ -43,6 +43,8 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
       return with(SparseTile<2, 192>{});
     case tile_key(256, 128, false):
       return with(SparseTile<2, 128>{});
+    case tile_key(192, 192, false):
+      return with(SparseTile<1, 192, false, 0, 1, 3>{});
     case tile_key(128, 256, false):
       return with(SparseTile<1, 256>{});
     case tile_key(128, 192, false):
@@ -50,11 +52,11 @@ LaunchPlan launch_tile(const SparseLinearParams& params,
     case tile_key(128, 128, false):
       return with(SparseTile<1, 128>{});
     case tile_key(128, 128, true):
-      return with(SparseTile<1, 128, false, true, 2>{});
+      return with(SparseTile<1, 128, false, 2, 2>{});
     case tile_key(128, 64, true):
-      return with(SparseTile<1, 64, false, true, 2>{});
+      return with(SparseTile<1, 64, false, 4, 2>{});
     default:
-      return with(SparseTile<1, 64, true, true, 2>{});
+      return with(SparseTile<1, 64, true, 4, 2>{});
   }
 }
 

@@ -68,7 +68,7 @@ __device__ __forceinline__ void expect_sums(const SparseArgs<Element>& args, Cta
   hopper::barrier_init(cta.sums(), 1);
   hopper::fence_barrier_init();
   hopper::barrier_expect(
-      cta.sums(), static_cast<uint32_t>((args.split - 1) * count * kConsumers * kPieceBytes));
+      cta.sums(), static_cast<uint32_t>((args.split - 1) * count * Tile::kConsumers * kPieceBytes));
 }
 
 // The end of a tile that kCtas CTAs share out, by its consumers. All loads together, and one look
@@ -82,6 +82,7 @@ __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTo
                                                  const SumPlace& place,
                                                  CtaMemory<Tile> cta) {
   using namespace hopper;
+  constexpr int kConsumers = Tile::kConsumers;
   constexpr int kPieces = Tile::kPieces;
   constexpr int kShare = (kPieces + kCtas - 1) / kCtas;
   const auto rank = static_cast<int>(cluster_rank());
@@ -148,24 +149,20 @@ __device__ __forceinline__ void add_up_and_write(const float (&sum)[Tile::kSumTo
   }
 }
 
-template <typename Element, typename Tile>
+// The same, of kCtas CTAs or fewer.
+template <int kCtas, typename Element, typename Tile>
 __device__ __forceinline__ void finish_split(const float (&sum)[Tile::kSumTokens / 2],
                                              const float (&bias)[2],
                                              const CUtensorMap& y_map,
                                              const SparseArgs<Element>& args,
                                              const SumPlace& place,
                                              CtaMemory<Tile> cta) {
-  static_assert(kMostSplit == 4, "as many as there are cases");
-  switch (args.split) {
-    case 4:
-      return add_up_and_write<4, Element, Tile>(sum, bias, y_map, args, place, cta);
-    case 3:
-      return add_up_and_write<3, Element, Tile>(sum, bias, y_map, args, place, cta);
-    case 2:
-      return add_up_and_write<2, Element, Tile>(sum, bias, y_map, args, place, cta);
-    default:
-      return add_up_and_write<1, Element, Tile>(sum, bias, y_map, args, place, cta);
+  if constexpr (kCtas > 1) {
+    if (args.split < kCtas) {
+      return finish_split<kCtas - 1, Element, Tile>(sum, bias, y_map, args, place, cta);
+    }
   }
+  add_up_and_write<kCtas, Element, Tile>(sum, bias, y_map, args, place, cta);
 }
 
 }  // namespace obs_kernels
