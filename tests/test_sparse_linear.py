@@ -21,6 +21,7 @@ import obs_kernels as obs
 from bench.kernel_rows import rows_text, stored_table
 from obs_kernels import SparseLinear, compress_, decompress_
 from obs_kernels.errors import ConfigError, DataFormatError, DTypeNotSupportedError, SparsityPatternError
+from obs_kernels.ops import SparseWeight
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.sparse import crossover, linear
 from obs_kernels.sparse.crossover import KernelRow, KernelTable, packaged_table
@@ -163,6 +164,31 @@ def test_compile_without_recompiles_after_two_shapes(
         with torch.compiler.set_stance("fail_on_recompile"):
             for lead in ((2, 9), (5, 3), (8, 11), (3, 4)):
                 torch.testing.assert_close(compiled(inputs(*lead)), model(inputs(*lead)))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_no_kernel_is_compiled_after_a_graph_break(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Then dynamo takes up each frame that Python meets, those below the op too."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    _, sparse = layer(pattern=pattern)
+    columns = SparseWeight.columns_or_empty
+
+    def broken(weight: SparseWeight) -> Tensor:
+        torch._dynamo.graph_break()
+        return columns(weight)
+
+    monkeypatch.setattr(SparseWeight, "columns_or_empty", broken)
+    compiled: list[str] = []
+
+    def watched(graph: torch.fx.GraphModule, _: object) -> Any:
+        compiled.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = nn.Sequential(nn.GELU(), sparse)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=watched)(inputs(4)), model(inputs(4)))
+    assert not any("linear" in name for name in compiled), compiled
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

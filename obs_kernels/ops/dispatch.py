@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from obs_kernels import _ext
 from obs_kernels.errors import BackendUnavailableError, ConfigError
@@ -154,6 +155,18 @@ def _saliency_limit(weight: Tensor, fisher: Tensor | None = None, method: str = 
 def constant_when_compiled(function: Function) -> Function:
     """What ``torch.compiler.assume_constant_result`` does; that one imports dynamo, and with it triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def run_as_it_is(function: Function) -> Function:
+    """Keeps a compiler out of ``function`` and of all that it calls, where they run beside a compiled graph and not in
+    it: after a graph break dynamo compiles every frame that Python meets, and would trace launches and streams.
+
+    What ``torch.compiler.disable`` does; that one imports dynamo and costs each call another frame. A trace that comes
+    from outside still goes through ``function``.
+    """
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
 

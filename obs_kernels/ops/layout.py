@@ -12,7 +12,15 @@ from torch import Tensor
 
 from obs_kernels import checks
 from obs_kernels.errors import ShapeNotSupportedError
-from obs_kernels.ops.dispatch import MODULES, asked_of_process, constant_when_compiled, kernel, resolve, unavailable
+from obs_kernels.ops.dispatch import (
+    MODULES,
+    asked_of_process,
+    constant_when_compiled,
+    kernel,
+    resolve,
+    run_as_it_is,
+    unavailable,
+)
 from obs_kernels.ops.matmul import is_heard
 from obs_kernels.packed_format import runs_as_two_of_four
 from obs_kernels.patterns import NMPattern, parse_pattern
@@ -21,6 +29,7 @@ NEVER = 1 << 62
 _MOST_TOKENS = 1 << 24
 
 
+@run_as_it_is
 def feature_major(x: Tensor, *, backend: str | None = None) -> Tensor:
     """``x`` itself in value and shape, its memory ordered as [C, ...]: what ``sparse_linear`` gathers columns from.
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from obs_kernels import checks
 from obs_kernels.errors import ConfigError, DTypeNotSupportedError, ShapeNotSupportedError
-from obs_kernels.ops.dispatch import MODULES, asked_of_process, kernel, no_autocast, resolve
+from obs_kernels.ops.dispatch import MODULES, asked_of_process, kernel, no_autocast, resolve, run_as_it_is
 from obs_kernels.ops.sparse_weight import SparseWeight
 from obs_kernels.patterns import NMPattern
 from obs_kernels.reference.matmul import activate, activation_gradient
@@ -64,6 +64,7 @@ def sparse_linear(
     )  # fmt: skip
 
 
+@run_as_it_is
 def sparse_linear_by_parts(
     x: Tensor,
     values: Tensor,
@@ -206,6 +207,7 @@ _LIBRARY.define(
 )
 
 
+@run_as_it_is
 def _sparse_linear(
     x: Tensor,
     values: Tensor,
@@ -253,6 +255,7 @@ _LIBRARY.define(
 )
 
 
+@run_as_it_is
 def _inference(*arguments: Any) -> Tensor:
     *operands, activation, x_layout, y_layout, backend = arguments
     return kernel("sparse_linear", backend)(*operands, activation=activation, x_layout=x_layout, y_layout=y_layout)
