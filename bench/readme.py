@@ -189,6 +189,8 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
                 both = (ratio(pattern, layout, (name, tokens)) for layout in ("token-major", "feature-major"))
                 shown[index] += f"<br>{' / '.join(both)}"
         lines.append(f"| {'<br>'.join([f'{tokens:,}', *panels])} | {' | '.join(shown)} |")
+    if any("unsteady" in line for line in lines):
+        lines[0] += ' "unsteady": samples that spread by more than a quarter, of which no ratio is given.'
     return "\n".join(lines)
 
 

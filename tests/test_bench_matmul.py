@@ -368,6 +368,7 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
         after[-2].replace("1.50 (1.04)", "unsteady (unsteady)"),
         after[-1].replace("1.60", "unsteady"),
     ]
+    assert '"unsteady": ' in unsteady[0] and "unsteady" not in after[0]
 
 
 def test_results_of_several_runs_make_one_table(tmp_path: Path) -> None:
