@@ -219,6 +219,15 @@ def test_compiles_without_graph_breaks(name):
     torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("name", ["feature_major", "sparse_linear"])
+def test_compiles_by_itself(name):
+    """With no function of the caller around it: what keeps dynamo out of a frame stands further inside."""
+    torch._dynamo.reset()
+    op, arguments = getattr(ops, name), (randn(3, 16), PANELS)[: 2 if name == "sparse_linear" else 1]
+    actual = torch.compile(op, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(actual, op(*arguments))
+
+
 def test_compiles_with_gradients_and_dynamic_tokens():
     """After two sizes the number of tokens is dynamic: the third size compiles nothing new."""
     torch._dynamo.reset()

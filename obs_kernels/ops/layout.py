@@ -29,7 +29,6 @@ NEVER = 1 << 62
 _MOST_TOKENS = 1 << 24
 
 
-@run_as_it_is
 def feature_major(x: Tensor, *, backend: str | None = None) -> Tensor:
     """``x`` itself in value and shape, its memory ordered as [C, ...]: what ``sparse_linear`` gathers columns from.
 
@@ -46,11 +45,15 @@ def feature_major(x: Tensor, *, backend: str | None = None) -> Tensor:
     checks.check_dtype("x", x, checks.FLOAT_DTYPES)
     if x.dim() < 2:
         raise ShapeNotSupportedError(f"x must be [..., C] of two dimensions or more, got {list(x.shape)}")
-    chosen = resolve("feature_major", backend, x)
+    return _turned(x, resolve("feature_major", backend, x))
+
+
+@run_as_it_is
+def _turned(x: Tensor, backend: str) -> Tensor:
     if is_heard(x):
-        y: Tensor = torch.ops.obs_kernels.feature_major(x, backend=chosen)
+        y: Tensor = torch.ops.obs_kernels.feature_major(x, backend=backend)
     else:
-        y = kernel("feature_major", chosen)(x)
+        y = kernel("feature_major", backend)(x)
     return y
 
 
