@@ -37,7 +37,8 @@ def inference_table(docs: Sequence[Mapping[str, Any]]) -> str:
     whole = all(doc["env"]["complete"] and not doc.get("skipped") for doc in docs)
     cut = "" if whole else "; other cells were not reached"
     lines = [
-        f"{device}, commit {commit}, {', '.join(dtypes)}: x the best dense time (x by kernel rows as of that commit); "
+        f"{device}, commit {commit}, {', '.join(dtypes)}: x the best dense time "
+        "(predicted from the kernel rows of that commit); "
         f"dense is the fastest of eager, CUDA graph, compiled, and both{cut}:",
         "",
         f"| model | batch x length | dense, ms | {' | '.join(patterns)} |",

@@ -176,7 +176,7 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
         f"back, whose starts overlap: x dense cuBLAS of the same run (x cuSPARSELt, best algorithm){more}. "
         f"From {LARGE_LAYER:,} x {LARGE_LAYER:,} and {MANY_TOKENS:,} tokens on: {', '.join(ranges)}.",
         "",
-        f"| tokens | {' | '.join(layers.values())} |",
+        f"| tokens, pattern | {' | '.join(layers.values())} |",
         f"|---:{'|---:' * len(layers)}|",
     ]
     for tokens in sorted({tokens for _, tokens in rows}):
@@ -188,7 +188,7 @@ def matmul_table(paths: Sequence[Path] = ()) -> str:
                     continue
                 both = (ratio(pattern, layout, (name, tokens)) for layout in ("token-major", "feature-major"))
                 shown[index] += f"<br>{' / '.join(both)}"
-        lines.append(f"| {'<br>'.join([f'{tokens:,}', *panels])} | {' | '.join(shown)} |")
+        lines.append(f"| {'<br>'.join([f'{tokens:,} tokens, 2:4', *panels])} | {' | '.join(shown)} |")
     if any("unsteady" in line for line in lines):
         lines[0] += ' "unsteady": samples that spread by more than a quarter, of which no ratio is given.'
     return "\n".join(lines)

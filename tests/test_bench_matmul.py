@@ -343,14 +343,14 @@ def test_the_readme_shows_panels_once_there_are_rows(tmp_path: Path):
     rows = [row("2:4", tokens, 1.5) | {"x_peer": {"cuSPARSELt": 1.04}} for tokens in (512, 2048)]
     rows += [row("128:2:8", tokens, 1.6) for tokens in (512, 2048)]
     before = table(rows)
-    assert before[-1] == "| 2,048 | 1.50 (1.04) |"
+    assert before[-1] == "| 2,048 tokens, 2:4 | 1.50 (1.04) |"
     assert before[0].endswith("best algorithm). From 4,096 x 4,096 and 2,048 tokens on: 2:4 1.50 to 1.50.")
     rows += [row("128:2:8", 2048, 2.25, x="feature-major"), row("128:2:8", 2048, 9.0, x="feature-major", forced=True)]
     rows += [row("128:2:8", 2048, 9.0, y="feature-major"), row("2:4", 2048, 9.0, forced=True)]
     after = table(rows)
     assert after[-2:] == [
-        "| 512<br>128:2:8 | 1.50 (1.04)<br>1.60 / - |",
-        "| 2,048<br>128:2:8 | 1.50 (1.04)<br>1.60 / 2.25 |",
+        "| 512 tokens, 2:4<br>128:2:8 | 1.50 (1.04)<br>1.60 / - |",
+        "| 2,048 tokens, 2:4<br>128:2:8 | 1.50 (1.04)<br>1.60 / 2.25 |",
     ]
     assert "best algorithm); 128:2:8: x token-major / feature-major." in after[0] and len(after) == len(before)
     assert after[0].endswith("2:4 1.50 to 1.50, 128:2:8 1.60 to 1.60 / 2.25 to 2.25.")

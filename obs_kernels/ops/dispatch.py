@@ -162,11 +162,14 @@ def run_as_it_is(function: Function) -> Function:
     """Keeps a compiler out of ``function`` and of all that it calls, where they run beside a compiled graph and not in
     it: after a graph break dynamo compiles every frame that Python meets, and would trace launches and streams.
 
-    What ``torch.compiler.disable`` does; that one imports dynamo and costs each call another frame. A trace that comes
-    from outside still goes through ``function``.
+    Like ``torch.compiler.disable``, but a trace that comes from outside goes through ``function``, where that one would
+    break it. That one also imports dynamo and costs each call another frame.
     """
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    except AttributeError:  # torch promises none of these names, and nothing else hangs on them
+        log.debug("torch %s has no way to keep its compiler out of %s", torch.__version__, function.__name__)
     return function
 
 

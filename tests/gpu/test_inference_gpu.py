@@ -68,7 +68,7 @@ def test_autocast_of_f32_layers() -> None:
 @pytest.mark.parametrize("pattern", ["64:2:8", "2:4"])
 def test_compiled_with_a_graph_break_on_another_stream(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """What runs beside the graphs is not compiled: addresses, and the stream that has to wait for the packing."""
-    monkeypatch.undo()
+    monkeypatch.undo()  # garbage in new memory: dynamo does not trace a patched method
     torch.compiler.reset()
     dense, sparse = layers(pattern)
     columns = obs.ops.SparseWeight.columns_or_empty
