@@ -83,3 +83,26 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
     yield
+
+
+@pytest.fixture
+def traceable(nan_filled_empty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that compile: nothing compiled before, and no garbage in new memory, as dynamo does not trace a patched
+    ``torch.empty``.
+    """
+    monkeypatch.undo()
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def graph_break(traceable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up inside of each product, whose frames it then meets one by one."""
+    from obs_kernels.ops import SparseWeight
+
+    columns = SparseWeight.columns_or_empty
+
+    def broken(weight: SparseWeight) -> Tensor:
+        torch._dynamo.graph_break()
+        return columns(weight)
+
+    monkeypatch.setattr(SparseWeight, "columns_or_empty", broken)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import oracle
 import pytest
 import torch
@@ -13,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import EPS32, EPS64, MATMUL_SUM, output_rounding
 from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -369,21 +368,18 @@ def test_after_search_and_update(gen):
     check(sparse_linear(x, pack(new, sel.mask, "4:2:8")), x, new, None, None)
 
 
+@pytest.mark.usefixtures("traceable")
 @pytest.mark.parametrize("grads", [True, False])
-def test_which_op_a_compiler_sees(gen, grads, monkeypatch):
+def test_which_op_a_compiler_sees(gen, grads):
     """The one with a formula where gradients may be wanted, else the one that costs the host less; both agree."""
-    monkeypatch.undo()  # dynamo does not trace the watched torch.empty
     sparse, dense = make(gen, 8, 16, "2:4", torch.float32)
     x = torch.randn(3, 16, generator=gen).requires_grad_(grads)
-    names: list[str] = []
-
-    def seen(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
-    run = torch.compile(lambda t: sparse_linear(t, sparse, activation="gelu"), backend=seen, fullgraph=True)
+    recorder = EagerAndRecordGraphs()
+    run = torch.compile(lambda t: sparse_linear(t, sparse, activation="gelu"), backend=recorder, fullgraph=True)
     with torch.set_grad_enabled(grads):
         y = run(x)
+    (graph,) = recorder.graphs
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert [name.rpartition(".")[2] for name in names if "sparse_linear" in name] == [
         "sparse_linear" if grads else "sparse_linear_inference"
     ]

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from obs_kernels import ops, reference
 from obs_kernels.errors import BackendUnavailableError, ConfigError
-from obs_kernels.ops import dispatch
+from obs_kernels.ops import dispatch, layout, matmul
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +226,31 @@ def test_compiles_by_itself(name):
     op, arguments = getattr(ops, name), (randn(3, 16), PANELS)[: 2 if name == "sparse_linear" else 1]
     actual = torch.compile(op, fullgraph=True, backend="aot_eager")(*arguments)
     torch.testing.assert_close(actual, op(*arguments))
+
+
+def sample_call(name: str) -> Callable[[], Any]:
+    args, kwargs = SAMPLES[name][0]
+    return lambda: getattr(torch.ops.obs_kernels, name)(*args, **kwargs)
+
+
+PARTS = packed("2:8")
+BESIDE = {name: sample_call(name) for name in SAMPLES} | {
+    "parts": lambda: matmul.sparse_linear_by_parts(
+        randn(3, 16), PARTS.values, PARTS.codes, None, None, PARTS.pattern, PARTS.shape
+    ),
+    "turned": lambda: layout._turned(randn(3, 16), "reference"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_no_op_is_compiled_inside(name):
+    """Beside a compiled graph, as after a graph break, dynamo takes up each frame that Python meets."""
+    torch._dynamo.reset()
+    recorder = torch._dynamo.testing.EagerAndRecordGraphs()
+    call = torch.compiler.disable(BESIDE[name], recursive=False)
+    with torch.no_grad():
+        torch.compile(lambda: call(), backend=recorder)()
+    assert not recorder.graphs
 
 
 def test_compiles_with_gradients_and_dynamic_tokens():

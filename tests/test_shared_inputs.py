@@ -177,8 +177,8 @@ def test_a_loaded_model_shares_and_fuses(asked: list[Any], inputs: list[bool], t
         obs.load(tmp_path, fuse_ffn="both")
 
 
+@pytest.mark.usefixtures("traceable")
 def test_compiled_whole_with_changing_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # dynamo does not trace the watched torch.empty
     monkeypatch.setattr(attention, "shared_from", lambda *key: FROM)
     model = bert()
     compress_(model)

@@ -137,11 +137,10 @@ def test_to_dtype_moves_values_only(dtype):
     assert sparse(inputs(dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.usefixtures("traceable")
 @pytest.mark.parametrize("first_call", ["eager", "compiled"])
 @pytest.mark.parametrize("pattern", ["2:4", "16:2:8", "2:8"])
-def test_compile_full_graph(monkeypatch, pattern, first_call):
-    monkeypatch.undo()  # torch.empty of conftest.py is nothing that dynamo can trace
-    torch._dynamo.reset()
+def test_compile_full_graph(pattern, first_call):
     getattr(dispatch._log_once, "cache_clear", lambda: None)()  # as in a new process
     model = nn.Sequential(SparseLinear.from_linear(pruned_linear(32, 16, pattern), pattern), nn.GELU())
     if first_call == "eager":

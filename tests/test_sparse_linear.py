@@ -16,12 +16,12 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from masks import random_mask
 from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 import obs_kernels as obs
 from bench.kernel_rows import rows_text, stored_table
 from obs_kernels import SparseLinear, compress_, decompress_
 from obs_kernels.errors import ConfigError, DataFormatError, DTypeNotSupportedError, SparsityPatternError
-from obs_kernels.ops import SparseWeight
 from obs_kernels.patterns import parse_pattern
 from obs_kernels.sparse import crossover, linear
 from obs_kernels.sparse.crossover import KernelRow, KernelTable, packaged_table
@@ -146,14 +146,11 @@ def test_a_state_dict_with_bad_indices_is_refused(pattern: str) -> None:
 # compile, autocast, inference mode, processes
 
 
+@pytest.mark.usefixtures("traceable")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("switch", [None, 5, 1000])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_compile_without_recompiles_after_two_shapes(
-    monkeypatch: pytest.MonkeyPatch, pattern: str, switch: int | None, backend: str
-) -> None:
-    monkeypatch.undo()  # torch.empty of conftest.py is nothing that dynamo can trace
-    torch._dynamo.reset()
+def test_compile_without_recompiles_after_two_shapes(pattern: str, switch: int | None, backend: str) -> None:
     _, sparse = layer(pattern=pattern, keep_dense=switch is not None)
     sparse.sparse_from = switch or 0
     model = nn.Sequential(sparse, nn.GELU())
@@ -166,28 +163,16 @@ def test_compile_without_recompiles_after_two_shapes(
                 torch.testing.assert_close(compiled(inputs(*lead)), model(inputs(*lead)))
 
 
+@pytest.mark.usefixtures("graph_break")
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_no_kernel_is_compiled_after_a_graph_break(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_no_kernel_is_compiled_after_a_graph_break(pattern: str) -> None:
     """Then dynamo takes up each frame that Python meets, those below the op too."""
-    monkeypatch.undo()  # torch.empty of conftest.py is nothing that dynamo can trace
-    torch._dynamo.reset()
     _, sparse = layer(pattern=pattern)
-    columns = SparseWeight.columns_or_empty
-
-    def broken(weight: SparseWeight) -> Tensor:
-        torch._dynamo.graph_break()
-        return columns(weight)
-
-    monkeypatch.setattr(SparseWeight, "columns_or_empty", broken)
-    compiled: list[str] = []
-
-    def watched(graph: torch.fx.GraphModule, _: object) -> Any:
-        compiled.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
+    recorder = EagerAndRecordGraphs()
     model = nn.Sequential(nn.GELU(), sparse)
     with torch.no_grad():
-        assert torch.equal(torch.compile(model, backend=watched)(inputs(4)), model(inputs(4)))
+        assert torch.equal(torch.compile(model, backend=recorder)(inputs(4)), model(inputs(4)))
+    compiled = [str(node.target) for graph in recorder.graphs for node in graph.graph.nodes]
     assert not any("linear" in name for name in compiled), compiled
 
 
@@ -222,18 +207,17 @@ def test_autocast_keeps_its_copy_until_the_weight_changes() -> None:
     torch.testing.assert_close(sparse(inputs(2)), F.linear(inputs(2), sparse.sparse.to_dense(), sparse.bias))
 
 
-def test_autocast_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    torch._dynamo.reset()
+@pytest.mark.usefixtures("traceable")
+def test_autocast_when_compiled() -> None:
     _, sparse = layer()
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(inputs(3)), sparse(inputs(3)))
 
 
+@pytest.mark.usefixtures("traceable")
 @pytest.mark.parametrize("switch", [None, 5])
-def test_export_with_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch, switch: int | None) -> None:
-    monkeypatch.undo()
+def test_export_with_any_number_of_tokens(switch: int | None) -> None:
     _, sparse = layer(keep_dense=switch is not None)
     sparse.sparse_from = switch or 0
     dynamic = ({0: torch.export.Dim("tokens", min=switch or 2, max=64)},)

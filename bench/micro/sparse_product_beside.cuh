@@ -22,11 +22,12 @@ namespace obs_kernels {
 enum Weight { kNone, kHeld, kTensor, kShared, kGlobal2, kGlobal3 };
 enum Beside { kNothing, kCopies, kGather };
 
-constexpr int kConsumers = 2;  // warpgroups
 constexpr int kTokens = 256;
 constexpr int kSlabs = kTokens / kSlabTokens;
 constexpr int kTileBytes = kSlabs * kSlabBytes;
-constexpr int kStageBytes = SparseTile<1, kTokens>::kStageBytes;
+using ProductTile = SparseTile<1, kTokens>;
+constexpr int kConsumers = ProductTile::kConsumers;  // warpgroups
+constexpr int kStageBytes = ProductTile::kStageBytes;
 constexpr int kProductBytes = 2 * kStageBytes;  // stages that products read and nobody writes
 constexpr int kRows = kConsumers * kPartRows;   // of a CTA
 constexpr int kPacked = kConsumers * kWeightBytes;

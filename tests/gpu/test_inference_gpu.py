@@ -64,20 +64,11 @@ def test_autocast_of_f32_layers() -> None:
     assert sparse._cast is first
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("hopper", "graph_break")
 @pytest.mark.parametrize("pattern", ["64:2:8", "2:4"])
-def test_compiled_with_a_graph_break_on_another_stream(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_compiled_with_a_graph_break_on_another_stream(pattern: str) -> None:
     """What runs beside the graphs is not compiled: addresses, and the stream that has to wait for the packing."""
-    monkeypatch.undo()  # garbage in new memory: dynamo does not trace a patched method
-    torch.compiler.reset()
     dense, sparse = layers(pattern)
-    columns = obs.ops.SparseWeight.columns_or_empty
-
-    def broken(weight: obs.ops.SparseWeight) -> Tensor:
-        torch._dynamo.graph_break()
-        return columns(weight)
-
-    monkeypatch.setattr(obs.ops.SparseWeight, "columns_or_empty", broken)
     compiled = torch.compile(sparse)
     x = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16)
     torch.cuda.synchronize()
@@ -126,10 +117,9 @@ def test_all_ways_of_a_model(fuse_ffn: str | None) -> None:
                 near(call(), wanted)
 
 
-@pytest.mark.usefixtures("hopper")
-def test_the_job_measures_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("hopper", "traceable")
+def test_the_job_measures_everything() -> None:
     pytest.importorskip("transformers")
-    monkeypatch.undo()  # garbage in new memory: dynamo does not trace a patched method
     report = run_speed_job(
         model="tiny", patterns=["64:2:8", "2:4"], batches=[4], lengths=[64], device=str(DEVICE), seconds=0.05
     )

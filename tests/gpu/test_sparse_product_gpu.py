@@ -80,12 +80,11 @@ def test_equal_calls_in_a_graph_and_on_other_streams(gen):
     assert_exact(y, x, 2 * dense)
 
 
+@pytest.mark.usefixtures("traceable")
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {"mode": "reduce-overhead"}], ids=["eager", "graphs"])
-def test_compiled(gen, monkeypatch, options, warm):
+def test_compiled(gen, options, warm):
     """One graph without breaks; tokens vary."""
-    monkeypatch.undo()  # the garbage in new memory: a patched method is not traced
-    torch.compiler.reset()
     known, dense = integer_weight(72, 64, "2:4", torch.bfloat16)
     sparse = fresh(known)
     compiled = torch.compile(lambda x: sparse_linear(x, sparse, activation="relu") + 1, fullgraph=True, **options)
